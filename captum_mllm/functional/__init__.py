@@ -1,0 +1,43 @@
+"""The maths: pure functions on tensors, one per formula. Nothing here knows a model.
+
+Shapes use the same letters throughout: ``targets`` are the explained tokens, ``tokens`` the text
+tokens that serve as context, ``cells`` the image cells of *all* images of the sample laid end to
+end (so that one fit or one normalisation spans them all).
+
+Sources are named in each docstring: **paper** is "Explaining multimodal LLMs via intra-modal
+token interactions" (arXiv 2509.22415), **TAM** is "Token Activation Map" (arXiv 2506.23270) as
+its released code computes it, **our reading** is ours where the paper leaves the detail open.
+"""
+
+from captum_mllm.functional.interference import (
+    arc_subtract,
+    context_weights,
+    eci_subtract,
+    joint_min_max,
+)
+from captum_mllm.functional.maps import (
+    AGGREGATIONS,
+    Aggregation,
+    aggregate,
+    lens_logits,
+    rank_gaussian_filter,
+    resize_attributions,
+    upsample,
+)
+from captum_mllm.functional.ranking import rank_biased_overlap, top_k_rankings
+
+__all__ = [
+    "AGGREGATIONS",
+    "Aggregation",
+    "aggregate",
+    "arc_subtract",
+    "context_weights",
+    "eci_subtract",
+    "joint_min_max",
+    "lens_logits",
+    "rank_biased_overlap",
+    "rank_gaussian_filter",
+    "resize_attributions",
+    "top_k_rankings",
+    "upsample",
+]

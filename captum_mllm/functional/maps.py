@@ -1,0 +1,206 @@
+"""Maps on a grid: the logit lens, the rank filter, aggregation over scales, resizing."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+Aggregation = Literal["mean", "median", "geometric_mean"]
+AGGREGATIONS: tuple[str, ...] = ("mean", "median", "geometric_mean")
+
+
+def lens_logits(
+    hidden: Float[Tensor, "positions dim"],
+    weight: Float[Tensor, "classes dim"],
+    bias: Float[Tensor, " classes"] | None = None,
+) -> Float[Tensor, "classes positions"]:
+    """Logit of each class at each position, in float32 (float64 stays float64).
+
+    ``logit_i(v) = W_v . h_i + b_v``. Only the rows of the LM head that belong to the classes are
+    used, so the cost is positions x classes, never positions x vocabulary.
+
+    Args:
+        hidden: hidden states after the final norm.
+        weight: the LM head's rows of the classes.
+        bias: the LM head's bias of the classes, or None.
+
+    Returns:
+        Logits (classes, positions), signed.
+
+    Reference:
+        Logit lens; the base of TAM and of the paper.
+
+    Example:
+        >>> import torch
+        >>> lens_logits(torch.eye(2), torch.tensor([[2.0, -1.0]])).tolist()
+        [[2.0, -1.0]]
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits = weight.to(dtype) @ hidden.to(dtype).T
+    return logits if bias is None else logits + bias.to(dtype)[:, None]
+
+
+def rank_gaussian_filter(
+    maps: Float[Tensor, "*batch rows cols"],
+) -> Float[Tensor, "*batch rows cols"]:
+    """3x3 filter that weights a window's values by their rank: robust to single hot cells.
+
+    The nine values of a window are sorted ascending; rank r = 0..8 has the weight
+    ``exp(-(r - 4)^2 / (2 sigma^2))``, normalised, with sigma the window's population standard
+    deviation over its mean. Reflect padding (edge padding along an axis of one cell). 0 where the
+    window's mean is not positive, the constant where the window is flat.
+
+    Args:
+        maps: maps >= 0, any number of leading axes.
+
+    Returns:
+        Filtered maps of the same shape.
+
+    Reference:
+        TAM, rank Gaussian filter (its released code yields NaN on a flat window).
+
+    Example:
+        >>> import torch
+        >>> spike = torch.zeros(1, 5, 5)
+        >>> spike[0, 2, 2] = 1.0
+        >>> bool(rank_gaussian_filter(spike).max() < 0.2)
+        True
+    """
+    rows, cols = maps.shape[-2:]
+    flat = maps.reshape(1, -1, rows, cols)
+    flat = F.pad(flat, (0, 0, 1, 1), mode="reflect" if rows > 1 else "replicate")
+    flat = F.pad(flat, (1, 1, 0, 0), mode="reflect" if cols > 1 else "replicate")
+    shifted = [flat[0, :, y : y + rows, x : x + cols] for y in range(3) for x in range(3)]
+    window = torch.stack(shifted, dim=-1).sort(dim=-1).values
+    mean = window.mean(-1)
+    variance = window.var(-1, correction=0)
+    rank = torch.arange(9, dtype=maps.dtype, device=maps.device)
+    tiny = torch.finfo(maps.dtype).tiny
+    # A tiny sigma leaves all weight on the median, which is the constant of a flat window.
+    sigma2 = (variance / mean.clamp(min=tiny).square()).clamp(min=tiny)
+    weight = (-((rank - 4) ** 2) / (2 * sigma2[..., None])).softmax(-1)
+    filtered = (weight * window).sum(-1)
+    return torch.where(mean > 0, filtered, torch.zeros_like(filtered)).reshape(maps.shape)
+
+
+def aggregate(
+    stack: Float[Tensor, "scales ..."],
+    how: Aggregation = "mean",
+    weights: Float[Tensor, " scales"] | None = None,
+) -> Float[Tensor, "..."]:
+    """Aggregate maps of several scales into one.
+
+    Args:
+        stack: the maps, already on one grid.
+        how: "mean" (default, the paper's), "median" (of an even number: the mean of the middle
+            two) or "geometric_mean" (of values >= 0).
+        weights: one weight >= 0 per scale for "mean" and "geometric_mean", or None for equal.
+
+    Returns:
+        One map of the shape of each.
+
+    Raises:
+        ValueError: ``how`` is unknown; weights given with "median"; negative values with
+            "geometric_mean".
+
+    Reference:
+        Multi-scale explanation aggregation: the mean is the paper's, the rest ours.
+
+    Example:
+        >>> import torch
+        >>> aggregate(torch.tensor([[1.0, 0.0], [3.0, 4.0]])).tolist()
+        [2.0, 2.0]
+    """
+    if how not in AGGREGATIONS:
+        raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {how!r}.")
+    if len(stack) == 1:
+        return stack[0]  # bit for bit: one scale is the base itself
+    if how == "median":
+        if weights is not None:
+            raise ValueError("aggregation 'median' takes no weights; use 'mean'.")
+        ordered, last = stack.sort(dim=0).values, len(stack) - 1
+        return (ordered[last // 2] + ordered[last - last // 2]) / 2
+    if how == "geometric_mean" and bool((stack < 0).any()):
+        raise ValueError("aggregation 'geometric_mean' needs values >= 0; use 'mean' or 'median'.")
+    if weights is None:
+        weights = stack.new_ones(len(stack))
+    share = (weights / weights.sum()).reshape(-1, *[1] * (stack.ndim - 1))
+    if how == "mean":
+        return (share * stack).sum(0)
+    return (share * stack.log()).nan_to_num(nan=0.0, neginf=-torch.inf).sum(0).exp()
+
+
+def upsample(
+    maps: Float[Tensor, "maps rows cols"], size: tuple[int, int]
+) -> Float[Tensor, "maps height width"]:
+    """Bring maps to another size, bilinear, pixel centres aligned (``align_corners=False``).
+
+    Args:
+        maps: maps on their grid.
+        size: (height, width), in cells or pixels.
+
+    Returns:
+        The maps at that size; the same tensor if they have it already.
+
+    Example:
+        >>> import torch
+        >>> upsample(torch.tensor([[[0.0, 1.0]]]), (1, 4)).tolist()
+        [[[0.0, 0.25, 0.75, 1.0]]]
+    """
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def resize_attributions(
+    attributions: Float[Tensor, "n c h w"],
+    size: tuple[int, int],
+    preserve: Literal["mass", "density"] = "mass",
+) -> Float[Tensor, "n c height width"]:
+    """Bring attributions to another size and keep their sum (mass) or their level (density).
+
+    Separable linear maps per axis: cell overlap when an axis shrinks, bilinear when it grows. For
+    "mass" every source cell hands out exactly its own value (columns sum to 1): the total is kept
+    at any ratio, and at whole ratios this is the usual resize times the area ratio. For "density"
+    every new cell takes a weighted mean (rows sum to 1): a constant stays that constant.
+
+    Args:
+        attributions: (n, c, h, w), signed.
+        size: (height, width) to reach.
+        preserve: "mass" (default) for attributions that sum to a difference of outputs,
+            "density" for maps whose level matters (Grad-CAM).
+
+    Returns:
+        Attributions (n, c, height, width); the same tensor if they have that size already.
+
+    Reference:
+        Our reading: so that completeness survives the aggregation over scales.
+
+    Example:
+        >>> import torch
+        >>> a = torch.rand(1, 1, 7, 7)
+        >>> torch.allclose(resize_attributions(a, (5, 3)).sum(), a.sum())
+        True
+    """
+    if tuple(attributions.shape[-2:]) == tuple(size):
+        return attributions
+    along_h = _axis_weights(attributions.shape[-2], size[0], preserve).to(attributions)
+    along_w = _axis_weights(attributions.shape[-1], size[1], preserve).to(attributions)
+    return along_h @ attributions @ rearrange(along_w, "new old -> old new")
+
+
+def _axis_weights(old: int, new: int, preserve: str) -> Float[Tensor, "new old"]:
+    """Weights that take an axis of ``old`` cells to ``new``: overlap or bilinear, normalised."""
+    if new < old:
+        edges_new = torch.linspace(0, old, new + 1, dtype=torch.float64)
+        edges_old = torch.arange(old + 1, dtype=torch.float64)
+        upper = torch.minimum(edges_new[1:, None], edges_old[None, 1:])
+        lower = torch.maximum(edges_new[:-1, None], edges_old[None, :-1])
+        weights = (upper - lower).clamp(min=0)
+    else:
+        eye = torch.eye(old, dtype=torch.float64)[None]
+        weights = F.interpolate(eye, size=new, mode="linear", align_corners=False)[0].T
+    return weights / weights.sum(0 if preserve == "mass" else 1, keepdim=True)
