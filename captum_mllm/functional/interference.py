@@ -103,7 +103,7 @@ def arc_subtract(
     alpha = torch.where(energy > 0, overlap / energy, torch.zeros_like(energy))
     if alpha_max is not None:
         alpha = alpha.clamp(max=alpha_max)
-    irrelevant = (weights * (1 - relevance)) @ context_maps
+    irrelevant = (weights * (1 - relevance.to(weights.dtype))) @ context_maps
     return (maps - strength * alpha[:, None] * irrelevant).clamp(min=0)
 
 
@@ -130,17 +130,16 @@ def joint_min_max(
 
     Example:
         >>> import torch
-        >>> m, s = joint_min_max(
-        ...     torch.tensor([[0.0, 1.0]]), torch.tensor([[4.0, 9.0]]), torch.tensor([[True, False]])
-        ... )
+        >>> earlier = torch.tensor([[True, False]])
+        >>> m, s = joint_min_max(torch.tensor([[0.0, 1.0]]), torch.tensor([[4.0, 9.0]]), earlier)
         >>> m.tolist(), s.tolist()
         ([[0.0, 0.25]], [[1.0, 0.0]])
     """
-    infinity = torch.full_like(scores, torch.inf)
-    low = torch.minimum(maps.amin(1), torch.where(is_earlier, scores, infinity).amin(1))
-    high = torch.maximum(maps.amax(1), torch.where(is_earlier, scores, -infinity).amax(1))
-    span = (high - low)[:, None]
+    # A score that does not count is stood in for by a cell, which counts anyway.
+    joint = torch.cat([maps, torch.where(is_earlier, scores, maps[:, :1])], dim=1)
+    low, high = joint.aminmax(dim=1, keepdim=True)
+    span = high - low
     safe = torch.where(span > 0, span, torch.ones_like(span))
-    unit_maps = torch.where(span > 0, (maps - low[:, None]) / safe, torch.zeros_like(maps))
-    unit_scores = torch.where(is_earlier & (span > 0), (scores - low[:, None]) / safe, 0.0)
+    unit_maps = torch.where(span > 0, (maps - low) / safe, torch.zeros_like(maps))
+    unit_scores = torch.where(is_earlier & (span > 0), (scores - low) / safe, 0.0)
     return unit_maps, unit_scores.to(scores.dtype)

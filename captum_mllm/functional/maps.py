@@ -70,13 +70,16 @@ def rank_gaussian_filter(
         True
     """
     rows, cols = maps.shape[-2:]
-    flat = maps.reshape(1, -1, rows, cols)
+    flat = maps.reshape(-1, 1, rows, cols)
     flat = F.pad(flat, (0, 0, 1, 1), mode="reflect" if rows > 1 else "replicate")
     flat = F.pad(flat, (1, 1, 0, 0), mode="reflect" if cols > 1 else "replicate")
-    shifted = [flat[0, :, y : y + rows, x : x + cols] for y in range(3) for x in range(3)]
+    shifted = [flat[:, 0, y : y + rows, x : x + cols] for y in range(3) for x in range(3)]
     window = torch.stack(shifted, dim=-1).sort(dim=-1).values
-    mean = window.mean(-1)
-    variance = window.var(-1, correction=0)
+    # Relative to the window's peak: squares of 1e-30 or 1e30 leave the range of float32.
+    peak = window[..., -1:]
+    relative = window / torch.where(peak > 0, peak, torch.ones_like(peak))
+    mean = relative.mean(-1)
+    variance = (relative - mean[..., None]).square().mean(-1)
     rank = torch.arange(9, dtype=maps.dtype, device=maps.device)
     tiny = torch.finfo(maps.dtype).tiny
     # A tiny sigma leaves all weight on the median, which is the constant of a flat window.
@@ -103,8 +106,8 @@ def aggregate(
         One map of the shape of each.
 
     Raises:
-        ValueError: ``how`` is unknown; weights given with "median"; negative values with
-            "geometric_mean".
+        ValueError: ``how`` is unknown; weights given with "median", of another number than the
+            scales, negative or all 0; negative values with "geometric_mean".
 
     Reference:
         Multi-scale explanation aggregation: the mean is the paper's, the rest ours.
@@ -116,21 +119,32 @@ def aggregate(
     """
     if how not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {how!r}.")
+    if weights is not None:
+        _check_scale_weights(weights, how, len(stack))
     if len(stack) == 1:
         return stack[0]  # bit for bit: one scale is the base itself
     if how == "median":
-        if weights is not None:
-            raise ValueError("aggregation 'median' takes no weights; use 'mean'.")
         ordered, last = stack.sort(dim=0).values, len(stack) - 1
         return (ordered[last // 2] + ordered[last - last // 2]) / 2
     if how == "geometric_mean" and bool((stack < 0).any()):
         raise ValueError("aggregation 'geometric_mean' needs values >= 0; use 'mean' or 'median'.")
     if weights is None:
         weights = stack.new_ones(len(stack))
-    share = (weights / weights.sum()).reshape(-1, *[1] * (stack.ndim - 1))
+    share = (weights / weights.sum()).to(stack.dtype).reshape(-1, *[1] * (stack.ndim - 1))
     if how == "mean":
         return (share * stack).sum(0)
-    return (share * stack.log()).nan_to_num(nan=0.0, neginf=-torch.inf).sum(0).exp()
+    return torch.xlogy(share, stack).sum(0).exp()  # a weight of 0 silences log(0)
+
+
+def _check_scale_weights(weights: Tensor, how: str, n_scales: int) -> None:
+    if how == "median":
+        raise ValueError("aggregation 'median' takes no weights; use 'mean'.")
+    if tuple(weights.shape) != (n_scales,):
+        raise ValueError(
+            f"weights must hold one value per scale ({n_scales}), got {tuple(weights.shape)}."
+        )
+    if bool((weights < 0).any()) or not bool(weights.sum() > 0):
+        raise ValueError(f"weights must be >= 0 and not all 0, got {weights.tolist()}.")
 
 
 def upsample(
@@ -176,6 +190,9 @@ def resize_attributions(
     Returns:
         Attributions (n, c, height, width); the same tensor if they have that size already.
 
+    Raises:
+        ValueError: ``preserve`` is unknown.
+
     Reference:
         Our reading: so that completeness survives the aggregation over scales.
 
@@ -185,6 +202,8 @@ def resize_attributions(
         >>> torch.allclose(resize_attributions(a, (5, 3)).sum(), a.sum())
         True
     """
+    if preserve not in ("mass", "density"):
+        raise ValueError(f"preserve must be one of mass, density, got {preserve!r}.")
     if tuple(attributions.shape[-2:]) == tuple(size):
         return attributions
     along_h = _axis_weights(attributions.shape[-2], size[0], preserve).to(attributions)

@@ -60,7 +60,7 @@ def rank_biased_overlap(
         Similarities (a, b) in [0, 1], float64.
 
     Raises:
-        ValueError: ``p`` outside (0, 1), or a row holds an id twice.
+        ValueError: ``p`` outside (0, 1), depths that differ, or a row that holds an id twice.
 
     Reference:
         "A similarity measure for indefinite rankings", ACM TOIS 28(4), 2010; its use for
@@ -74,6 +74,11 @@ def rank_biased_overlap(
     """
     if not 0.0 < p < 1.0:
         raise ValueError(f"rbo_p must lie strictly between 0 and 1, got {p}.")
+    if rankings_a.shape[1] != rankings_b.shape[1]:
+        raise ValueError(
+            f"rankings_a and rankings_b must have the same depth, got {rankings_a.shape[1]} and "
+            f"{rankings_b.shape[1]}; cut both to the smaller."
+        )
     for name, rankings in (("rankings_a", rankings_a), ("rankings_b", rankings_b)):
         in_order = rankings.sort(dim=1).values
         if bool((in_order[:, 1:] == in_order[:, :-1]).any()):
@@ -88,7 +93,8 @@ def rank_biased_overlap(
     rank_in_b.scatter_(1, compact_b, ranks.expand(n_b, k))
 
     depth = torch.arange(1, k + 1, dtype=torch.float64, device=device)
-    per_depth = (1 - p) * p ** (depth - 1) / depth
+    persistence = p ** (depth - 1)  # its sum is (1 - p^k) / (1 - p), without the cancellation
+    per_depth = persistence / persistence.sum() / depth
     gain = F.pad(per_depth.flip(0).cumsum(0).flip(0), (0, 1))  # g(1..k), then 0 for "not common"
     deeper = torch.maximum(rank_in_b[:, compact_a], ranks)  # (b, a, k)
-    return gain[deeper].sum(-1).T / (1 - p**k)
+    return gain[deeper].sum(-1).T.clamp(max=1)  # rounding alone could pass 1

@@ -1,0 +1,264 @@
+"""Slow, obvious twins of every formula: loops over plain floats, written from the definitions.
+
+Nothing here shares code with the package. Tensors go in and come out (float64); in between there
+are only Python numbers and lists, so that each line can be checked against the formula by eye.
+"""
+
+import math
+import statistics
+
+import torch
+from torch import Tensor
+
+
+def _f64(nested) -> Tensor:
+    return torch.tensor(nested, dtype=torch.float64)
+
+
+def dot(a: list[float], b: list[float]) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+
+def relu(x: float) -> float:
+    return x if x > 0 else 0.0
+
+
+# --- rankings ---------------------------------------------------------------------------------
+
+
+def top_k_rankings(logits: Tensor, k: int) -> Tensor:
+    """Best first, ties by the lower id: Python's sort on (-logit, id)."""
+    rows = []
+    for row in logits.float().tolist():
+        order = sorted(range(len(row)), key=lambda i, row=row: (-row[i], i))
+        rows.append(order[:k])
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def rank_biased_overlap(rankings_a: Tensor, rankings_b: Tensor, p: float = 0.9) -> Tensor:
+    """Prefix sets: weight p^(d-1) on the shared fraction of the first d ids, weights normalised."""
+
+    def one(a: list[int], b: list[int]) -> float:
+        total = weight_sum = 0.0
+        for d in range(1, len(a) + 1):
+            agreement = len(set(a[:d]) & set(b[:d])) / d
+            total += p ** (d - 1) * agreement
+            weight_sum += p ** (d - 1)
+        return total / weight_sum
+
+    return _f64([[one(a, b) for b in rankings_b.tolist()] for a in rankings_a.tolist()])
+
+
+# --- interference -----------------------------------------------------------------------------
+
+
+def context_weights(scores: Tensor, is_context: Tensor) -> Tensor:
+    rows = []
+    for row, flags in zip(scores.tolist(), is_context.tolist(), strict=True):
+        total = sum(s for s, flag in zip(row, flags, strict=True) if flag)
+        rows.append(
+            [s / total if flag and total > 0 else 0.0 for s, flag in zip(row, flags, strict=True)]
+        )
+    return _f64(rows)
+
+
+def weighted_sum(weights: list[float], context_maps: list[list[float]]) -> list[float]:
+    n_cells = len(context_maps[0])
+    return [
+        math.fsum(w * context[c] for w, context in zip(weights, context_maps, strict=True))
+        for c in range(n_cells)
+    ]
+
+
+def best_alpha(target_map: list[float], interference: list[float]) -> float:
+    energy = dot(interference, interference)
+    return dot(target_map, interference) / energy if energy > 0 else 0.0
+
+
+def arc_subtract(
+    maps: Tensor,
+    context_maps: Tensor,
+    weights: Tensor,
+    relevance: Tensor,
+    strength: float = 1.0,
+    alpha_max: float | None = None,
+) -> Tensor:
+    cleaned, contexts = [], context_maps.tolist()
+    for a, w, r in zip(maps.tolist(), weights.tolist(), relevance.tolist(), strict=True):
+        alpha = best_alpha(a, weighted_sum(w, contexts))
+        if alpha_max is not None and alpha > alpha_max:
+            alpha = alpha_max
+        irrelevant = [wj * (1 - rj) for wj, rj in zip(w, r, strict=True)]
+        e = weighted_sum(irrelevant, contexts)
+        cleaned.append([relu(x - strength * alpha * y) for x, y in zip(a, e, strict=True)])
+    return _f64(cleaned)
+
+
+def eci_subtract(
+    maps: Tensor, context_maps: Tensor, weights: Tensor, alpha_max: float | None = None
+) -> Tensor:
+    cleaned, contexts = [], context_maps.tolist()
+    for a, w in zip(maps.tolist(), weights.tolist(), strict=True):
+        e = weighted_sum(w, contexts)
+        alpha = best_alpha(a, e)
+        if alpha_max is not None and alpha > alpha_max:
+            alpha = alpha_max
+        cleaned.append([relu(x - alpha * y) for x, y in zip(a, e, strict=True)])
+    return _f64(cleaned)
+
+
+def joint_min_max(maps: Tensor, scores: Tensor, is_earlier: Tensor) -> tuple[Tensor, Tensor]:
+    unit_maps, unit_scores = [], []
+    for a, s, flags in zip(maps.tolist(), scores.tolist(), is_earlier.tolist(), strict=True):
+        values = list(a) + [x for x, flag in zip(s, flags, strict=True) if flag]
+        low, high = min(values), max(values)
+
+        def unit(x: float, low: float = low, high: float = high) -> float:
+            return (x - low) / (high - low) if high > low else 0.0
+
+        unit_maps.append([unit(x) for x in a])
+        unit_scores.append([unit(x) if flag else 0.0 for x, flag in zip(s, flags, strict=True)])
+    return _f64(unit_maps), _f64(unit_scores)
+
+
+# --- maps -------------------------------------------------------------------------------------
+
+
+def lens_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = []
+    for v, row in enumerate(weight.double().tolist()):
+        b = 0.0 if bias is None else bias.double().tolist()[v]
+        rows.append([dot(row, h) + b for h in hidden.double().tolist()])
+    return _f64(rows)
+
+
+def _reflected(i: int, n: int) -> int:
+    """Index of cell i of an axis of n cells, one step outside allowed: mirrored, edge if n = 1."""
+    if n == 1:
+        return 0
+    if i == -1:
+        return 1
+    return n - 2 if i == n else i
+
+
+def _rank_gauss(window: list[float]) -> float:
+    mean = statistics.fmean(window)
+    if mean <= 0:
+        return 0.0
+    if min(window) == max(window):
+        return window[0]
+    sigma = statistics.pstdev(window) / mean
+    weights = []
+    for r in range(9):
+        exponent = (r - 4) ** 2 / sigma / sigma / 2
+        weights.append(math.exp(-exponent))
+    return dot(weights, sorted(window)) / sum(weights)
+
+
+def rank_gaussian_filter(maps: Tensor) -> Tensor:
+    """One map (rows, cols)."""
+    grid = maps.tolist()
+    rows, cols = len(grid), len(grid[0])
+    result = []
+    for y in range(rows):
+        line = []
+        for x in range(cols):
+            window = [
+                grid[_reflected(y + dy, rows)][_reflected(x + dx, cols)]
+                for dy in (-1, 0, 1)
+                for dx in (-1, 0, 1)
+            ]
+            line.append(_rank_gauss(window))
+        result.append(line)
+    return _f64(result)
+
+
+def aggregate(stack: Tensor, how: str = "mean", weights: Tensor | None = None) -> Tensor:
+    """Each cell on its own: ``stack`` is (scales, ...)."""
+    w = [1.0] * len(stack) if weights is None else weights.tolist()
+
+    def one(values: list[float]) -> float:
+        if how == "median":
+            return statistics.median(values)
+        if how == "mean":
+            return dot(w, values) / sum(w)
+        product = 1.0
+        for wi, x in zip(w, values, strict=True):
+            product *= x ** (wi / sum(w))
+        return product
+
+    cells = stack.reshape(len(stack), -1).T.tolist()
+    return _f64([one(values) for values in cells]).reshape(stack.shape[1:])
+
+
+def _bilinear_taps(new: int, old: int) -> list[dict[int, float]]:
+    """Per new cell the old cells and weights it takes, pixel centres aligned, edges clamped."""
+    taps = []
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        centre = min(max(centre, 0.0), old - 1.0)
+        left = math.floor(centre)
+        right = min(left + 1, old - 1)
+        share: dict[int, float] = {}
+        share[left] = share.get(left, 0.0) + 1 - (centre - left)
+        share[right] = share.get(right, 0.0) + (centre - left)
+        taps.append(share)
+    return taps
+
+
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    result = []
+    for grid in maps.tolist():
+        down = _bilinear_taps(size[0], len(grid))
+        across = _bilinear_taps(size[1], len(grid[0]))
+        result.append(
+            [
+                [
+                    sum(wy * wx * grid[y][x] for y, wy in ty.items() for x, wx in tx.items())
+                    for tx in across
+                ]
+                for ty in down
+            ]
+        )
+    return _f64(result)
+
+
+def _axis_matrix(old: int, new: int, preserve: str) -> list[list[float]]:
+    """(new, old): shared length of the cells where the axis shrinks, bilinear where it grows."""
+    matrix = [[0.0] * old for _ in range(new)]
+    if new < old:
+        for i in range(new):
+            for j in range(old):
+                # In units of 1 / (old * new): new cell i is [i*old, (i+1)*old), old cell j is
+                # [j*new, (j+1)*new): whole numbers, no rounding.
+                shared = min((i + 1) * old, (j + 1) * new) - max(i * old, j * new)
+                matrix[i][j] = float(max(shared, 0))
+    else:
+        for i, share in enumerate(_bilinear_taps(new, old)):
+            for j, w in share.items():
+                matrix[i][j] += w
+    if preserve == "mass":
+        sums = [sum(matrix[i][j] for i in range(new)) for j in range(old)]
+        return [[matrix[i][j] / sums[j] for j in range(old)] for i in range(new)]
+    return [[x / sum(row) for x in row] for row in matrix]
+
+
+def resize_attributions(
+    attributions: Tensor, size: tuple[int, int], preserve: str = "mass"
+) -> Tensor:
+    n, c, h, w = attributions.shape
+    down = _axis_matrix(h, size[0], preserve)
+    across = _axis_matrix(w, size[1], preserve)
+    result = torch.zeros(n, c, *size, dtype=torch.float64)
+    for i in range(n):
+        for j in range(c):
+            grid = attributions[i, j].tolist()
+            for y in range(size[0]):
+                for x in range(size[1]):
+                    result[i, j, y, x] = math.fsum(
+                        down[y][v] * across[x][u] * grid[v][u]
+                        for v in range(h)
+                        if down[y][v]
+                        for u in range(w)
+                    )
+    return result
