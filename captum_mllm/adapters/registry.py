@@ -1,0 +1,72 @@
+"""Which adapter serves which model class."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from captum_mllm.adapters.base import Adapter
+
+_REGISTRY: dict[str, type[Adapter]] = {}
+_A = TypeVar("_A", bound=type[Adapter])
+
+
+def register_adapter(*model_classes: str) -> Callable[[_A], _A]:
+    """Class decorator: this adapter serves the named model classes (and their subclasses).
+
+    Args:
+        model_classes: names of ``transformers`` classes; names, so that nothing is imported.
+
+    Example:
+        >>> from captum_mllm.adapters import LlavaAdapter, register_adapter
+        >>> @register_adapter("MyLlavaForConditionalGeneration")
+        ... class MyAdapter(LlavaAdapter): ...
+    """
+
+    def register(adapter: _A) -> _A:
+        for name in model_classes:
+            _REGISTRY[name] = adapter
+        return adapter
+
+    return register
+
+
+def find_adapter(model: nn.Module) -> Adapter:
+    """The adapter for a model, by its class or the nearest registered base class.
+
+    Args:
+        model: the user's model.
+
+    Raises:
+        TypeError: not a torch module.
+        ValueError: no adapter is registered for it, or it is compiled.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a transformers model (torch.nn.Module) or, for wrappers, an "
+            f"attribution method; got {type(model).__name__}."
+        )
+    _refuse_compiled(model)
+    for cls in type(model).__mro__:
+        if cls.__name__ in _REGISTRY:
+            return _REGISTRY[cls.__name__](model)
+    raise ValueError(
+        f"model: no adapter for {type(model).__name__}. Registered: "
+        f"{', '.join(sorted(_REGISTRY))}. To add one, subclass captum_mllm.adapters.Adapter and "
+        f"decorate it with @register_adapter({type(model).__name__!r})."
+    )
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    """Raise on torch.compile: hooks set later don't fire, or get traced into the user's graph."""
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is None and not hasattr(
+            module, "_orig_mod"
+        ):
+            continue
+        where = f"its module {name!r}" if name else "it"
+        raise ValueError(
+            f"model: {where} is compiled (torch.compile), and forward hooks do not fire reliably "
+            f"in compiled modules. Pass the uncompiled model (model._orig_mod where you kept "
+            f"only torch.compile's return value)."
+        )

@@ -1,0 +1,131 @@
+"""The base: a logit lens on the image positions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from captum.attr import Attribution
+from torch import nn
+from typing_extensions import override
+
+from captum_mllm.adapters import find_adapter
+from captum_mllm.attr.base import TokenAttribution, raw_result
+from captum_mllm.result import MLLMAttributionResult
+from captum_mllm.runner import Explain, Runner
+from captum_mllm.trace import TokenTrace
+
+
+class LogitLens(TokenAttribution):
+    r"""Logit lens: how strongly each image position predicts each token of the answer.
+
+    ``A_t = relu(W[y_t] . h_i)`` at the image positions i, h after the final norm. Since image
+    positions never see the text after them, one forward serves all tokens. A raw map depends on
+    the image and the token id alone: two mentions of "dog" have the same map.
+
+    Args:
+        model: a transformers model of a registered family; left bit for bit as it is.
+        processor: its processor; gives labels, string targets, special tokens and the geometry
+            for ``to_image``. Default None: everything else works without.
+        layer: LM layer whose output goes through the final norm and the head, default -1 (the
+            last: the model's own logits). Rankings and probabilities are always the model's own.
+        context: which prompt text counts: "after_image" (default, the non-special tokens after
+            the last image) or "all" (those before it too). The very first token of the sequence
+            was predicted from nothing and is never context.
+
+    Raises:
+        ValueError: unsupported or compiled model, no such layer, unknown ``context``.
+
+    Reference:
+        Logit lens on visual tokens: the base of TAM (arXiv 2506.23270) and of the paper
+        (arXiv 2509.22415).
+
+    Example:
+        >>> from captum_mllm import LogitLens
+        >>> from captum_mllm.reference import load, make_scene
+        >>> model, processor = load()
+        >>> picture = make_scene(1).image(112)
+        >>> inputs = processor(images=picture, text="USER: <image>\nwhat is this ? ASSISTANT:",
+        ...     return_tensors="pt")
+        >>> attr = LogitLens(model, processor).attribute(inputs, target="there is a dog")
+        >>> attr.output_tokens, tuple(attr.grid_attr[0].shape)
+        ((' there', ' is', ' a', ' dog'), (4, 14, 14))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any = None,
+        layer: int = -1,
+        *,
+        context: str = "after_image",
+    ) -> None:
+        adapter = find_adapter(model)
+        super().__init__(model)
+        depth = len(adapter.layers)
+        if not isinstance(layer, int) or not -depth <= layer < depth:
+            raise ValueError(f"layer must be an int in {-depth}..{depth - 1}, got {layer!r}.")
+        if context not in ("after_image", "all"):
+            raise ValueError(f"context must be 'after_image' or 'all', got {context!r}.")
+        layer = -1 if layer % depth == depth - 1 else layer % depth
+        self._runner = Runner(adapter, processor, layer, context)
+
+    @property
+    @override
+    def runner(self) -> Runner:
+        return self._runner
+
+    @override
+    def read(self, trace: TokenTrace) -> MLLMAttributionResult:
+        return raw_result(trace, type(self).__name__)
+
+    @override
+    def trace(
+        self,
+        inputs: Mapping[str, Any],
+        target: Any = None,
+        *,
+        explain: Explain = "answer",
+        gen_args: Mapping[str, Any] | None = None,
+        top_k: int | None = None,
+        images: Any = None,
+        show_progress: bool = False,
+    ) -> TokenTrace:
+        del images, show_progress  # they matter at other scales only
+        run = self.runner.run(inputs, target, explain=explain, gen_args=gen_args, top_k=top_k)
+        return run.trace
+
+
+def raw_maps_of(
+    model_or_attribution: Any, processor: Any = None, layer: int = -1, *, wanted_by: str
+) -> TokenAttribution:
+    """The attribution that gives raw maps: itself, or a ``LogitLens`` over a model.
+
+    Args:
+        model_or_attribution: a transformers model or a token attribution.
+        processor: the model's processor; with an attribution it must be None.
+        layer: layer of the lens; with an attribution it must be -1.
+        wanted_by: who asks, for the message.
+
+    Raises:
+        TypeError: neither a model nor a token attribution.
+        ValueError: an attribution that already subtracts context, or one with a processor or
+            layer of its own beside it.
+    """
+    if not isinstance(model_or_attribution, TokenAttribution):
+        if isinstance(model_or_attribution, Attribution):
+            raise TypeError(
+                f"{wanted_by} needs maps per token: {type(model_or_attribution).__name__} gives "
+                f"none. Pass the model, LogitLens(model) or MSEA(model)."
+            )
+        return LogitLens(model_or_attribution, processor, layer)
+    name = type(model_or_attribution).__name__
+    if processor is not None or layer != -1:
+        raise ValueError(
+            f"processor and layer belong to the innermost attribution: give them to {name}, not "
+            f"to {wanted_by}."
+        )
+    if model_or_attribution.subtracts_context:
+        raise ValueError(
+            f"{wanted_by} needs raw maps, but {name} already subtracts what context explains; "
+            f"use one of the two."
+        )
+    return model_or_attribution

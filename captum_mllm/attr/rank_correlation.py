@@ -1,0 +1,274 @@
+"""ARC: suppress what irrelevant context puts on a token's attributions."""
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+import torch
+from captum.attr import Attribution
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from typing_extensions import override
+
+from captum_mllm.attr.base import TokenAttribution, make_result
+from captum_mllm.attr.logit_lens import raw_maps_of
+from captum_mllm.functional import (
+    arc_subtract,
+    context_weights,
+    joint_min_max,
+    rank_biased_overlap,
+    rank_gaussian_filter,
+)
+from captum_mllm.result import UNIT, MLLMAttributionResult
+from captum_mllm.runner import Explain, Runner
+from captum_mllm.trace import TokenTrace
+
+
+class RankCorrelationDenoiser(TokenAttribution):
+    """Post-processes token attributions by activation ranking correlation (ARC).
+
+    The relevance of a context token is the rank-biased overlap of the top-k predictions that led
+    to it and to the target. Image side: what *irrelevant* context puts on the map is subtracted,
+    what coherent context shares with the target stays. Text side: the attribution of each context
+    token is multiplied by its relevance.
+
+    Args:
+        attribution_method: a token attribution that gives raw maps (``LogitLens(model)``,
+            ``MSEA(model)``); for :meth:`denoise` alone any captum attribution, or None.
+        top_k: depth of the rankings, default 50 (the paper's).
+        rbo_p: persistence of the rank-biased overlap in (0, 1), default 0.9.
+        strength: lambda >= 0 of the subtraction, default 1; on the text side the factor is
+            ``1 - strength * (1 - relevance)``, at least 0.
+        alpha_max: bound > 0 of the fitted alpha, default None (none).
+        rank_filter: apply TAM's rank Gaussian filter at the end, default False.
+
+    Raises:
+        ValueError: numbers out of range; a base that already subtracts context.
+
+    Reference:
+        Idea: arXiv 2509.22415; formulas: our reading, in
+        :func:`~captum_mllm.functional.arc_subtract`.
+
+    Example:
+        >>> import torch
+        >>> from captum_mllm import RankCorrelationDenoiser
+        >>> scores = torch.tensor([[2.0, 4.0]])  # one target, two context tokens
+        >>> context, target = torch.tensor([[1, 2], [8, 9]]), torch.tensor([[1, 2]])
+        >>> arc = RankCorrelationDenoiser(None, top_k=2)
+        >>> arc.denoise(scores, context, target_rankings=target).tolist()
+        [[2.0, 0.0]]
+    """
+
+    def __init__(
+        self,
+        attribution_method: Attribution | None,
+        top_k: int = 50,
+        rbo_p: float = 0.9,
+        strength: float = 1.0,
+        *,
+        alpha_max: float | None = None,
+        rank_filter: bool = False,
+    ) -> None:
+        if isinstance(attribution_method, TokenAttribution):
+            raw_maps_of(attribution_method, wanted_by="ARC")
+        super().__init__(getattr(attribution_method, "forward_func", None))  # type: ignore[arg-type]
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+            raise ValueError(f"top_k must be an int >= 1, got {top_k!r}.")
+        if not 0.0 < rbo_p < 1.0:
+            raise ValueError(f"rbo_p must lie strictly between 0 and 1, got {rbo_p!r}.")
+        if not (isfinite(strength) and strength >= 0):
+            raise ValueError(f"strength must be a finite number >= 0, got {strength!r}.")
+        if alpha_max is not None and not alpha_max > 0:
+            raise ValueError(f"alpha_max must be > 0 or None, got {alpha_max!r}.")
+        self.attribution_method = attribution_method
+        self.top_k = top_k
+        self.rbo_p = rbo_p
+        self.strength = strength
+        self.alpha_max = alpha_max
+        self.rank_filter = rank_filter
+
+    @property
+    def subtracts_context(self) -> bool:
+        """Whether :meth:`read` takes interference of context off: yes."""
+        return True
+
+    @property
+    @override
+    def runner(self) -> Runner:
+        return self._base.runner
+
+    @property
+    def _base(self) -> TokenAttribution:
+        if isinstance(self.attribution_method, TokenAttribution):
+            return self.attribution_method
+        raise TypeError(
+            f"attribution_method is {type(self.attribution_method).__name__}, which does not "
+            f"trace tokens: attribute needs LogitLens(model) or MSEA(model) inside. For "
+            f"attributions computed elsewhere use denoise(...)."
+        )
+
+    @property
+    @override
+    def ranking_depth(self) -> int | None:
+        return self.top_k
+
+    @override
+    def trace(
+        self,
+        inputs: Mapping[str, Any],
+        target: Any = None,
+        *,
+        explain: Explain = "answer",
+        top_k: int | None = None,
+        **options: Any,
+    ) -> TokenTrace:
+        depth = self.top_k if top_k is None else top_k
+        return self._base.trace(inputs, target, explain=explain, top_k=depth, **options)
+
+    @override
+    def read(self, trace: TokenTrace) -> MLLMAttributionResult:
+        if trace.rankings is None:
+            raise ValueError("trace holds no rankings; make it with trace(..., top_k=...).")
+        cells, rows = trace.cells, trace.text_class
+        rankings = trace.rankings
+        relevance = self._relevance(rankings[trace.targets], rankings).to(cells)
+        relevance = torch.where(trace.is_earlier, relevance, 0.0)
+        weights = context_weights(trace.text_scores, trace.is_context)
+        cleaned = arc_subtract(
+            cells[rows[trace.targets]],
+            cells[rows],
+            weights,
+            relevance,
+            self.strength,
+            self.alpha_max,
+        )
+        unit, scores = joint_min_max(cleaned, trace.text_scores, trace.is_earlier)
+        maps = trace.unpack_cells(unit)
+        if self.rank_filter:
+            maps = tuple(rank_gaussian_filter(grid) for grid in maps)
+        kept = scores * self._kept(relevance)
+        return make_result(trace, maps, kept, UNIT, type(self).__name__, relevance)
+
+    def denoise(
+        self,
+        maps_or_scores: Float[Tensor, "targets ..."],
+        rankings: Int64[Tensor, "tokens k"],
+        *,
+        target_rankings: Int64[Tensor, "targets k"] | None = None,
+        context_maps: Float[Tensor, "tokens ..."] | None = None,
+        context_scores: Float[Tensor, "targets tokens"] | None = None,
+    ) -> Float[Tensor, "targets ..."]:
+        """Apply ARC to attributions that were computed elsewhere.
+
+        Args:
+            maps_or_scores: text attributions (targets, tokens), e.g. ``token_attr`` of captum's
+                ``LLMAttributionResult``; or maps >= 0 (targets, rows, cols).
+            rankings: top-k ids of the prediction that led to each context token (tokens, k).
+            target_rankings: the same for each target; None (default) means that the targets are
+                the last of the tokens, and that a token is context of the later ones only.
+            context_maps: with maps, the map of each context token (tokens, rows, cols).
+            context_scores: with maps, how strongly each context token predicts each target
+                (targets, tokens), >= 0; give 0 to tokens with the target's own id.
+
+        Returns:
+            Cleaned attributions of the shape of ``maps_or_scores``, in its units.
+
+        Raises:
+            ValueError: shapes that don't fit, rankings shorter than ``top_k`` or with repeated
+                ids, maps without their context.
+        """
+        n = len(maps_or_scores)
+        causal = target_rankings is None
+        targets = rankings[-n:] if target_rankings is None else target_rankings
+        for name, value in (("rankings", rankings), ("target_rankings", targets)):
+            if value.ndim != 2 or value.shape[1] < self.top_k:
+                raise ValueError(
+                    f"{name} must be (tokens, k) with k >= top_k = {self.top_k}, got shape "
+                    f"{tuple(value.shape)}; make the denoiser with a smaller top_k."
+                )
+        if len(targets) != n:
+            raise ValueError(
+                f"target_rankings hold {len(targets)} rows for {n} targets in maps_or_scores."
+            )
+        relevance = self._relevance(targets, rankings).to(maps_or_scores)
+        is_context = torch.ones_like(relevance, dtype=torch.bool)
+        if causal:
+            is_context = is_context.tril(len(rankings) - n - 1)
+        if maps_or_scores.ndim == 2:
+            if maps_or_scores.shape != relevance.shape:
+                raise ValueError(
+                    f"maps_or_scores of shape {tuple(maps_or_scores.shape)} must be (targets, "
+                    f"tokens) = {tuple(relevance.shape)}, one column per row of rankings."
+                )
+            return torch.where(is_context, maps_or_scores * self._kept(relevance), 0.0)
+        if context_maps is None or context_scores is None:
+            raise ValueError(
+                "maps_or_scores are maps, which need context_maps= (tokens, rows, cols) and "
+                "context_scores= (targets, tokens)."
+            )
+        if (
+            context_maps.shape != (len(rankings), *maps_or_scores.shape[1:])
+            or context_scores.shape != relevance.shape
+        ):
+            raise ValueError(
+                f"context_maps must be {(len(rankings), *maps_or_scores.shape[1:])} and "
+                f"context_scores {tuple(relevance.shape)}, got {tuple(context_maps.shape)} and "
+                f"{tuple(context_scores.shape)}."
+            )
+        return arc_subtract(
+            maps_or_scores.flatten(1),
+            context_maps.flatten(1),
+            context_weights(context_scores, is_context),
+            relevance,
+            self.strength,
+            self.alpha_max,
+        ).reshape(maps_or_scores.shape)
+
+    def _relevance(
+        self, targets: Int64[Tensor, "targets k"], tokens: Int64[Tensor, "tokens k"]
+    ) -> Float[Tensor, "targets tokens"]:
+        k = self.top_k
+        return rank_biased_overlap(targets[:, :k], tokens[:, :k], self.rbo_p)
+
+    def _kept(self, relevance: Tensor) -> Tensor:
+        """Share of a context token's attribution that stays on the text side."""
+        return (1 - self.strength * (1 - relevance)).clamp(min=0)
+
+
+class ARC(RankCorrelationDenoiser):
+    """Activation ranking correlation over a model's logit lens or over another attribution.
+
+    ``ARC(model)`` is ``RankCorrelationDenoiser(LogitLens(model))``.
+
+    Args:
+        model_or_attribution: a transformers model, or a token attribution such as
+            ``MSEA(model)``.
+        processor: the model's processor, default None; with an attribution, give it to that.
+        layer: as for ``LogitLens``, default -1.
+        top_k: see :class:`RankCorrelationDenoiser`.
+        rbo_p: see :class:`RankCorrelationDenoiser`.
+        strength: see :class:`RankCorrelationDenoiser`.
+        alpha_max: see :class:`RankCorrelationDenoiser`.
+        rank_filter: see :class:`RankCorrelationDenoiser`.
+    """
+
+    def __init__(
+        self,
+        model_or_attribution: nn.Module | TokenAttribution,
+        processor: Any = None,
+        *,
+        layer: int = -1,
+        top_k: int = 50,
+        rbo_p: float = 0.9,
+        strength: float = 1.0,
+        alpha_max: float | None = None,
+        rank_filter: bool = False,
+    ) -> None:
+        super().__init__(
+            raw_maps_of(model_or_attribution, processor, layer, wanted_by="ARC"),
+            top_k,
+            rbo_p,
+            strength,
+            alpha_max=alpha_max,
+            rank_filter=rank_filter,
+        )

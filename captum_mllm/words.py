@@ -1,0 +1,272 @@
+"""From tokens to words: grouping, word maps, word probabilities and where a word's map peaks.
+
+What a person reads is words; what a model says is tokens. Pure functions, all **our choice**:
+
+- a label that starts with a space starts a word, one without continues it, punctuation stands
+  alone;
+- a word's map is the elementwise maximum of its tokens' maps (a cell counts if any part of the
+  word looked there), its probability the product of its tokens' probabilities.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from captum_mllm.geometry import ImageGeometry
+
+FUNCTION_WORDS = frozenset(
+    # CC, DT, EX, PRP, PRP$, POS
+    "and but or nor yet so plus either neither both the a an this that these those every each all "
+    "any some no another there i you he she it we they me him her us them myself yourself himself "
+    "herself itself ourselves themselves mine yours hers ours theirs my your his its our their 's "
+    # MD and auxiliaries
+    "can could may might must shall should will would ought is am are was were be been being do "
+    "does did has have had having 're 've 'll 'd 'm isn't aren't wasn't weren't don't doesn't "
+    "didn't can't cannot couldn't won't wouldn't shouldn't hasn't haven't hadn't not n't "
+    # WDT, WP, WP$, WRB, UH
+    "which what who whom whose when where why how whatever whichever whoever whenever wherever "
+    "oh yes please well ah hey hello "
+    # prepositions, subordinating conjunctions, "to"
+    "of in on at by for with from to into onto upon over under above below between among near "
+    "beside behind before after across through along around against about as like than if while "
+    "because since until unless although though during without within off out up down".split()
+)
+"""Closed-class words, lower case: the tags CC DT EX MD POS PRP PRP$ UH WDT WP WP$ WRB as a fixed
+list (a tagger would need a download), and for display also prepositions and auxiliaries."""
+
+_START = " \u2581\u0120"  # a space, and how SentencePiece and byte-level BPE write one
+_CLITIC = re.compile(r"['’](s|re|ve|ll|d|m)$", re.IGNORECASE)
+_SPECIAL = re.compile(r"<(?!0x)[^<>\s]+>$|\[[A-Z]+\]$")
+_NO_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of a text.
+
+    Args:
+        text: the word without the space before it.
+        tokens: indices of its tokens.
+        content: whether it carries meaning of its own (see :func:`is_content_word`).
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    content: bool
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Where a map is largest.
+
+    Args:
+        value: the map's largest value, in its units.
+        x: column in pixels of the original picture.
+        y: row in pixels of the original picture.
+        region: the same in words, e.g. "top left".
+    """
+
+    value: float
+    x: int
+    y: int
+    region: str
+
+
+def is_content_word(text: str) -> bool:
+    """Whether a word is neither punctuation, nor a special token, nor in ``FUNCTION_WORDS``.
+
+    Args:
+        text: one word.
+
+    Example:
+        >>> [is_content_word(text) for text in ("Dog", "the", ".", "</s>", "two")]
+        [True, False, False, False, True]
+    """
+    if _SPECIAL.match(text) or not any(character.isalnum() for character in text):
+        return False
+    return text.lower().replace("’", "'").strip('.,;:!?"()') not in FUNCTION_WORDS
+
+
+def group_words(tokens: Sequence[str]) -> tuple[Word, ...]:
+    """Group the labels of tokens to words.
+
+    A leading space starts a word; so does the first token. Punctuation, special tokens, the
+    clitics ('s, 're, ...) and tokens of scripts written without spaces stand alone. Hyphens and
+    apostrophes inside a word and points inside a number belong to it. White space is no word.
+
+    Args:
+        tokens: labels as in ``result.output_tokens``.
+
+    Example:
+        >>> [word.text for word in group_words(["A", " zeb", "ra", "'s", " tail", "."])]
+        ['A', 'zebra', "'s", 'tail', '.']
+    """
+    groups: list[list[int]] = []
+    bare = [_bare(token) for token in tokens]
+    joins = False  # may the next token continue the last group?
+    for index, token in enumerate(tokens):
+        if not bare[index]:
+            joins = False
+            continue
+        starts = token[0] in _START or token[0].isspace()
+        if _stands_alone(bare, tokens, index):
+            groups.append([index])
+            joins = False
+            continue
+        if joins and not starts:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+        joins = not token[-1].isspace()
+    texts = ["".join(bare[index] for index in group) for group in groups]
+    return tuple(
+        Word(text, tuple(group), is_content_word(text))
+        for text, group in zip(texts, groups, strict=True)
+    )
+
+
+def _bare(token: str) -> str:
+    """A label without white space around it, in whatever way that is written."""
+    return token.strip().strip(_START).replace("\u010a", "").strip()
+
+
+def _stands_alone(bare: Sequence[str], tokens: Sequence[str], index: int) -> bool:
+    text = bare[index]
+    if _SPECIAL.match(text) or _CLITIC.match(text):
+        return True
+    if unicodedata.name(text[0], "").startswith(_NO_SPACES):
+        return True
+    if not all(unicodedata.category(character)[0] in "PS" for character in text):
+        return False
+    if "\ufffd" in text:  # a piece of a character
+        return False
+    return not _connects(bare, tokens, index)
+
+
+def _connects(bare: Sequence[str], tokens: Sequence[str], index: int) -> bool:
+    """Whether this punctuation sits inside a word (teddy-bear) or a number (3.5)."""
+    if not 0 < index < len(tokens) - 1 or bare[index] != tokens[index]:
+        return False
+    left, right = bare[index - 1], bare[index + 1]
+    if not left or not right or right != tokens[index + 1].rstrip():
+        return False
+    if bare[index] in "-'’":
+        return left[-1].isalnum() and right[0].isalnum()
+    return bare[index] in ".,:/" and left[-1].isdigit() and right[0].isdigit()
+
+
+def word_maps(
+    maps: Float[Tensor, "targets rows cols"], words: Sequence[Word]
+) -> Float[Tensor, "words rows cols"]:
+    """A map per word: the elementwise maximum over its tokens' maps.
+
+    Args:
+        maps: one map per token, on any grid.
+        words: their grouping.
+
+    Example:
+        >>> maps = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])
+        >>> word_maps(maps, group_words([" zeb", "ra"])).tolist()
+        [[[1.0, 2.0]]]
+    """
+    if not words:
+        return maps[:0]
+    return torch.stack([maps[list(word.tokens)].amax(0) for word in words])
+
+
+def word_probabilities(
+    probs: Float[Tensor, " targets"], words: Sequence[Word]
+) -> Float[Tensor, " words"]:
+    """A probability per word: the product over its tokens.
+
+    Args:
+        probs: one probability per token.
+        words: their grouping.
+
+    Example:
+        >>> word_probabilities(torch.tensor([0.5, 0.5]), group_words([" zeb", "ra"])).tolist()
+        [0.25]
+    """
+    if not words:
+        return probs[:0]
+    return torch.stack([probs[list(word.tokens)].prod() for word in words])
+
+
+def word_attributions(
+    token_attr: Float[Tensor, "targets tokens"], words: Sequence[Word], context: Sequence[Word]
+) -> Float[Tensor, "words context"]:
+    """Attribution of each context word to each word: the maximum over both words' tokens.
+
+    Args:
+        token_attr: attributions of tokens to tokens.
+        words: grouping of the rows.
+        context: grouping of the columns.
+
+    Example:
+        >>> attr = torch.tensor([[0.1, 0.4], [0.3, 0.2]])
+        >>> pair = group_words([" zeb", "ra"])
+        >>> word_attributions(attr, pair, group_words([" a", " b"])).tolist()
+        [[0.30000001192092896, 0.4000000059604645]]
+    """
+    columns = [token_attr[:, list(word.tokens)].amax(1) for word in context]
+    if not columns or not words:
+        return token_attr.new_zeros(len(words), len(context))
+    by_column = torch.stack(columns, dim=1)
+    return torch.stack([by_column[list(word.tokens)].amax(0) for word in words])
+
+
+def region_name(x: float, y: float, size: tuple[int, int]) -> str:
+    """Which ninth of a picture a point lies in, in words.
+
+    Args:
+        x: column, pixels.
+        y: row, pixels.
+        size: (height, width) of the picture, pixels.
+
+    Example:
+        >>> region_name(10, 90, (100, 100)), region_name(50, 50, (100, 100))
+        ('bottom left', 'centre')
+    """
+    height, width = size
+    row = ("top", "", "bottom")[min(2, max(0, int(3 * y / height)))]
+    col = ("left", "", "right")[min(2, max(0, int(3 * x / width)))]
+    return f"{row} {col}".strip() or "centre"
+
+
+def find_peak(
+    cells: Float[Tensor, "rows cols"], geometry: ImageGeometry, size: tuple[int, int]
+) -> Peak | None:
+    """The largest cell of a map, placed in the original picture.
+
+    Args:
+        cells: the map on the model's grid.
+        geometry: the part of the picture that the grid covers.
+        size: (height, width) of the picture, pixels.
+
+    Returns:
+        The centre of the largest cell whose centre lies in the picture; None where the map is
+        0 everywhere in it.
+
+    Example:
+        >>> whole = ImageGeometry.stretched(height=40, width=40)
+        >>> find_peak(torch.tensor([[0.0, 0.0], [0.0, 0.7]]), whole, (40, 40)).region
+        'bottom right'
+    """
+    rows, cols = cells.shape
+    height, width = size
+    left, upper, right, lower = geometry.box
+    x = left + (torch.arange(cols) + 0.5) * (right - left) / cols
+    y = upper + (torch.arange(rows) + 0.5) * (lower - upper) / rows
+    seen = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))[None, :]
+    visible = torch.where(seen, cells, torch.zeros_like(cells))
+    best = int(visible.argmax())
+    value = float(visible.flatten()[best])
+    if value <= 0:
+        return None
+    column, row = int(x[best % cols]), int(y[best // cols])
+    return Peak(value, column, row, region_name(column, row, size))
