@@ -1,0 +1,50 @@
+# One command each: `make demo`, `make test`, `make check`. Each sets up what it needs.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OLDEST ?= transformers==5.5.0
+BIN := .venv/bin
+OLD := .venv-oldest/bin
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check lint notebooks oldest wheel clean
+
+demo: .venv/ready
+	$(BIN)/captum-mllm explain --demo --out demo
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term:skip-covered
+
+check: .venv/ready notebooks wheel oldest
+	$(BIN)/python -m pytest -q -m slow tests
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+notebooks: .venv/ready
+	$(BIN)/python tests/run_notebooks.py tutorials
+
+oldest: .venv-oldest/ready
+	$(OLD)/python -m pytest -q -m "not slow" tests
+
+wheel: .venv/ready
+	rm -rf dist && $(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+	$(BIN)/python tests/check_wheel.py dist
+
+# The CPU build of torch goes first: a looser request would bring the CUDA packages.
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+.venv-oldest/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	$(OLD)/pip install -q --disable-pip-version-check $(TORCH)
+	$(OLD)/pip install -q --disable-pip-version-check "$(OLDEST)" -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest demo dist build .coverage
