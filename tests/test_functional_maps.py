@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import reference
 import torch
@@ -15,6 +17,9 @@ from captum_mllm.functional import (
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 EXACT = {"rtol": 0, "atol": 0}
 over_seeds = pytest.mark.parametrize("seed", range(4))
+
+
+unchecked = inspect.unwrap  # users run without the tests' type checks
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
@@ -253,7 +258,7 @@ def test_aggregate_keeps_the_type_of_the_maps():
 def test_aggregate_errors_say_what_is_wrong(how, weights, message):
     stack = torch.tensor([[1.0], [-1.0]])
     with pytest.raises(ValueError, match=message):
-        aggregate(stack, how, None if weights is None else torch.tensor(weights))
+        unchecked(aggregate)(stack, how, None if weights is None else torch.tensor(weights))
 
 
 # --- upsample ---------------------------------------------------------------------------------
@@ -371,4 +376,4 @@ def test_resize_to_the_same_size_is_the_same_tensor_and_one_axis_stays_exact():
 
 def test_resize_unknown_preserve_raises():
     with pytest.raises(ValueError, match="preserve must be one of mass, density, got 'sum'"):
-        resize_attributions(torch.zeros(1, 1, 2, 2), (4, 4), preserve="sum")
+        unchecked(resize_attributions)(torch.zeros(1, 1, 2, 2), (4, 4), preserve="sum")

@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import pytest
@@ -178,6 +179,11 @@ def test_rbo_is_symmetric_and_within_0_and_1(p):
         assert values.max() <= 1
 
 
+@pytest.mark.parametrize("p", [0.43, 0.57, 0.59, 0.67])
+def test_rbo_of_identical_rankings_never_passes_1_by_rounding(p):
+    assert rbo([1, 2], [1, 2], p) <= 1  # the plain sum gives 1.0000000000000002
+
+
 def test_rbo_does_not_depend_on_the_names_of_the_ids():
     a, b = random_rankings(5, 10, 15, seed=0), random_rankings(6, 10, 15, seed=1)
     rename = torch.randperm(10_000, generator=torch.Generator().manual_seed(2))[:15] * 2**33
@@ -218,3 +224,9 @@ def test_rbo_repeated_id_raises_and_names_the_argument():
         rank_biased_overlap(bad, good)
     with pytest.raises(ValueError, match="rankings_b must hold distinct ids"):
         rank_biased_overlap(good, bad)
+
+
+def test_rbo_of_different_depths_raises():
+    unchecked = inspect.unwrap(rank_biased_overlap)  # users run without the tests' type checks
+    with pytest.raises(ValueError, match="must have the same depth, got 3 and 2"):
+        unchecked(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2]]))

@@ -1,0 +1,366 @@
+"""Where a map points, measured against a mask of the object that it should point at."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64, Shaped
+from torch import Tensor
+
+Maps = Float[np.ndarray, "*examples height width"] | Float[Tensor, "*examples height width"]
+Masks = Shaped[np.ndarray, "*examples height width"] | Shaped[Tensor, "*examples height width"]
+Scores = float | Float64[np.ndarray, "*examples"]
+
+OTSU_BINS = 256
+ROUNDING = 1e-5  # how far interpolation in float32 may leave [0, 1]
+
+
+def otsu_threshold(map: Maps) -> Scores:
+    """Otsu's threshold over 256 bins on [0, 1]; the map is *not* rescaled on its own.
+
+    The histogram's split that maximises the variance between the two classes; among equal splits
+    the lowest. The value returned lies just below the upper edge of the last bin of the lower
+    class, so that ``map > threshold`` is exactly the upper class (the bin's centre, as images
+    with 256 integer levels use it, would put half of that bin into the wrong class).
+
+    Args:
+        map: values in [0, 1], as :func:`captum_mllm.functional.joint_min_max` makes them.
+
+    Returns:
+        Threshold per map. Where all values share one bin, the map's maximum: nothing lies above.
+
+    Raises:
+        ValueError: a value is NaN or outside [0, 1].
+        ImportError: scikit-image is not installed.
+
+    Reference:
+        Otsu, "A threshold selection method from gray-level histograms", 1979; the bins are TAM's.
+
+    Example:
+        >>> import numpy as np
+        >>> dark_and_bright = np.array([[0.1, 0.1, 0.9], [0.1, 0.9, 0.9]])
+        >>> (dark_and_bright > otsu_threshold(dark_and_bright)).astype(int).tolist()
+        [[0, 0, 1], [0, 1, 1]]
+    """
+    return _per_example(_otsu, _maps(map))
+
+
+def iou(pred_mask: Masks, mask: Masks) -> Scores:
+    """Intersection over union of two masks.
+
+    Args:
+        pred_mask: predicted mask, bool or 0/1.
+        mask: true mask of the same shape.
+
+    Returns:
+        Value in [0, 1] per example; NaN where both masks are empty.
+
+    Raises:
+        ValueError: the shapes differ, or a mask holds anything but 0 and 1.
+
+    Example:
+        >>> import numpy as np
+        >>> iou(np.array([[1, 1, 0]]), np.array([[0, 1, 1]])) == 1 / 3
+        True
+    """
+    truth = _masks(mask, "mask")
+    return _per_example(_iou, _masks(pred_mask, "pred_mask"), truth, names=("pred_mask", "mask"))
+
+
+def obj_iou(map: Maps, mask: Masks) -> Scores:
+    """IoU of the mask and the map above its Otsu threshold.
+
+    Args:
+        map: values in [0, 1], already at the mask's size
+            (:func:`captum_mllm.functional.upsample`).
+        mask: the object, bool or 0/1.
+
+    Returns:
+        Value in [0, 1] per example; 0 for a flat map, NaN for an empty mask.
+
+    Raises:
+        ValueError: see :func:`otsu_threshold` and :func:`iou`.
+        ImportError: scikit-image is not installed.
+
+    Reference:
+        TAM's Obj-IoU for one map and one object.
+
+    Example:
+        >>> import numpy as np
+        >>> float(obj_iou(np.array([[0.1, 0.8, 0.9, 0.9]]), np.array([[0, 0, 1, 1]])))
+        0.6666666666666666
+    """
+    return _against_mask(lambda m, k: _iou(m > _otsu(m), k), map, mask)
+
+
+def oracle_iou(map: Maps, mask: Masks) -> Scores:
+    """Best IoU that any threshold on the map reaches: its ranking without its calibration.
+
+    Args:
+        map: any values, larger is more.
+        mask: the object, bool or 0/1.
+
+    Returns:
+        Value in [0, 1] per example, never below the mask's share of the area; NaN for an empty
+        mask.
+
+    Raises:
+        ValueError: the shapes differ, the map holds NaN, or the mask anything but 0 and 1.
+
+    Reference:
+        Ours: to tell a better ranking of cells from a better calibration.
+
+    Example:
+        >>> import numpy as np
+        >>> oracle_iou(np.array([[0.1, 0.2, 0.3, 0.9]]), np.array([[0, 0, 1, 1]]))
+        1.0
+    """
+    return _against_mask(_oracle_iou, map, mask)
+
+
+def average_precision(map: Maps, mask: Masks) -> Scores:
+    """Average precision of the pixels, ranked by the map: no threshold, sees the object's size.
+
+    Args:
+        map: any values, larger is more.
+        mask: the object, bool or 0/1.
+
+    Returns:
+        Value in (0, 1] per example, the mask's share of the area for a flat map; NaN for an empty
+        mask.
+
+    Raises:
+        ValueError: the shapes differ, the map holds NaN, or the mask anything but 0 and 1.
+        ImportError: scikit-learn is not installed.
+
+    Reference:
+        ``sklearn.metrics.average_precision_score``.
+
+    Example:
+        >>> import numpy as np
+        >>> round(average_precision(np.array([[0.9, 0.5, 0.4]]), np.array([[1, 0, 1]])), 4)
+        0.8333
+    """
+    score = _extra("sklearn.metrics", "average_precision").average_precision_score
+    return _against_mask(lambda m, k: float(score(k.ravel(), m.ravel())), map, mask)
+
+
+def auc(map: Maps, mask: Masks) -> Scores:
+    """Area under the ROC curve of the pixels: the chance that the object outranks background.
+
+    Args:
+        map: any values, larger is more.
+        mask: the object, bool or 0/1.
+
+    Returns:
+        Value in [0, 1] per example, 0.5 for a flat map; NaN where the mask is empty or full.
+
+    Raises:
+        ValueError: the shapes differ, the map holds NaN, or the mask anything but 0 and 1.
+        ImportError: scikit-learn is not installed.
+
+    Reference:
+        ``sklearn.metrics.roc_auc_score``.
+
+    Example:
+        >>> import numpy as np
+        >>> auc(np.array([[0.9, 0.5, 0.4]]), np.array([[1, 0, 1]]))
+        0.5
+    """
+    score = _extra("sklearn.metrics", "auc").roc_auc_score
+
+    def one(values: np.ndarray, truth: np.ndarray) -> float:
+        return float("nan") if truth.all() else float(score(truth.ravel(), values.ravel()))
+
+    return _against_mask(one, map, mask)
+
+
+def pointing_game(map: Maps, mask: Masks) -> Scores:
+    """Whether the map's peak lies in the mask.
+
+    Args:
+        map: any values, larger is more.
+        mask: the object, bool or 0/1.
+
+    Returns:
+        1 or 0 per example; where several pixels share the peak, the share of them inside (the
+        expected hit of a random one: a flat map gets the mask's share of the area). NaN for an
+        empty mask.
+
+    Raises:
+        ValueError: the shapes differ, the map holds NaN, or the mask anything but 0 and 1.
+
+    Reference:
+        Zhang et al., "Top-down neural attention by excitation backprop", ECCV 2016, without the
+        margin of 15 pixels.
+
+    Example:
+        >>> import numpy as np
+        >>> pointing_game(np.array([[0.1, 0.9], [0.2, 0.3]]), np.array([[0, 1], [0, 1]]))
+        1.0
+    """
+    return _against_mask(lambda m, k: float(k[m == m.max()].mean()), map, mask)
+
+
+def energy_in_mask(map: Maps, mask: Masks) -> Scores:
+    """Share of the map's positive values that lies in the mask.
+
+    Args:
+        map: any values; negative ones count as 0.
+        mask: the object, bool or 0/1.
+
+    Returns:
+        Value in [0, 1] per example; 0 where the map has no positive value, NaN for an empty mask.
+
+    Raises:
+        ValueError: the shapes differ, the map holds NaN, or the mask anything but 0 and 1.
+
+    Reference:
+        Wang et al., "Score-CAM", CVPR workshops 2020, energy-based pointing game.
+
+    Example:
+        >>> import numpy as np
+        >>> energy_in_mask(np.array([[1.0, 3.0]]), np.array([[0, 1]]))
+        0.75
+    """
+
+    def one(values: np.ndarray, truth: np.ndarray) -> float:
+        positive = values.clip(min=0)
+        total = positive.sum()
+        return float(positive[truth].sum() / total) if total > 0 else 0.0
+
+    return _against_mask(one, map, mask)
+
+
+def precision_recall(map: Maps, mask: Masks) -> tuple[Scores, Scores]:
+    """Precision and recall of the pixels above the map's Otsu threshold.
+
+    Args:
+        map: values in [0, 1], already at the mask's size.
+        mask: the object, bool or 0/1.
+
+    Returns:
+        Precision and recall, each in [0, 1] per example; both 0 for a flat map, NaN for an empty
+        mask.
+
+    Raises:
+        ValueError: see :func:`otsu_threshold` and :func:`iou`.
+        ImportError: scikit-image is not installed.
+
+    Example:
+        >>> import numpy as np
+        >>> precision_recall(np.array([[0.1, 0.9, 0.9, 0.1]]), np.array([[0, 0, 1, 0]]))
+        (0.5, 1.0)
+    """
+
+    def precision(values: np.ndarray, truth: np.ndarray) -> float:
+        found = values > _otsu(values)
+        return float(truth[found].mean()) if found.any() else 0.0
+
+    def recall(values: np.ndarray, truth: np.ndarray) -> float:
+        return float((values > _otsu(values))[truth].mean())
+
+    return _against_mask(precision, map, mask), _against_mask(recall, map, mask)
+
+
+# --- one map ----------------------------------------------------------------------------------
+
+
+def _otsu(values: Float64[np.ndarray, "height width"]) -> float:
+    if values.min() < -ROUNDING or values.max() > 1 + ROUNDING:
+        raise ValueError(
+            f"map must lie in [0, 1], got {values.min():.4g}..{values.max():.4g}; normalise it, "
+            "jointly with the other maps (captum_mllm.functional.joint_min_max)."
+        )
+    threshold_otsu = _extra("skimage.filters", "otsu_threshold").threshold_otsu
+    counts, edges = np.histogram(values.clip(0, 1), bins=OTSU_BINS, range=(0, 1))
+    filled = counts.nonzero()[0]
+    if len(filled) == 1:
+        return float(values.max())
+    # From the first to the last filled bin: empty ones at the ends would make 0 / 0. Upper edges
+    # instead of centres: every mean moves by the same half bin, so the split stays the same.
+    ends = slice(filled[0], filled[-1] + 1)
+    upper_edge = threshold_otsu(hist=(counts[ends], edges[1:][ends]))
+    return float(np.nextafter(np.float32(upper_edge), np.float32(0)))
+
+
+def _iou(found: Bool[np.ndarray, "*shape"], truth: Bool[np.ndarray, "*shape"]) -> float:
+    union = (found | truth).sum()
+    return float((found & truth).sum() / union) if union else float("nan")
+
+
+def _oracle_iou(values: np.ndarray, truth: np.ndarray) -> float:
+    order = np.argsort(-values, axis=None)
+    ranked, hits = values.ravel()[order], truth.ravel()[order].cumsum()
+    cut = np.append(ranked[1:] < ranked[:-1], True)  # equal values can't be told apart
+    found = np.arange(1, values.size + 1)
+    return float((hits / (found + truth.sum() - hits))[cut].max())
+
+
+# --- checks and batches -----------------------------------------------------------------------
+
+
+def _maps(map: Any) -> Float64[np.ndarray, "*examples height width"]:
+    array = _numpy(map).astype(np.float64)
+    _check_grid(array, "map")
+    if np.isnan(array).any():
+        raise ValueError(f"map must not hold NaN, got {int(np.isnan(array).sum())} of them.")
+    return array
+
+
+def _masks(mask: Any, name: str) -> Bool[np.ndarray, "*examples height width"]:
+    array = _numpy(mask)
+    _check_grid(array, name)
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name} must be bool or hold only 0 and 1; pass {name} > 0 instead.")
+    return array.astype(bool)
+
+
+def _check_grid(array: np.ndarray, name: str) -> None:
+    if array.ndim < 2 or 0 in array.shape[-2:]:
+        raise ValueError(f"{name} must be (..., height, width), got shape {array.shape}.")
+
+
+def _numpy(values: Any) -> np.ndarray:
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.double() if values.is_floating_point() else values).numpy()
+
+
+def _against_mask(one: Callable[[np.ndarray, np.ndarray], float], map: Any, mask: Any) -> Scores:
+    """``one(map, mask)`` per example, NaN where the mask is empty."""
+
+    def guarded(values: np.ndarray, truth: np.ndarray) -> float:
+        return one(values, truth) if truth.any() else float("nan")
+
+    return _per_example(guarded, _maps(map), _masks(mask, "mask"))
+
+
+def _per_example(
+    one: Callable[..., float], *arrays: np.ndarray, names: tuple[str, ...] = ("map", "mask")
+) -> Scores:
+    """``one`` of each example: a float for a single map, an array for a batch."""
+    shape = arrays[0].shape
+    if any(array.shape != shape for array in arrays):
+        came = ", ".join(f"{n} {a.shape}" for n, a in zip(names, arrays, strict=True))
+        raise ValueError(
+            f"{' and '.join(names)} must have the same shape, got {came}; bring the map to the "
+            "mask's size with captum_mllm.functional.upsample."
+        )
+    if len(shape) == 2:
+        return one(*arrays)
+    examples = zip(*(array.reshape(-1, *shape[-2:]) for array in arrays), strict=True)
+    return np.array([one(*e) for e in examples], dtype=np.float64).reshape(shape[:-2])
+
+
+def _extra(module: str, who: str) -> Any:
+    """A module of the optional extra, or an error that names the extra."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f'{who} needs {module}: pip install "captum-mllm[metrics]" (scikit-learn and '
+            "scikit-image)."
+        ) from error
