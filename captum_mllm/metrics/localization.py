@@ -1,16 +1,18 @@
 """Where a map points, measured against a mask of the object that it should point at."""
 
-import importlib
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Shaped
-from torch import Tensor
+from jaxtyping import Bool, Float64
 
-Maps = Float[np.ndarray, "*examples height width"] | Float[Tensor, "*examples height width"]
-Masks = Shaped[np.ndarray, "*examples height width"] | Shaped[Tensor, "*examples height width"]
-Scores = float | Float64[np.ndarray, "*examples"]
+from captum_mllm.metrics._arrays import (
+    Maps,
+    Masks,
+    Scores,
+    against_mask,
+    as_maps,
+    as_masks,
+    extra,
+    per_example,
+)
 
 OTSU_BINS = 256
 ROUNDING = 1e-5  # how far interpolation in float32 may leave [0, 1]
@@ -43,7 +45,7 @@ def otsu_threshold(map: Maps) -> Scores:
         >>> (dark_and_bright > otsu_threshold(dark_and_bright)).astype(int).tolist()
         [[0, 0, 1], [0, 1, 1]]
     """
-    return _per_example(_otsu, _maps(map))
+    return per_example(_otsu, as_maps(map))
 
 
 def iou(pred_mask: Masks, mask: Masks) -> Scores:
@@ -64,8 +66,8 @@ def iou(pred_mask: Masks, mask: Masks) -> Scores:
         >>> iou(np.array([[1, 1, 0]]), np.array([[0, 1, 1]])) == 1 / 3
         True
     """
-    truth = _masks(mask, "mask")
-    return _per_example(_iou, _masks(pred_mask, "pred_mask"), truth, names=("pred_mask", "mask"))
+    truth = as_masks(mask, "mask")
+    return per_example(_iou, as_masks(pred_mask, "pred_mask"), truth, names=("pred_mask", "mask"))
 
 
 def obj_iou(map: Maps, mask: Masks) -> Scores:
@@ -91,7 +93,7 @@ def obj_iou(map: Maps, mask: Masks) -> Scores:
         >>> float(obj_iou(np.array([[0.1, 0.8, 0.9, 0.9]]), np.array([[0, 0, 1, 1]])))
         0.6666666666666666
     """
-    return _against_mask(lambda m, k: _iou(m > _otsu(m), k), map, mask)
+    return against_mask(lambda m, k: _iou(m > _otsu(m), k), map, mask)
 
 
 def oracle_iou(map: Maps, mask: Masks) -> Scores:
@@ -116,7 +118,7 @@ def oracle_iou(map: Maps, mask: Masks) -> Scores:
         >>> oracle_iou(np.array([[0.1, 0.2, 0.3, 0.9]]), np.array([[0, 0, 1, 1]]))
         1.0
     """
-    return _against_mask(_oracle_iou, map, mask)
+    return against_mask(_oracle_iou, map, mask)
 
 
 def average_precision(map: Maps, mask: Masks) -> Scores:
@@ -142,8 +144,8 @@ def average_precision(map: Maps, mask: Masks) -> Scores:
         >>> round(average_precision(np.array([[0.9, 0.5, 0.4]]), np.array([[1, 0, 1]])), 4)
         0.8333
     """
-    score = _extra("sklearn.metrics", "average_precision").average_precision_score
-    return _against_mask(lambda m, k: float(score(k.ravel(), m.ravel())), map, mask)
+    score = extra("sklearn.metrics", "average_precision").average_precision_score
+    return against_mask(lambda m, k: float(score(k.ravel(), m.ravel())), map, mask)
 
 
 def auc(map: Maps, mask: Masks) -> Scores:
@@ -168,12 +170,12 @@ def auc(map: Maps, mask: Masks) -> Scores:
         >>> auc(np.array([[0.9, 0.5, 0.4]]), np.array([[1, 0, 1]]))
         0.5
     """
-    score = _extra("sklearn.metrics", "auc").roc_auc_score
+    score = extra("sklearn.metrics", "auc").roc_auc_score
 
     def one(values: np.ndarray, truth: np.ndarray) -> float:
         return float("nan") if truth.all() else float(score(truth.ravel(), values.ravel()))
 
-    return _against_mask(one, map, mask)
+    return against_mask(one, map, mask)
 
 
 def pointing_game(map: Maps, mask: Masks) -> Scores:
@@ -200,7 +202,7 @@ def pointing_game(map: Maps, mask: Masks) -> Scores:
         >>> pointing_game(np.array([[0.1, 0.9], [0.2, 0.3]]), np.array([[0, 1], [0, 1]]))
         1.0
     """
-    return _against_mask(lambda m, k: float(k[m == m.max()].mean()), map, mask)
+    return against_mask(lambda m, k: float(k[m == m.max()].mean()), map, mask)
 
 
 def energy_in_mask(map: Maps, mask: Masks) -> Scores:
@@ -230,7 +232,7 @@ def energy_in_mask(map: Maps, mask: Masks) -> Scores:
         total = positive.sum()
         return float(positive[truth].sum() / total) if total > 0 else 0.0
 
-    return _against_mask(one, map, mask)
+    return against_mask(one, map, mask)
 
 
 def precision_recall(map: Maps, mask: Masks) -> tuple[Scores, Scores]:
@@ -261,7 +263,7 @@ def precision_recall(map: Maps, mask: Masks) -> tuple[Scores, Scores]:
     def recall(values: np.ndarray, truth: np.ndarray) -> float:
         return float((values > _otsu(values))[truth].mean())
 
-    return _against_mask(precision, map, mask), _against_mask(recall, map, mask)
+    return against_mask(precision, map, mask), against_mask(recall, map, mask)
 
 
 # --- one map ----------------------------------------------------------------------------------
@@ -273,7 +275,7 @@ def _otsu(values: Float64[np.ndarray, "height width"]) -> float:
             f"map must lie in [0, 1], got {values.min():.4g}..{values.max():.4g}; normalise it, "
             "jointly with the other maps (captum_mllm.functional.joint_min_max)."
         )
-    threshold_otsu = _extra("skimage.filters", "otsu_threshold").threshold_otsu
+    threshold_otsu = extra("skimage.filters", "otsu_threshold").threshold_otsu
     counts, edges = np.histogram(values.clip(0, 1), bins=OTSU_BINS, range=(0, 1))
     filled = counts.nonzero()[0]
     if len(filled) == 1:
@@ -296,71 +298,3 @@ def _oracle_iou(values: np.ndarray, truth: np.ndarray) -> float:
     cut = np.append(ranked[1:] < ranked[:-1], True)  # equal values can't be told apart
     found = np.arange(1, values.size + 1)
     return float((hits / (found + truth.sum() - hits))[cut].max())
-
-
-# --- checks and batches -----------------------------------------------------------------------
-
-
-def _maps(map: Any) -> Float64[np.ndarray, "*examples height width"]:
-    array = _numpy(map).astype(np.float64)
-    _check_grid(array, "map")
-    if np.isnan(array).any():
-        raise ValueError(f"map must not hold NaN, got {int(np.isnan(array).sum())} of them.")
-    return array
-
-
-def _masks(mask: Any, name: str) -> Bool[np.ndarray, "*examples height width"]:
-    array = _numpy(mask)
-    _check_grid(array, name)
-    if not np.isin(array, (0, 1)).all():
-        raise ValueError(f"{name} must be bool or hold only 0 and 1; pass {name} > 0 instead.")
-    return array.astype(bool)
-
-
-def _check_grid(array: np.ndarray, name: str) -> None:
-    if array.ndim < 2 or 0 in array.shape[-2:]:
-        raise ValueError(f"{name} must be (..., height, width), got shape {array.shape}.")
-
-
-def _numpy(values: Any) -> np.ndarray:
-    if not isinstance(values, Tensor):
-        return np.asarray(values)
-    values = values.detach().cpu()
-    return (values.double() if values.is_floating_point() else values).numpy()
-
-
-def _against_mask(one: Callable[[np.ndarray, np.ndarray], float], map: Any, mask: Any) -> Scores:
-    """``one(map, mask)`` per example, NaN where the mask is empty."""
-
-    def guarded(values: np.ndarray, truth: np.ndarray) -> float:
-        return one(values, truth) if truth.any() else float("nan")
-
-    return _per_example(guarded, _maps(map), _masks(mask, "mask"))
-
-
-def _per_example(
-    one: Callable[..., float], *arrays: np.ndarray, names: tuple[str, ...] = ("map", "mask")
-) -> Scores:
-    """``one`` of each example: a float for a single map, an array for a batch."""
-    shape = arrays[0].shape
-    if any(array.shape != shape for array in arrays):
-        came = ", ".join(f"{n} {a.shape}" for n, a in zip(names, arrays, strict=True))
-        raise ValueError(
-            f"{' and '.join(names)} must have the same shape, got {came}; bring the map to the "
-            "mask's size with captum_mllm.functional.upsample."
-        )
-    if len(shape) == 2:
-        return one(*arrays)
-    examples = zip(*(array.reshape(-1, *shape[-2:]) for array in arrays), strict=True)
-    return np.array([one(*e) for e in examples], dtype=np.float64).reshape(shape[:-2])
-
-
-def _extra(module: str, who: str) -> Any:
-    """A module of the optional extra, or an error that names the extra."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'{who} needs {module}: pip install "captum-mllm[metrics]" (scikit-learn and '
-            "scikit-image)."
-        ) from error
