@@ -96,6 +96,11 @@ def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, 
             f"inputs must hold exactly one sample, input_ids of shape (1, tokens); got "
             f"{tuple(ids.shape)}. Call attribute once per sample."
         )
+    if ids.is_floating_point() or bool(((ids < 0) | (ids >= adapter.vocabulary)).any()):
+        raise ValueError(
+            f"input_ids must be integers in 0..{adapter.vocabulary - 1} (the vocabulary), got "
+            f"{ids.dtype} from {ids.min()} to {ids.max()}: is the processor that of the model?"
+        )
     if not torch.isfinite(inputs["pixel_values"]).all():
         raise ValueError("pixel_values hold NaN or infinite values; check the image.")
     device = adapter.model.device
@@ -104,6 +109,12 @@ def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, 
         for name, value in inputs.items()
         if isinstance(value, Tensor) and name != "labels"
     }
+    for name, value in kept.items():
+        if value.shape[:2] == ids.shape and name not in adapter.token_wise:
+            raise ValueError(
+                f"inputs hold {name!r} with one entry per token, which can't follow the answer or "
+                f"other scales: leave it out; known are {', '.join(adapter.token_wise)}."
+            )
     mask = kept.get("attention_mask", torch.ones_like(kept["input_ids"]))
     if mask.shape != ids.shape:
         raise ValueError(
@@ -240,16 +251,22 @@ def generate_answer(
     Raises:
         ValueError: several sequences, or nothing but the end of sequence.
     """
+    if gen_args is not None and not isinstance(gen_args, Mapping):
+        raise TypeError(
+            f"gen_args must be a mapping of keyword arguments of generate, got "
+            f"{type(gen_args).__name__}."
+        )
     config, others = _generation_config(adapter, dict(gen_args or {}))
+    if (config.num_return_sequences or 1) != 1:
+        raise _several(config.num_return_sequences)
     output = adapter.model.generate(**sample.kwargs, generation_config=config, **others)
     sequences = getattr(output, "sequences", output)
     if sequences.shape[0] != 1:
-        raise ValueError(
-            f"gen_args make {sequences.shape[0]} sequences, but one answer is explained at a "
-            f"time: set num_return_sequences=1, or pass each answer as target."
-        )
+        raise _several(sequences.shape[0])
     answer = sequences[0, sample.prompt_ids.shape[0] :]
+    # generate takes the model's own where a given generation_config names none.
     ends = config.eos_token_id
+    ends = adapter.model.generation_config.eos_token_id if ends is None else ends
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     if len(answer) and int(answer[-1]) in ends:
         answer = answer[:-1]
@@ -259,6 +276,13 @@ def generate_answer(
             "prompt (chat template?), or give a target."
         )
     return answer
+
+
+def _several(count: int | None) -> ValueError:
+    return ValueError(
+        f"gen_args make {count} sequences, but one answer is explained at a time: set "
+        f"num_return_sequences=1, or pass each answer as target."
+    )
 
 
 def _generation_config(
@@ -274,6 +298,7 @@ def _generation_config(
         num_beams=1,
         repetition_penalty=1.0,
         max_new_tokens=MAX_NEW_TOKENS,
+        suppress_tokens=defaults.suppress_tokens,
     )
     if "max_length" in given:
         config.max_new_tokens = None

@@ -7,10 +7,23 @@ _SPACE_MARKS = ("▁", "Ġ")
 
 
 def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer of a processor; a tokenizer itself; None for None."""
+    """The tokenizer of a processor; a tokenizer itself; None for None.
+
+    Args:
+        processor: a transformers processor or tokenizer, or None.
+
+    Raises:
+        TypeError: something else, such as an image processor alone.
+    """
     if processor is None:
         return None
-    return getattr(processor, "tokenizer", processor)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise TypeError(
+            f"processor must be the model's processor (AutoProcessor.from_pretrained(...)) or "
+            f"tokenizer, got {type(processor).__name__}."
+        )
+    return tokenizer
 
 
 def token_labels(ids: Iterable[int], tokenizer: Any = None) -> tuple[str, ...]:

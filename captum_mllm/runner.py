@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from captum_mllm.adapters import Adapter
+from captum_mllm.adapters import Adapter, refuse_compiled
 from captum_mllm.capture import Captured, captured_forward, check_head, full_logits
 from captum_mllm.functional import lens_logits, top_k_rankings
 from captum_mllm.geometry import ImageGrid, Preprocessing
@@ -83,6 +83,7 @@ class Runner:
             top_k: depth of the rankings, or None.
         """
         adapter = self.adapter
+        refuse_compiled(adapter.model)
         if top_k is not None and not 1 <= top_k <= adapter.vocabulary:
             raise ValueError(
                 f"top_k must lie in 1..{adapter.vocabulary} (the vocabulary), got {top_k}."
@@ -209,6 +210,10 @@ class Runner:
         in_prompt = text < n_given
         own = torch.where(in_prompt, text, text - 1)  # pos(j)
         logits = full_logits(adapter, captured.final_hidden[text - 1])
+        if not torch.isfinite(logits).all():
+            raise ValueError(
+                "model: its logits hold NaN or infinite values; check the weights of the LM head."
+            )
         log_probs = logits.log_softmax(-1).gather(1, text_ids[:, None])[:, 0]
 
         # Two more classes for TAM's parity: what the first text token predicts, the last id.

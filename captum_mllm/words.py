@@ -19,28 +19,31 @@ from torch import Tensor
 
 from captum_mllm.geometry import ImageGeometry
 
-FUNCTION_WORDS = frozenset(
-    # CC, DT, EX, PRP, PRP$, POS
-    "and but or nor yet so plus either neither both the a an this that these those every each all "
-    "any some no another there i you he she it we they me him her us them myself yourself himself "
-    "herself itself ourselves themselves mine yours hers ours theirs my your his its our their 's "
-    # MD and auxiliaries
-    "can could may might must shall should will would ought is am are was were be been being do "
-    "does did has have had having 're 've 'll 'd 'm isn't aren't wasn't weren't don't doesn't "
-    "didn't can't cannot couldn't won't wouldn't shouldn't hasn't haven't hadn't not n't "
-    # WDT, WP, WP$, WRB, UH
-    "which what who whom whose when where why how whatever whichever whoever whenever wherever "
-    "oh yes please well ah hey hello "
-    # prepositions, subordinating conjunctions, "to"
-    "of in on at by for with from to into onto upon over under above below between among near "
-    "beside behind before after across through along around against about as like than if while "
-    "because since until unless although though during without within off out up down".split()
-)
+_CLOSED_CLASSES = {
+    "CC, DT, EX": "and but or nor yet so plus either neither both the a an this that these those "
+    "every each all any some no another there",
+    "PRP, PRP$, POS": "i you he she it we they me him her us them myself yourself himself herself "
+    "itself ourselves themselves mine yours hers ours theirs my your his its our their 's",
+    "MD": "can could may might must shall should will would ought can't cannot couldn't won't "
+    "wouldn't shouldn't 'll 'd",
+    "auxiliaries": "is am are was were be been being do does did has have had having 're 've 'm "
+    "isn't aren't wasn't weren't don't doesn't didn't hasn't haven't hadn't not n't",
+    "WDT, WP, WP$, WRB": "which what who whom whose when where why how whatever whichever whoever "
+    "whenever wherever",
+    "UH": "oh yes please well ah hey hello",
+    "prepositions, TO": "of in on at by for with from to into onto upon over under above below "
+    "between among near beside behind before after across through along around against about as "
+    "like than if while because since until unless although though during without within off out "
+    "up down",
+}
+
+FUNCTION_WORDS = frozenset(" ".join(_CLOSED_CLASSES.values()).split())
 """Closed-class words, lower case: the tags CC DT EX MD POS PRP PRP$ UH WDT WP WP$ WRB as a fixed
 list (a tagger would need a download), and for display also prepositions and auxiliaries."""
 
 _START = " \u2581\u0120"  # a space, and how SentencePiece and byte-level BPE write one
-_CLITIC = re.compile(r"['’](s|re|ve|ll|d|m)$", re.IGNORECASE)
+_APOSTROPHES = "'\u2019"
+_CLITIC = re.compile(rf"[{_APOSTROPHES}](s|re|ve|ll|d|m)$", re.IGNORECASE)
 _SPECIAL = re.compile(r"<(?!0x)[^<>\s]+>$|\[[A-Z]+\]$")
 _NO_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 
@@ -89,7 +92,7 @@ def is_content_word(text: str) -> bool:
     """
     if _SPECIAL.match(text) or not any(character.isalnum() for character in text):
         return False
-    return text.lower().replace("’", "'").strip('.,;:!?"()') not in FUNCTION_WORDS
+    return text.lower().replace("\u2019", "'").strip('.,;:!?"()') not in FUNCTION_WORDS
 
 
 def group_words(tokens: Sequence[str]) -> tuple[Word, ...]:
@@ -155,7 +158,7 @@ def _connects(bare: Sequence[str], tokens: Sequence[str], index: int) -> bool:
     left, right = bare[index - 1], bare[index + 1]
     if not left or not right or right != tokens[index + 1].rstrip():
         return False
-    if bare[index] in "-'’":
+    if bare[index] in f"-{_APOSTROPHES}":
         return left[-1].isalnum() and right[0].isalnum()
     return bare[index] in ".,:/" and left[-1].isdigit() and right[0].isdigit()
 

@@ -2,6 +2,6 @@
 
 from captum_mllm.adapters.base import Adapter
 from captum_mllm.adapters.llava import LlavaAdapter
-from captum_mllm.adapters.registry import find_adapter, register_adapter
+from captum_mllm.adapters.registry import find_adapter, refuse_compiled, register_adapter
 
-__all__ = ["Adapter", "LlavaAdapter", "find_adapter", "register_adapter"]
+__all__ = ["Adapter", "LlavaAdapter", "find_adapter", "refuse_compiled", "register_adapter"]

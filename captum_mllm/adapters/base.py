@@ -69,9 +69,27 @@ class Adapter(ABC):
         return self.model.get_output_embeddings()
 
     @property
+    def head_weight(self) -> Float[Tensor, "vocabulary dim"]:
+        """The LM head's matrix.
+
+        Raises:
+            ValueError: the head has no plain matrix (a wrapper, packed or offloaded weights).
+        """
+        weight = getattr(self.head, "weight", None)
+        plain = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
+        if not plain or weight.is_meta:
+            raise ValueError(
+                f"model: its LM head ({type(self.head).__name__}) is not the plain linear map "
+                f"W h + b that the logit lens assumes: it has no matrix of floats as its weight "
+                f"(a wrapper, quantised or offloaded weights?). Unwrap it, or register an adapter "
+                f"whose head_weight and class_weights tell the true map."
+            )
+        return weight.detach()
+
+    @property
     def vocabulary(self) -> int:
         """Number of ids that the LM head scores."""
-        return int(self.head.weight.shape[0])  # type: ignore[union-attr]
+        return int(self.head_weight.shape[0])
 
     def class_weights(
         self, ids: Int64[Tensor, " classes"] | slice
@@ -81,9 +99,8 @@ class Adapter(ABC):
         Args:
             ids: token ids, or a slice of the vocabulary.
         """
-        head: Any = self.head
-        bias = getattr(head, "bias", None)
-        return head.weight.detach()[ids], None if bias is None else bias.detach()[ids]
+        bias: Any = getattr(self.head, "bias", None)
+        return self.head_weight[ids], None if bias is None else bias.detach()[ids]
 
     # ---- tokens -----------------------------------------------------------------------------
 

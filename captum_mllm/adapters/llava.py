@@ -47,10 +47,11 @@ class LlavaAdapter(Adapter):
     @override
     def grids(self, inputs: Mapping[str, Tensor]) -> tuple[ImageGrid, ...]:
         pixels = inputs["pixel_values"]
-        if pixels.ndim != 4:
+        channels = int(self.config.vision_config.num_channels)
+        if pixels.ndim != 4 or pixels.shape[1] != channels or not len(pixels):
             raise ValueError(
-                f"pixel_values must be (images, channels, height, width), got shape "
-                f"{tuple(pixels.shape)}."
+                f"pixel_values must be (images, {channels} channels, height, width) with at least "
+                f"one image, got shape {tuple(pixels.shape)}; pass what the processor returns."
             )
         height, width = pixels.shape[-2:]
         if height % self.patch or width % self.patch:
@@ -104,11 +105,14 @@ class LlavaAdapter(Adapter):
         overrides: dict[str, Any] = {"size": size}
         if getattr(settings, "do_center_crop", False):
             overrides["crop_size"] = size
-            # The shorter edge keeps its proportion to the crop.
-            shortest, crop = dict(settings.size).get("shortest_edge"), dict(settings.crop_size)
-            if shortest:
-                share = height / crop["height"]
-                overrides["size"] = {"shortest_edge": max(1, round(shortest * share))}
+            # What is cropped keeps its proportion to the crop.
+            crop = dict(settings.crop_size)
+            shares = {"height": height / crop["height"], "width": width / crop["width"]}
+            overrides["size"] = {
+                name: max(1, round(length * shares.get(name, shares["height"])))
+                for name, length in dict(settings.size).items()
+                if length
+            }
         return dict(settings(images=list(pictures), return_tensors="pt", **overrides))
 
     @override

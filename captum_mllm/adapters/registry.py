@@ -46,7 +46,7 @@ def find_adapter(model: nn.Module) -> Adapter:
             f"model must be a transformers model (torch.nn.Module) or, for wrappers, an "
             f"attribution method; got {type(model).__name__}."
         )
-    _refuse_compiled(model)
+    refuse_compiled(model)
     for cls in type(model).__mro__:
         if cls.__name__ in _REGISTRY:
             return _REGISTRY[cls.__name__](model)
@@ -57,12 +57,26 @@ def find_adapter(model: nn.Module) -> Adapter:
     )
 
 
-def _refuse_compiled(model: nn.Module) -> None:
-    """Raise on torch.compile: hooks set later don't fire, or get traced into the user's graph."""
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` made the module, its call or its forward."""
+    if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+        return True
+    forward = module.forward
+    disabled = getattr(forward, "_torchdynamo_disable", False)  # torch.compiler.disable
+    return hasattr(forward, "_torchdynamo_orig_callable") and not disabled
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise on torch.compile: hooks set later don't fire, or get traced into the user's graph.
+
+    Args:
+        model: the user's model; looked at anew before each run.
+
+    Raises:
+        ValueError: the model or one of its modules is compiled.
+    """
     for name, module in model.named_modules():
-        if getattr(module, "_compiled_call_impl", None) is None and not hasattr(
-            module, "_orig_mod"
-        ):
+        if not _is_compiled(module):
             continue
         where = f"its module {name!r}" if name else "it"
         raise ValueError(

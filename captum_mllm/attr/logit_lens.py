@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
 from captum_mllm.attr.base import TokenAttribution, raw_result
+from captum_mllm.labels import tokenizer_of
 from captum_mllm.result import MLLMAttributionResult
 from captum_mllm.runner import Explain, Runner
 from captum_mllm.trace import TokenTrace
@@ -61,11 +62,12 @@ class LogitLens(TokenAttribution):
         adapter = find_adapter(model)
         super().__init__(model)
         depth = len(adapter.layers)
-        if not isinstance(layer, int) or not -depth <= layer < depth:
+        if not isinstance(layer, int) or isinstance(layer, bool) or not -depth <= layer < depth:
             raise ValueError(f"layer must be an int in {-depth}..{depth - 1}, got {layer!r}.")
         if context not in ("after_image", "all"):
             raise ValueError(f"context must be 'after_image' or 'all', got {context!r}.")
         layer = -1 if layer % depth == depth - 1 else layer % depth
+        tokenizer_of(processor)  # raises on what is none
         self._runner = Runner(adapter, processor, layer, context)
 
     @property

@@ -81,7 +81,7 @@ class MultiScaleAttribution(TokenAttribution):
                 f"IntegratedGradients(f), got {type(attribution_method).__name__}; for a model "
                 f"use MSEA(model)."
             )
-        if isinstance(attribution_method, MultiScaleAttribution):
+        if _is_multi_scale(attribution_method):
             raise ValueError("attribution_method is multi-scale already; give it all the scales.")
         super().__init__(attribution_method.forward_func)
         self.attribution_method = attribution_method
@@ -252,7 +252,18 @@ class MSEA(MultiScaleAttribution):
         super().__init__(base, scales, aggregation, resize=resize, consistency=consistency)
 
 
+def _is_multi_scale(method: Any) -> bool:
+    """Whether a token attribution, or one that it wraps, has scales of its own."""
+    while isinstance(method, TokenAttribution):
+        if isinstance(method, MultiScaleAttribution):
+            return True
+        method = getattr(method, "attribution_method", None)
+    return False
+
+
 def _check_scales(scales: Any) -> tuple[float, ...]:
+    if isinstance(scales, str):
+        raise TypeError(f"scales must be a sequence of numbers, got {scales!r}.")
     try:
         values = tuple(float(scale) for scale in scales)
     except (TypeError, ValueError) as error:

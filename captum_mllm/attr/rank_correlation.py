@@ -71,6 +71,11 @@ class RankCorrelationDenoiser(TokenAttribution):
     ) -> None:
         if isinstance(attribution_method, TokenAttribution):
             raw_maps_of(attribution_method, wanted_by="ARC")
+        elif attribution_method is not None and not isinstance(attribution_method, Attribution):
+            raise TypeError(
+                f"attribution_method must be a captum attribution such as LogitLens(model), or "
+                f"None, got {type(attribution_method).__name__}; for a model use ARC(model)."
+            )
         super().__init__(getattr(attribution_method, "forward_func", None))  # type: ignore[arg-type]
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
             raise ValueError(f"top_k must be an int >= 1, got {top_k!r}.")

@@ -277,13 +277,10 @@ def _otsu(values: Float64[np.ndarray, "height width"]) -> float:
         )
     threshold_otsu = extra("skimage.filters", "otsu_threshold").threshold_otsu
     counts, edges = np.histogram(values.clip(0, 1), bins=OTSU_BINS, range=(0, 1))
-    filled = counts.nonzero()[0]
-    if len(filled) == 1:
+    if (counts > 0).sum() == 1:
         return float(values.max())
-    # From the first to the last filled bin: empty ones at the ends would make 0 / 0. Upper edges
-    # instead of centres: every mean moves by the same half bin, so the split stays the same.
-    ends = slice(filled[0], filled[-1] + 1)
-    upper_edge = threshold_otsu(hist=(counts[ends], edges[1:][ends]))
+    # Upper edges instead of centres: every mean moves by the same half bin, so the split stays.
+    upper_edge = threshold_otsu(hist=(counts, edges[1:]))
     return float(np.nextafter(np.float32(upper_edge), np.float32(0)))
 
 
