@@ -132,6 +132,16 @@ def test_filter_of_a_window_does_not_see_the_order_of_its_cells(seed):
     assert_close(rank_gaussian_filter(shuffled.reshape(3, 3))[1, 1], centre, **TIGHT)
 
 
+def test_filter_sorts_every_window_of_zeros_and_ones():
+    # What compares and swaps in a fixed order sorts everything if it sorts all of these.
+    bits = (torch.arange(512)[:, None] >> torch.arange(9)) & 1
+    centre = rank_gaussian_filter(bits.double().reshape(512, 3, 3))[:, 1, 1]
+    for ones in range(10):
+        alike = centre[bits.sum(1) == ones]
+        expected = reference.rank_gaussian_filter((torch.arange(9) < ones).double().reshape(3, 3))
+        assert_close(alike, expected[1, 1].expand_as(alike), **TIGHT)
+
+
 @pytest.mark.parametrize("c", [1e-30, 1e-20, 1e-3, 1.0, 1e3, 1e20, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_filter_is_positively_homogeneous(c, dtype):
