@@ -90,17 +90,7 @@ def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, 
                 f"inputs must hold a tensor {name!r}, got {got}: call the processor with "
                 f"images=, text= and return_tensors='pt'."
             )
-    ids = inputs["input_ids"]
-    if ids.ndim != 2 or ids.shape[0] != 1:
-        raise ValueError(
-            f"inputs must hold exactly one sample, input_ids of shape (1, tokens); got "
-            f"{tuple(ids.shape)}. Call attribute once per sample."
-        )
-    if ids.is_floating_point() or bool(((ids < 0) | (ids >= adapter.vocabulary)).any()):
-        raise ValueError(
-            f"input_ids must be integers in 0..{adapter.vocabulary - 1} (the vocabulary), got "
-            f"{ids.dtype} from {ids.min()} to {ids.max()}: is the processor that of the model?"
-        )
+    _check_ids(inputs["input_ids"], adapter)
     if not torch.isfinite(inputs["pixel_values"]).all():
         raise ValueError("pixel_values hold NaN or infinite values; check the image.")
     device = adapter.model.device
@@ -109,29 +99,50 @@ def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, 
         for name, value in inputs.items()
         if isinstance(value, Tensor) and name != "labels"
     }
+    padding = _left_padding(kept, adapter)
+    for name in adapter.token_wise:
+        if name in kept:
+            kept[name] = kept[name][:, padding:]
+    return kept, padding
+
+
+def _check_ids(ids: Tensor, adapter: Adapter) -> None:
+    """Raise unless these are the ids of exactly one sample."""
+    if ids.ndim != 2 or ids.shape[0] != 1:
+        raise ValueError(
+            f"inputs must hold exactly one sample, input_ids of shape (1, tokens); got "
+            f"{tuple(ids.shape)}. Call attribute once per sample."
+        )
+    last = adapter.vocabulary - 1
+    if ids.is_floating_point() or bool(((ids < 0) | (ids > last)).any()):
+        raise ValueError(
+            f"input_ids must be integers in 0..{last} (the vocabulary), got {ids.dtype} from "
+            f"{ids.min()} to {ids.max()}: is the processor that of the model?"
+        )
+
+
+def _left_padding(kept: dict[str, Tensor], adapter: Adapter) -> int:
+    """Columns of left padding; fills in a missing attention mask."""
+    ids = kept["input_ids"]
+    mask = kept.setdefault("attention_mask", torch.ones_like(ids))
     for name, value in kept.items():
-        if value.shape[:2] == ids.shape and name not in adapter.token_wise:
+        if name in adapter.token_wise and value.shape != ids.shape:
+            raise ValueError(
+                f"{name} must have the shape of input_ids {tuple(ids.shape)}, got "
+                f"{tuple(value.shape)}."
+            )
+        if name not in adapter.token_wise and value.shape[:2] == ids.shape:
             raise ValueError(
                 f"inputs hold {name!r} with one entry per token, which can't follow the answer or "
                 f"other scales: leave it out; known are {', '.join(adapter.token_wise)}."
             )
-    mask = kept.get("attention_mask", torch.ones_like(kept["input_ids"]))
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids {tuple(ids.shape)}, got "
-            f"{tuple(mask.shape)}."
-        )
     padding = int((mask[0] == 0).sum())
     if bool((mask[0, :padding] != 0).any()):
         raise ValueError(
             "attention_mask: only left padding is allowed, but zeros follow a one. Set "
             "processor.tokenizer.padding_side = 'left', or don't pad."
         )
-    for name in adapter.token_wise:
-        if name in kept:
-            kept[name] = kept[name][:, padding:]
-    kept["attention_mask"] = mask[:, padding:]
-    return kept, padding
+    return padding
 
 
 def append_answer(
@@ -256,9 +267,12 @@ def generate_answer(
             f"gen_args must be a mapping of keyword arguments of generate, got "
             f"{type(gen_args).__name__}."
         )
-    config, others = _generation_config(adapter, dict(gen_args or {}))
-    if (config.num_return_sequences or 1) != 1:
-        raise _several(config.num_return_sequences)
+    given = dict(gen_args or {})
+    settings = given.get("generation_config")
+    count = given.get("num_return_sequences") or getattr(settings, "num_return_sequences", 1) or 1
+    if count != 1:
+        raise _several(count)
+    config, others = _generation_config(adapter, given)
     output = adapter.model.generate(**sample.kwargs, generation_config=config, **others)
     sequences = getattr(output, "sequences", output)
     if sequences.shape[0] != 1:
@@ -278,7 +292,7 @@ def generate_answer(
     return answer
 
 
-def _several(count: int | None) -> ValueError:
+def _several(count: int) -> ValueError:
     return ValueError(
         f"gen_args make {count} sequences, but one answer is explained at a time: set "
         f"num_return_sequences=1, or pass each answer as target."
