@@ -1,6 +1,7 @@
 """Shared fixtures: tiny random LLaVAs with their real processor, and the shipped model."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -13,11 +14,9 @@ install_import_hook(
     "beartype.beartype",
 )
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-from tiny import tiny_llava, tiny_processor
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tiny import Subject, random_picture, tiny_llava, tiny_processor  # noqa: E402
 
 PROMPT = "USER: <image>\nwhat is here ? ASSISTANT:"
 
@@ -39,8 +38,7 @@ def processor():
 
 @pytest.fixture(scope="session")
 def picture():
-    rng = np.random.default_rng(0)
-    return Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    return random_picture(0)
 
 
 @pytest.fixture
@@ -59,3 +57,28 @@ def shipped():
     from captum_mllm.reference import load
 
     return load()
+
+
+@pytest.fixture(params=["tiny", "shipped"])
+def subject(request):
+    """A model to explain: the tiny random one, then the shipped one."""
+    return request.getfixturevalue(f"{request.param}_subject")
+
+
+@pytest.fixture(scope="session")
+def tiny_subject(model, processor):
+    pictures = random_picture(0), random_picture(1)
+    answer = torch.tensor([20, 31, 20, 45, 7])
+    return Subject("tiny", model, processor, PROMPT, *pictures, answer)
+
+
+@pytest.fixture(scope="session")
+def shipped_subject(shipped):
+    from captum_mllm.reference import make_scene, render_pil
+
+    model, processor = shipped
+    pictures = [render_pil(make_scene(seed))[0] for seed in (1, 2)]
+    asked = Subject("shipped", model, processor, PROMPT, *pictures, torch.empty(0))
+    ids = asked.inputs["input_ids"]
+    said = model.generate(**asked.inputs, do_sample=False, max_new_tokens=10)[0, ids.shape[1] :]
+    return replace(asked, answer=said)

@@ -1,6 +1,11 @@
 """Tiny random models of the real architectures, with their real processors."""
 
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -15,6 +20,7 @@ from transformers import (
 VOCABULARY = 97
 IMAGE_TOKEN = 3
 PATCH, SIDE = 4, 16
+WORDS = "USER: what is here ? ASSISTANT: a dog cat on the left right and there"
 
 
 def tiny_llava(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides):
@@ -58,9 +64,8 @@ def tiny_llava(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides):
 
 def tiny_processor(center_crop: bool = True, side: int = SIDE):
     """The real LlavaProcessor around a word-level tokenizer."""
-    words = "USER: what is here ? ASSISTANT: a dog cat on the left right and there".split()
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<image>": IMAGE_TOKEN, "<unk>": 4}
-    vocabulary |= {word: 5 + n for n, word in enumerate(words)}
+    vocabulary |= {word: 5 + n for n, word in enumerate(WORDS.split())}
     vocabulary |= {f"w{n}": n for n in range(len(vocabulary), VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -85,3 +90,32 @@ def tiny_processor(center_crop: bool = True, side: int = SIDE):
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
+
+
+def random_picture(seed: int = 0, size: tuple[int, int] = (40, 40)) -> Image.Image:
+    """Noise; size is (width, height)."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to explain, with two pictures, the inputs of the first, and an answer."""
+
+    name: str
+    model: Any
+    processor: Any
+    prompt: str
+    picture: Image.Image
+    other_picture: Image.Image
+    answer: torch.Tensor
+
+    def encode(self, *pictures: Image.Image, prompt: str | None = None) -> dict[str, torch.Tensor]:
+        """What the processor makes of the prompt and the pictures (the first by default)."""
+        images = list(pictures) or [self.picture]
+        text = self.prompt if prompt is None else prompt
+        return dict(self.processor(images=images, text=text, return_tensors="pt"))
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return self.encode()
