@@ -95,7 +95,34 @@ def is_content_word(text: str) -> bool:
     return text.lower().replace("\u2019", "'").strip('.,;:!?"()') not in FUNCTION_WORDS
 
 
-def group_words(tokens: Sequence[str]) -> tuple[Word, ...]:
+def marks_spaces(tokens: Sequence[str]) -> bool:
+    """Whether a tokenizer marks the spaces between words, judged by labels of a whole text.
+
+    Args:
+        tokens: labels as in ``result.input_tokens``; the longer the better.
+
+    Example:
+        >>> marks_spaces(["a", " dog"]), marks_spaces(["a", "dog"])
+        (True, False)
+    """
+    return any(token[:1] in tuple(_START) and token.strip(_START) for token in tokens)
+
+
+def join_tokens(tokens: Sequence[str], spaced: bool = True) -> str:
+    """The text of tokens.
+
+    Args:
+        tokens: labels as in ``result.output_tokens``.
+        spaced: as for :func:`group_words`.
+
+    Example:
+        >>> join_tokens([" a", " zeb", "ra"]), join_tokens(["a", "zebra"], spaced=False)
+        ('a zebra', 'a zebra')
+    """
+    return ("" if spaced else " ").join(tokens).strip()
+
+
+def group_words(tokens: Sequence[str], spaced: bool = True) -> tuple[Word, ...]:
     """Group the labels of tokens to words.
 
     A leading space starts a word; so does the first token. Punctuation, special tokens, the
@@ -104,6 +131,8 @@ def group_words(tokens: Sequence[str]) -> tuple[Word, ...]:
 
     Args:
         tokens: labels as in ``result.output_tokens``.
+        spaced: whether the tokenizer marks spaces (:func:`marks_spaces`); with False every token
+            is a word. Default True.
 
     Example:
         >>> [word.text for word in group_words(["A", " zeb", "ra", "'s", " tail", "."])]
@@ -117,7 +146,7 @@ def group_words(tokens: Sequence[str]) -> tuple[Word, ...]:
             joins = False
             continue
         starts = token[0] in _START or token[0].isspace()
-        if _stands_alone(bare, tokens, index):
+        if not spaced or _stands_alone(bare, tokens, index):
             groups.append([index])
             joins = False
             continue

@@ -1,0 +1,347 @@
+"""The command line: ``captum-mllm explain``.
+
+Everything that the package prints is printed here: progress on stderr, the table on stdout.
+Mistakes of the user end with one line on stderr that names the argument, and exit code 2.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from captum_mllm.attr import TokenAttribution
+    from captum_mllm.result import MLLMAttributionResult
+
+METHODS = ("lens", "tam", "msea", "arc", "msea+arc")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEMO_SCENE = 23  # three objects, among them a noun of two words; fixed before training
+SHIPPED = "the small model that comes with captum_mllm (it knows synthetic scenes only)"
+
+
+class UsageError(Exception):
+    """A mistake of the user, as one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; a usage text of ten lines hides it."""
+
+    def error(self, message: str) -> NoReturn:
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {line} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments; default those of the process.
+
+    Returns:
+        Exit code: 0, or 2 for a mistake in the arguments, 130 if interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except UsageError as error:
+        line = " ".join(str(error).split())
+        print(_printable(f"captum-mllm {args.command}: error: {line}", sys.stderr), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("captum-mllm: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="captum-mllm", description="Explain multimodal large language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    explain = commands.add_parser(
+        "explain",
+        help="show where each word of an answer looked, and which words led to it",
+        description="Ask a multimodal model about a picture and write, for every word of its "
+        "answer, where in the picture it looked and which words led to it. Writes index.html, an "
+        "overlay per content word (PNG), a text heat map (HTML, PNG) and a table; prints the "
+        "table.",
+    )
+    explain.set_defaults(run=_explain)
+    _add_inputs(explain)
+    _add_method(explain)
+    return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--image", type=Path, metavar="FILE", help="the picture")
+    add(
+        "--prompt",
+        type=_text,
+        metavar="TEXT",
+        help="what to ask; the model's chat template is put around it",
+    )
+    add("--demo", action="store_true", help="a held-out scene of the shipped model; no --image")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write; made if missing")
+    add("--model", metavar="ID_OR_PATH", help=f"hub id or folder; default: {SHIPPED}")
+    add(
+        "--target",
+        type=_text,
+        metavar="TEXT",
+        help="explain this answer instead of the model's own",
+    )
+    add("--max-new-tokens", type=_positive_int, default=128, metavar="N", help="default: 128")
+    add("--dtype", choices=DTYPES, default="auto", help="default: auto, the checkpoint's own")
+    add("--device", metavar="NAME", help="e.g. cpu, cuda:1; default: cuda if there is one")
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="msea+arc", help="default: msea+arc")
+    add(
+        "--scales",
+        type=_scales,
+        metavar="S,S,...",
+        help="sizes of the picture that msea looks at, e.g. 1,1.25,1.5 (its default)",
+    )
+    add(
+        "--layer", type=int, default=-1, metavar="N", help="LM layer to read; default: -1, the last"
+    )
+    add("--save-result", action="store_true", help="also write result.safetensors")
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(f"must be positive numbers like 1,1.25,1.5, got {text!r}")
+    return values
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from captum_mllm.visualization.folder import check_folder
+
+    if args.demo and (args.image or args.prompt or args.model):
+        raise UsageError("argument --demo: brings its own picture, prompt and model; leave it out")
+    if not args.demo and not (args.image and args.prompt):
+        raise UsageError("arguments --image and --prompt are both needed (or --demo alone)")
+    try:
+        check_folder(args.out)
+    except OSError as error:
+        raise UsageError(f"argument --out: {error}; choose another folder") from error
+    picture, prompt = _demo_scene() if args.demo else (_picture(args.image), args.prompt)
+    model, processor = _load(args)
+    inputs, assumed = _prepare(processor, picture, prompt)
+    _say(assumed)
+    result = _attribute(args, model, processor, inputs)
+    model_name = args.model or SHIPPED
+    _write(args, result, picture, prompt, (f"Model: {model_name}.", assumed))
+
+
+def _write(
+    args: argparse.Namespace,
+    result: "MLLMAttributionResult",
+    picture: "Image",
+    prompt: str,
+    notes: tuple[str, ...],
+) -> None:
+    from captum_mllm.visualization import answer_text, format_table, write_report
+    from captum_mllm.visualization.folder import filled_folder
+
+    _say("drawing ...")
+    try:
+        with filled_folder(args.out) as folder:
+            summary = write_report(folder, result, picture, prompt=prompt, notes=notes)
+            if args.save_result:
+                result.save(folder / "result.safetensors")
+    except OSError as error:
+        raise UsageError(f"argument --out: can't write there ({error})") from error
+    text = f"prompt: {prompt}\nanswer: {answer_text(result)}\n\n{format_table(summary)}\n"
+    print(_printable(text, sys.stdout))
+    if summary.assumed:
+        _say("assumed: the model saw the whole picture (the processor's crop is not known)")
+    _say(f"wrote {args.out / 'index.html'} and {len(list(args.out.iterdir())) - 1} files beside it")
+
+
+def _demo_scene() -> "tuple[Image, str]":
+    from captum_mllm.reference.captions import DEFAULT_QUESTION
+    from captum_mllm.reference.render import render_pil
+    from captum_mllm.reference.scenes import make_scene
+
+    scene = make_scene(DEMO_SCENE, "test")
+    _say(f"demo: scene {DEMO_SCENE} of the test split, held out: {', '.join(scene.categories)}")
+    return render_pil(scene)[0], DEFAULT_QUESTION
+
+
+def _picture(path: Path) -> "Image":
+    from captum_mllm.visualization.pictures import open_picture
+
+    try:
+        return open_picture(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"argument --image: {error}") from error
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and processor on their device; a class that is not supported is refused first."""
+    import torch
+
+    _say(f"loading {args.model or SHIPPED} ...")
+    device = _device(args.device)
+    if args.model is None:
+        from captum_mllm.reference.models import load
+
+        try:
+            model, processor = load()
+        except OSError as error:
+            raise UsageError("the shipped model is missing: reinstall captum_mllm") from error
+        if args.dtype != "auto":
+            model = model.to(getattr(torch, args.dtype))
+        return model.to(device), processor
+    try:
+        _check_class(args.model)
+        processor = _load_processor(args.model)
+        from transformers import AutoModelForImageTextToText
+
+        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"argument --model: {args.model!r} can't be loaded: {error}") from error
+    return model.to(device).eval(), processor
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"argument --device: can't use {name!r}: {reason}") from error
+    return device
+
+
+def _check_class(name: str) -> None:
+    """Raise before the weights are loaded if no adapter knows the model's class."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from captum_mllm.adapters import find_adapter
+
+    local = Path(name).expanduser()
+    if not local.is_dir() and (local.exists() or name.startswith((".", "/", "~"))):
+        raise OSError("no such folder; give a folder with config.json, or a hub id")
+    config = AutoConfig.from_pretrained(name)
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise ValueError(
+            f"a model of type {config.model_type!r} reads no pictures; give a multimodal model "
+            f"such as LLaVA"
+        )
+    with torch.device("meta"):
+        find_adapter(AutoModelForImageTextToText.from_config(config))
+
+
+def _load_processor(name: str) -> Any:
+    from transformers import AutoProcessor
+    from transformers.utils.import_utils import is_torchvision_available
+
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+    except Exception as error:
+        text = str(error).lower()
+        if not is_torchvision_available() and ("torchvision" in text or "video_processor" in text):
+            raise ImportError(
+                "its processor needs torchvision, which is not installed; pip install torchvision "
+                "(the build that goes with your torch)"
+            ) from error
+        raise ValueError(f"its processor fails: {error}") from error
+    if getattr(processor, "image_processor", None) is None:
+        raise ValueError("it has no image processor (preprocessor_config.json is missing)")
+    return processor
+
+
+def _prepare(processor: Any, picture: "Image", prompt: str) -> tuple[Any, str]:
+    """The processor's mapping for one picture and prompt, and what was assumed, as a sentence."""
+    image_token = getattr(processor, "image_token", None)
+    tokenizer = processor.tokenizer
+    if image_token and image_token in prompt:
+        text, assumed = prompt, "Assumed: the prompt holds the image token, so it is used as it is."
+    elif getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        assumed = "Assumed: the model's chat template, one user turn, the picture before the text."
+    elif image_token:
+        text = f"{image_token}\n{prompt}"
+        assumed = f"Assumed: {image_token!r} and a new line before the prompt (no chat template)."
+    else:
+        raise UsageError(
+            "argument --prompt: the processor has no chat template and no image token; write the "
+            "whole prompt with its image token"
+        )
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    special = {"add_special_tokens": False} if begins else {}
+    try:
+        return processor(images=picture, text=text, return_tensors="pt", **special), assumed
+    except ValueError as error:
+        raise UsageError(f"argument --prompt: {error}") from error
+
+
+def _attribute(
+    args: argparse.Namespace, model: Any, processor: Any, inputs: Any
+) -> "MLLMAttributionResult":
+    _say(f"explaining with {args.method} ...")
+    try:
+        return _attributor(args, model, processor).attribute(
+            inputs.to(model.device, model.dtype),
+            args.target,
+            gen_args={"max_new_tokens": args.max_new_tokens},
+            show_progress=True,
+        )
+    except ValueError as error:  # the library's messages begin with the argument's name
+        name = re.match(r"(scales|layer|target)\b", str(error))
+        flag = f"--{name[1]}" if name else "--model or --prompt"
+        raise UsageError(f"argument {flag}: {error}") from error
+
+
+def _attributor(args: argparse.Namespace, model: Any, processor: Any) -> "TokenAttribution":
+    from captum_mllm import ARC, MSEA, LogitLens, TokenActivationMap
+
+    lens = LogitLens(model, processor, args.layer)
+    multi: dict[str, Any] = {} if args.scales is None else {"scales": args.scales}
+    found: dict[str, TokenAttribution] = {
+        "lens": lens,
+        "tam": TokenActivationMap(lens),
+        "msea": MSEA(lens, **multi),
+        "arc": ARC(lens),
+        "msea+arc": ARC(MSEA(lens, **multi)),
+    }
+    return found[args.method]
+
+
+def _say(text: str) -> None:
+    print(_printable(f"captum-mllm: {text}", sys.stderr), file=sys.stderr, flush=True)
+
+
+def _printable(text: str, stream: Any) -> str:
+    """Text that the stream's encoding can show; the rest as escapes."""
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,210 @@
+"""What a result says, word by word: probability, peak, where it lies; and the table of it."""
+
+import unicodedata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from captum_mllm.geometry import ImageGeometry, maps_to_picture
+from captum_mllm.words import (
+    Peak,
+    Word,
+    find_peak,
+    group_words,
+    join_tokens,
+    marks_spaces,
+    word_attributions,
+    word_maps,
+    word_probabilities,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from captum_mllm.result import MLLMAttributionResult
+
+
+@dataclass(frozen=True)
+class WordSummary:
+    """One word of the answer.
+
+    Args:
+        word: the word and its tokens.
+        probability: product of its tokens' probabilities.
+        peak: where its map is largest; None where the map is 0 all over the picture.
+    """
+
+    word: Word
+    probability: float
+    peak: Peak | None
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerSummary:
+    """An answer word by word, over one picture.
+
+    Args:
+        words: the words of the answer, in order.
+        grid_maps: (words, rows, cols): their maps on the model's grid.
+        context: the words of the text (prompt, then answer) that may have led to them.
+        context_attr: (words, context): attribution of each context word, >= 0; a word's own
+            column and those after it are 0.
+        vmax: the largest value of any word's map: the one full colour for all words.
+        geometry: the part of the picture that the model saw.
+        assumed: whether the geometry is only assumed (the whole picture, stretched).
+        size: (height, width) of the picture, pixels.
+        units: units of all values.
+    """
+
+    words: tuple[WordSummary, ...]
+    grid_maps: Float[Tensor, "words _ _"]
+    context: tuple[Word, ...]
+    context_attr: Float[Tensor, "words context"]
+    vmax: float
+    geometry: ImageGeometry
+    assumed: bool
+    size: tuple[int, int]
+    units: str
+
+    def map_of(self, index: int, size: tuple[int, int]) -> Float[Tensor, "height width"]:
+        """One word's map in pixels of the picture, resized.
+
+        Args:
+            index: which word.
+            size: (height, width) to which the picture is resized, pixels.
+        """
+        (height, width), (full_h, full_w) = size, self.size
+        left, upper, right, lower = self.geometry.box
+        box = (
+            left * width / full_w,
+            upper * height / full_h,
+            right * width / full_w,
+            lower * height / full_h,
+        )
+        return maps_to_picture(self.grid_maps[index : index + 1], ImageGeometry(box), size)[0]
+
+
+def answer_words(result: "MLLMAttributionResult") -> tuple[Word, ...]:
+    """The words of the answer.
+
+    Args:
+        result: what ``attribute`` returned.
+    """
+    return group_words(result.output_tokens, marks_spaces(result.input_tokens))
+
+
+def answer_text(result: "MLLMAttributionResult") -> str:
+    """The answer as a text.
+
+    Args:
+        result: what ``attribute`` returned.
+    """
+    return join_tokens(result.output_tokens, marks_spaces(result.input_tokens))
+
+
+def summarise(
+    result: "MLLMAttributionResult", size: tuple[int, int], image: int = 0
+) -> AnswerSummary:
+    """Read a result word by word.
+
+    Args:
+        result: what ``attribute`` returned.
+        size: (height, width) of the original picture, pixels.
+        image: which image, default the first.
+
+    Returns:
+        The answer's words with their maps, peaks and contexts.
+    """
+    words = answer_words(result)
+    maps = word_maps(result.grid_attr[image], words)
+    probabilities = word_probabilities(result.output_probs, words)
+    geometry, assumed = _geometry(result, size, image)
+    context, attr = context_of(result, words)
+    summaries = tuple(
+        WordSummary(word, float(p), find_peak(cells, geometry, size))
+        for word, p, cells in zip(words, probabilities, maps, strict=True)
+    )
+    vmax = float(maps.max()) if maps.numel() else 0.0
+    return AnswerSummary(
+        summaries, maps, context, attr, vmax, geometry, assumed, size, result.units
+    )
+
+
+def context_of(
+    result: "MLLMAttributionResult", words: "Sequence[Word]"
+) -> tuple[tuple[Word, ...], Float[Tensor, "words context"]]:
+    """The words of the text, and how much each led to each word of the answer.
+
+    Args:
+        result: what ``attribute`` returned.
+        words: the words of the answer.
+
+    Returns:
+        Words whose ``tokens`` are columns of ``token_attr``, and the attributions
+        (words, context).
+    """
+    labels, rows = result.input_tokens, len(result.output_tokens)
+    spaced = marks_spaces(labels)
+    start = len(labels) - rows
+    aligned = start >= 0 and labels[start:] == result.output_tokens
+    if not aligned:  # only some tokens are explained
+        context = group_words(labels, spaced)
+        return context, word_attributions(result.token_attr, words, context)
+    answer = tuple(
+        Word(word.text, tuple(start + token for token in word.tokens), word.content)
+        for word in words
+    )
+    prompt = group_words(labels[:start], spaced)
+    context = prompt + answer
+    attr = word_attributions(result.token_attr, words, context)
+    for row in range(len(words)):  # a word's later tokens owe something to its own first one
+        attr[row, len(prompt) + row :] = 0
+    return context, attr
+
+
+def _geometry(
+    result: "MLLMAttributionResult", size: tuple[int, int], image: int
+) -> tuple[ImageGeometry, bool]:
+    grid, rule = result.grids[image], result.preprocessing
+    frame = (grid.height, grid.width)
+    if rule is not None and rule.frame(*size) == frame:
+        return rule.geometry(*size), False
+    return ImageGeometry.stretched(*size), size != frame
+
+
+def format_table(summary: AnswerSummary, *, content_only: bool = True) -> str:
+    """The words as an aligned plain-text table: word, probability, peak, where it lies.
+
+    Args:
+        summary: an answer word by word.
+        content_only: leave function words and punctuation out, default True.
+
+    Returns:
+        Lines without trailing spaces; plain text without colours.
+    """
+    rows = [("word", "probability", f"peak, {summary.units}", "where (x, y in pixels)")]
+    for entry in summary.words:
+        if content_only and not entry.word.content:
+            continue
+        value, where = "0", "nowhere"
+        if entry.peak is not None:
+            value = f"{entry.peak.value:.3f}"
+            where = f"{entry.peak.region} ({entry.peak.x}, {entry.peak.y})"
+        rows.append((entry.word.text, f"{entry.probability:.3f}", value, where))
+    widths = [max(_width(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(_pad(row, widths)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _pad(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    """Text to the left, numbers to the right."""
+    space = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
+    return [row[0] + space[0], space[1] + row[1], space[2] + row[2], row[3] + space[3]]
+
+
+def _width(text: str) -> int:
+    """Columns that a terminal uses for a text."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
