@@ -180,11 +180,42 @@ class Adapter(ABC):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Evaluation mode, no gradients, size hooks; everything is put back afterwards."""
-        flags = [(module, module.training) for module in self.model.modules()]
-        try:
+        with unchanged(self.model), torch.no_grad(), self.size_hooks():
             self.model.eval()
-            with torch.no_grad(), self.size_hooks():
-                yield
-        finally:
-            for module, training in flags:
-                module.training = training
+            yield
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back every module's flags (training and others) and forward hooks, whatever happens.
+
+    Not ours alone: transformers sets hooks of its own, and a flag that says so, in the first
+    forward that wants hidden states of the tower, and leaves them in the model.
+
+    Args:
+        model: the user's model.
+    """
+    before = [(module, _flags(module), _hook_tables(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flags, tables in before:
+            for name in _flags(module).keys() - flags.keys():
+                delattr(module, name)
+            vars(module).update(flags)
+            for name, table in tables.items():
+                now = vars(module)[name]
+                for key in now.keys() - table.keys():
+                    del now[key]
+
+
+def _flags(module: nn.Module) -> dict[str, bool]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, bool)}
+
+
+def _hook_tables(module: nn.Module) -> dict[str, dict[int, Any]]:
+    return {
+        name: dict(value)
+        for name, value in vars(module).items()
+        if name.startswith("_forward_") and isinstance(value, dict)
+    }
