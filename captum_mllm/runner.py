@@ -164,19 +164,22 @@ class Runner:
         if images is None:
             return self.adapter.rescale_pixels(sample.kwargs, grids)
         pictures = list(images) if isinstance(images, list | tuple) else [images]
-        if self.processor is None:
+        settings = getattr(self.processor, "image_processor", None)
+        if settings is None:
             raise ValueError("images= needs a processor: make the attributor with one.")
         if len(pictures) != len(grids):
             raise ValueError(f"images= holds {len(pictures)} pictures, inputs have {len(grids)}.")
+        plain = dict(settings(images=pictures, return_tensors="pt"))
         made = self.adapter.pixels_from_pictures(pictures, self.processor, grids)
-        found = self.adapter.grids(made)
-        if tuple(found) != tuple(grids):
-            raise ValueError(
-                f"images= through the processor give frames of "
-                f"{[(g.height, g.width) for g in found]} pixels instead of "
-                f"{[(g.height, g.width) for g in grids]}: was the processor called with other "
-                f"settings for inputs? Leave images out to resize the pixel tensor."
-            )
+        for pixels, wanted in ((plain, sample.grids), (made, tuple(grids))):
+            found = self.adapter.grids(pixels)
+            if found != wanted:
+                raise ValueError(
+                    f"images= through the processor give frames of "
+                    f"{[(g.height, g.width) for g in found]} pixels instead of "
+                    f"{[(g.height, g.width) for g in wanted]}: was the processor called with other "
+                    f"settings for inputs? Leave images out to resize the pixel tensor."
+                )
         like = sample.kwargs["pixel_values"]
         return {name: value.to(like) for name, value in made.items()}
 
