@@ -11,6 +11,14 @@ from PIL import Image
 from captum_mllm import MLLMAttributionResult, cli
 from captum_mllm.visualization.pictures import open_picture
 
+MADE_BY = {  # method: name and number of scales in its result
+    "lens": ("LogitLens", 1),
+    "tam": ("TokenActivationMap", 1),
+    "msea": ("MSEA(LogitLens)", 3),
+    "arc": ("ARC", 1),
+    "msea+arc": ("ARC", 3),
+}
+
 
 @pytest.fixture(scope="session")
 def saved(model, processor, tmp_path_factory):
@@ -62,7 +70,10 @@ def failing(capsys, arguments, *flags):
 
 @pytest.mark.parametrize("method", cli.METHODS)
 def test_every_method_writes_page_overlays_and_table(method, base, tmp_path, capsys):
-    assert run({**base, "--method": method, "--target": "a dog on the left"}) == 0
+    arguments = {**base, "--method": method, "--target": "a dog on the left"}
+    assert run(arguments, "--save-result") == 0
+    result = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
+    assert (result.method, len(result.scales)) == MADE_BY[method]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"index.html", "picture.png", "text-heatmap.png", "words.json"} <= names
     assert {"word-02-dog.png", "word-05-left.png"} <= names
@@ -108,13 +119,17 @@ def test_image_token_is_put_before_a_prompt_without_template(processor, picture)
     assert placeholders[-1] < ids.index(processor.tokenizer.convert_tokens_to_ids("what"))
 
 
-def test_chat_template_is_used_without_a_second_start_token(processor, picture, monkeypatch):
-    template = "<s>USER: {% for p in messages[0].content %}{{ p.text or '<image>' }} {% endfor %}"
-    monkeypatch.setattr(processor, "chat_template", template)
-    inputs, assumed = cli._prepare(processor, picture, "what is here ?")
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_chat_template_is_used_with_one_start_token(start, picture):
+    from captum_mllm.reference.tokenizer import build_processor
+
+    processor = build_processor(16, 8)  # its tokenizer puts <s> before every text
+    processor.chat_template = start + processor.chat_template
+    inputs, assumed = cli._prepare(processor, picture, "what is this?")
     assert "chat template" in assumed
-    start = processor.tokenizer.bos_token_id
-    assert (inputs["input_ids"] == start).sum() == 1
+    ids = inputs["input_ids"][0].tolist()
+    assert ids.count(processor.tokenizer.bos_token_id) == 1
+    assert "assistant" in processor.tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(

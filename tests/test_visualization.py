@@ -199,6 +199,7 @@ def test_plots_return_figures_that_draw_and_that_pyplot_does_not_keep(result, wi
     for fig, ax in figures:
         assert ax in fig.axes
         assert drawn(fig).std() > 0
+        assert fig._repr_png_().startswith(b"\x89PNG")  # a notebook shows it
     assert plt.get_fignums() == []
     assert mpl.get_backend() == backend
 
@@ -422,9 +423,10 @@ def test_a_second_report_takes_the_first_ones_overlays_away_and_nothing_else(
 
 def test_overlay_names_in_a_folder_that_is_not_ours_stay(tmp_path):
     (tmp_path / "word-01-dog.png").write_bytes(b"mine")
+    (tmp_path / "words.json").write_text('{"written_by": "someone else"}')
     with filled_folder(tmp_path) as folder:
         (folder / "a.txt").write_text("a")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "word-01-dog.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "word-01-dog.png", "words.json"]
 
 
 def test_a_file_is_no_folder(tmp_path):

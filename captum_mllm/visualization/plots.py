@@ -1,8 +1,9 @@
 """Matplotlib plots of a result, called by its ``plot_*`` methods.
 
 With ``show=False`` a figure stands by itself: pyplot neither keeps it nor shows it a second time,
-so a loop over many results piles nothing up; save it with ``fig.savefig`` or show it in a notebook
-with ``display(fig)``. With ``show=True`` pyplot shows it with the backend that the user has set.
+so a loop over many results piles nothing up; save it with ``fig.savefig``, show it in a notebook
+with ``fig`` as the cell's last line. With ``show=True`` pyplot shows it with the backend that the
+user has set.
 """
 
 from collections.abc import Sequence
@@ -214,9 +215,9 @@ def _figure(size: tuple[float, float], show: bool) -> "tuple[Figure, Axes]":
 
         fig = plt.figure(figsize=size, layout="constrained", facecolor="white")
     else:
-        from matplotlib.figure import Figure
+        from captum_mllm.visualization.figure import NotebookFigure
 
-        fig = Figure(figsize=size, layout="constrained", facecolor="white")
+        fig = NotebookFigure(figsize=size, layout="constrained", facecolor="white")
     return fig, fig.subplots()
 
 
