@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from captum_mllm.cli_model import UsageError, load_model, prepare_inputs
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -21,10 +23,6 @@ METHODS = ("lens", "tam", "msea", "arc", "msea+arc")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEMO_SCENE = 23  # three objects, among them a noun of two words; fixed before training
 SHIPPED = "the small model that comes with captum_mllm (it knows synthetic scenes only)"
-
-
-class UsageError(Exception):
-    """A mistake of the user, as one line."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -147,8 +145,9 @@ def _explain(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UsageError(f"argument --out: {error}; choose another folder") from error
     picture, prompt = _demo_scene() if args.demo else (_picture(args.image), args.prompt)
-    model, processor = _load(args)
-    inputs, assumed = _prepare(processor, picture, prompt)
+    _say(f"loading {args.model or SHIPPED} ...")
+    model, processor = load_model(args.model, args.dtype, args.device)
+    inputs, assumed = prepare_inputs(processor, picture, prompt)
     _say(assumed)
     result = _attribute(args, model, processor, inputs)
     model_name = args.model or SHIPPED
@@ -197,112 +196,6 @@ def _picture(path: Path) -> "Image":
         return open_picture(path)
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(f"argument --image: {error}") from error
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Model and processor on their device; a class that is not supported is refused first."""
-    import torch
-
-    _say(f"loading {args.model or SHIPPED} ...")
-    device = _device(args.device)
-    if args.model is None:
-        from captum_mllm.reference.models import load
-
-        try:
-            model, processor = load()
-        except OSError as error:
-            raise UsageError("the shipped model is missing: reinstall captum_mllm") from error
-        if args.dtype != "auto":
-            model = model.to(getattr(torch, args.dtype))
-        return model.to(device), processor
-    try:
-        _check_class(args.model)
-        processor = _load_processor(args.model)
-        from transformers import AutoModelForImageTextToText
-
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype)
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"argument --model: {args.model!r} can't be loaded: {error}") from error
-    return model.to(device).eval(), processor
-
-
-def _device(name: str | None) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"argument --device: can't use {name!r}: {reason}") from error
-    return device
-
-
-def _check_class(name: str) -> None:
-    """Raise before the weights are loaded if no adapter knows the model's class."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    from captum_mllm.adapters import find_adapter
-
-    local = Path(name).expanduser()
-    if not local.is_dir() and (local.exists() or name.startswith((".", "/", "~"))):
-        raise OSError("no such folder; give a folder with config.json, or a hub id")
-    config = AutoConfig.from_pretrained(name)
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
-        raise ValueError(
-            f"a model of type {config.model_type!r} reads no pictures; give a multimodal model "
-            f"such as LLaVA"
-        )
-    with torch.device("meta"):
-        find_adapter(AutoModelForImageTextToText.from_config(config))
-
-
-def _load_processor(name: str) -> Any:
-    from transformers import AutoProcessor
-    from transformers.utils.import_utils import is_torchvision_available
-
-    try:
-        processor = AutoProcessor.from_pretrained(name)
-    except Exception as error:
-        text = str(error).lower()
-        if not is_torchvision_available() and ("torchvision" in text or "video_processor" in text):
-            raise ImportError(
-                "its processor needs torchvision, which is not installed; pip install torchvision "
-                "(the build that goes with your torch)"
-            ) from error
-        raise ValueError(f"its processor fails: {error}") from error
-    if getattr(processor, "image_processor", None) is None:
-        raise ValueError("it has no image processor (preprocessor_config.json is missing)")
-    return processor
-
-
-def _prepare(processor: Any, picture: "Image", prompt: str) -> tuple[Any, str]:
-    """The processor's mapping for one picture and prompt, and what was assumed, as a sentence."""
-    image_token = getattr(processor, "image_token", None)
-    tokenizer = processor.tokenizer
-    if image_token and image_token in prompt:
-        text, assumed = prompt, "Assumed: the prompt holds the image token, so it is used as it is."
-    elif getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        assumed = "Assumed: the model's chat template, one user turn, the picture before the text."
-    elif image_token:
-        text = f"{image_token}\n{prompt}"
-        assumed = f"Assumed: {image_token!r} and a new line before the prompt (no chat template)."
-    else:
-        raise UsageError(
-            "argument --prompt: the processor has no chat template and no image token; write the "
-            "whole prompt with its image token"
-        )
-    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    special = {"add_special_tokens": False} if begins else {}
-    try:
-        return processor(images=picture, text=text, return_tensors="pt", **special), assumed
-    except ValueError as error:
-        raise UsageError(f"argument --prompt: {error}") from error
 
 
 def _attribute(

@@ -13,10 +13,10 @@ from captum_mllm.visualization.pictures import open_picture
 
 MADE_BY = {  # method: name and number of scales in its result
     "lens": ("LogitLens", 1),
-    "tam": ("TokenActivationMap", 1),
+    "tam": ("TokenActivationMap(LogitLens)", 1),
     "msea": ("MSEA(LogitLens)", 3),
-    "arc": ("ARC", 1),
-    "msea+arc": ("ARC", 3),
+    "arc": ("ARC(LogitLens)", 1),
+    "msea+arc": ("ARC(MSEA(LogitLens))", 3),
 }
 
 
@@ -111,7 +111,7 @@ def test_prompt_with_image_token_is_used_as_it_is(base, capsys):
 
 def test_image_token_is_put_before_a_prompt_without_template(processor, picture):
     assert processor.chat_template is None
-    inputs, assumed = cli._prepare(processor, picture, "what is here ?")
+    inputs, assumed = cli.prepare_inputs(processor, picture, "what is here ?")
     assert "no chat template" in assumed
     ids = inputs["input_ids"][0].tolist()
     placeholders = [n for n, i in enumerate(ids) if i == processor.image_token_id]
@@ -125,7 +125,7 @@ def test_chat_template_is_used_with_one_start_token(start, picture):
 
     processor = build_processor(16, 8)  # its tokenizer puts <s> before every text
     processor.chat_template = start + processor.chat_template
-    inputs, assumed = cli._prepare(processor, picture, "what is this?")
+    inputs, assumed = cli.prepare_inputs(processor, picture, "what is this?")
     assert "chat template" in assumed
     ids = inputs["input_ids"][0].tolist()
     assert ids.count(processor.tokenizer.bos_token_id) == 1

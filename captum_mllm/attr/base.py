@@ -63,6 +63,13 @@ class TokenAttribution(Attribution):
         """Make the result of a trace; runs no model."""
 
     @property
+    def name(self) -> str:
+        """What it is made of, e.g. "ARC(MSEA(LogitLens))"; the result's ``method``."""
+        inner = getattr(self, "attribution_method", None)
+        own = type(self).__name__
+        return f"{own}({inner.name})" if isinstance(inner, TokenAttribution) else own
+
+    @property
     def ranking_depth(self) -> int | None:
         """Depth of the rankings that :meth:`read` needs; None for none."""
         return None

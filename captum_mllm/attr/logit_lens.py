@@ -77,7 +77,7 @@ class LogitLens(TokenAttribution):
 
     @override
     def read(self, trace: TokenTrace) -> MLLMAttributionResult:
-        return raw_result(trace, type(self).__name__)
+        return raw_result(trace, self.name)
 
     @override
     def trace(

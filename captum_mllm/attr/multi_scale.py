@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from typing_extensions import override
 
 from captum_mllm._captum import log_usage
@@ -169,8 +169,7 @@ class MultiScaleAttribution(TokenAttribution):
 
     @override
     def read(self, trace: TokenTrace) -> MLLMAttributionResult:
-        result = self._base.read(trace)
-        return replace(result, method=f"{type(self).__name__}({result.method})")
+        return replace(self._base.read(trace), method=self.name)
 
     @override
     def trace(

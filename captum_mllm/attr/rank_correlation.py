@@ -152,7 +152,7 @@ class RankCorrelationDenoiser(TokenAttribution):
         if self.rank_filter:
             maps = tuple(rank_gaussian_filter(grid) for grid in maps)
         kept = scores * self._kept(relevance)
-        return make_result(trace, maps, kept, UNIT, type(self).__name__, relevance)
+        return make_result(trace, maps, kept, UNIT, self.name, relevance)
 
     def denoise(
         self,

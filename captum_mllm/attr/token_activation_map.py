@@ -110,7 +110,7 @@ class TokenActivationMap(TokenAttribution):
             grids = tuple(rank_gaussian_filter(grid) for grid in grids)
         if self.parity:
             grids = tuple((grid * 255).floor() / 255 for grid in grids)
-        return make_result(trace, grids, scores, UNIT, type(self).__name__)
+        return make_result(trace, grids, scores, UNIT, self.name)
 
     def _parity_context(self, trace: TokenTrace, context_maps: Tensor) -> tuple[Tensor, Tensor]:
         """Context maps of the released code, and which columns it counts as text."""

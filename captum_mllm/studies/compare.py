@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from captum_mllm import ARC, MSEA, LogitLens, TokenActivationMap
 from captum_mllm.attr.base import raw_result

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from captum_mllm import LogitLens
 from captum_mllm.functional import (
@@ -120,9 +120,9 @@ def _image_figures(pixels: Tensor, masks: Tensor, obj: int) -> dict[str, float]:
     others = torch.cat([masks[:obj], masks[obj + 1 :]]).any(0) & ~own
     figures = {}
     for name, image in zip(("lens", "eci", "arc"), pixels, strict=True):
-        figures[f"ap_{name}"] = float(average_precision(image[None], own[None]))
-        figures[f"own_{name}"] = float(energy_in_mask(image[None], own[None]))
-        figures[f"others_{name}"] = float(energy_in_mask(image[None], others[None]))
+        figures[f"ap_{name}"] = float(average_precision(image, own))
+        figures[f"own_{name}"] = float(energy_in_mask(image, own))
+        figures[f"others_{name}"] = float(energy_in_mask(image, others))
     total = float(pixels[0].sum())
     for name, image in (("eci", pixels[1]), ("arc", pixels[2])):
         figures[f"removed_{name}"] = 1 - float(image.sum()) / total if total else float("nan")
@@ -142,10 +142,10 @@ def _text_figures(text: Tensor, relevance: Tensor, relevant: Tensor) -> dict[str
     both = hit.any() and (relevant == 0).any()
     r = relevance[: len(relevant)]
     figures["auc_relevance"] = (
-        float(auc(r[named][None, None], hit[named][None, None])) if both else float("nan")
+        float(auc(r[named][None], hit[named][None])) if both else float("nan")
     )
     figures["auc_score"] = (
-        float(auc(text[0][named][None, None], hit[named][None, None])) if both else float("nan")
+        float(auc(text[0][named][None], hit[named][None])) if both else float("nan")
     )
     return figures
 
