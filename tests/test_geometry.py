@@ -1,0 +1,283 @@
+"""Where the frame lies in the picture: against the real processors, and through to_image."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor
+from transformers.models.llava import LlavaImageProcessorPil
+
+from captum_mllm import ARC, MSEA, ImageGeometry, LogitLens
+from captum_mllm.geometry import ImageGrid, Preprocessing, maps_to_picture
+from captum_mllm.result import MLLMAttributionResult
+
+SIZES = [(120, 360), (360, 120), (200, 200), (97, 251), (251, 97), (333, 334), (61, 47)]
+NORM = {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0], "do_rescale": False}
+
+
+def processors(side=112):
+    square = {"height": side, "width": side}
+    edge = {"shortest_edge": side}
+    return {
+        "crop": CLIPImageProcessor(size=edge, crop_size=square, **NORM),
+        "loose crop": CLIPImageProcessor(size={"shortest_edge": 140}, crop_size=square, **NORM),
+        "padding crop": CLIPImageProcessor(size={"shortest_edge": 62}, crop_size=square, **NORM),
+        "wide crop": CLIPImageProcessor(size=edge, crop_size={"height": 56, "width": 168}, **NORM),
+        "stretch": CLIPImageProcessor(size=square, do_center_crop=False, **NORM),
+        "stretch wide": CLIPImageProcessor(
+            size={"height": 56, "width": 168}, do_center_crop=False, **NORM
+        ),
+        "stretch, crop": CLIPImageProcessor(
+            size={"height": 140, "width": 180}, crop_size=square, **NORM
+        ),
+        "shortest edge": CLIPImageProcessor(size=edge, do_center_crop=False, **NORM),
+        "crop only": CLIPImageProcessor(do_resize=False, crop_size=square, **NORM),
+        "pad, crop": LlavaImageProcessorPil(do_pad=True, size=edge, crop_size=square, **NORM),
+        "pad": LlavaImageProcessorPil(do_pad=True, size=square, do_center_crop=False, **NORM),
+        "no pad": LlavaImageProcessorPil(do_pad=False, size=edge, crop_size=square, **NORM),
+    }
+
+
+NAMES = list(processors())
+
+
+@pytest.fixture(scope="module")
+def by_name():
+    return processors()
+
+
+def seen(processor, array):
+    """What the model would see of a picture (height, width, 3), without normalisation."""
+    return processor(images=Image.fromarray(array), return_tensors="pt")["pixel_values"][0]
+
+
+def ramp(height, width):
+    """Red grows along x, green along y, blue marks the picture itself."""
+    picture = np.zeros((height, width, 3), dtype=np.uint8)
+    picture[..., 0] = np.linspace(0, 250, width).round()[None, :]
+    picture[..., 1] = np.linspace(0, 250, height).round()[:, None]
+    picture[..., 2] = 255
+    return picture
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_geometry_is_what_the_processor_does(by_name, name, size):
+    """Coordinates read off a ramp picture are those of the box, within rounding of a pixel."""
+    processor, (height, width) = by_name[name], size
+    rule = Preprocessing.of(processor)
+    pixels = seen(processor, ramp(height, width))
+    assert pixels.shape[1:] == rule.frame(height, width)
+    left, upper, right, lower = rule.geometry(height, width).box
+    rows, cols = pixels.shape[1:]
+    x = left + (torch.arange(cols) + 0.5) * (right - left) / cols
+    y = upper + (torch.arange(rows) + 0.5) * (lower - upper) / rows
+    step_x, step_y = (right - left) / cols, (lower - upper) / rows
+    # Away from the picture's edge, where resampling mixes in what lies outside.
+    inside_x = (x > 2 * step_x + 2) & (x < width - 2 * step_x - 2)
+    inside_y = (y > 2 * step_y + 2) & (y < height - 2 * step_y - 2)
+    inside = inside_y[:, None] & inside_x[None, :]
+    assert inside.any()
+    assert float(pixels[2][inside].min()) >= 250
+    seen_x = (pixels[0] / 250 * (width - 1) + 0.5)[inside]
+    seen_y = (pixels[1] / 250 * (height - 1) + 0.5)[inside]
+    expected_x = x[None, :].expand(rows, cols)[inside]
+    expected_y = y[:, None].expand(rows, cols)[inside]
+    # A level is up to width / 250 pixels wide.
+    assert float((seen_x - expected_x).abs().max()) < 0.51 * step_x + width / 250 + 0.1
+    assert float((seen_y - expected_y).abs().max()) < 0.51 * step_y + height / 250 + 0.1
+    assert abs(float((seen_x - expected_x).mean())) < 0.25 * step_x + 0.3
+    assert abs(float((seen_y - expected_y).mean())) < 0.25 * step_y + 0.3
+
+
+def disc(height, width, centre, radius):
+    y, x = np.mgrid[:height, :width]
+    return (y + 0.5 - centre[0]) ** 2 + (x + 0.5 - centre[1]) ** 2 <= radius**2
+
+
+def result_of(grid_map, frame, preprocessing):
+    rows, cols = grid_map.shape
+    one = torch.zeros(1, 1)
+    return MLLMAttributionResult(
+        grid_attr=(grid_map[None].float(),),
+        token_attr=one,
+        input_tokens=("a",),
+        output_tokens=("a",),
+        output_ids=torch.tensor([5]),
+        output_probs=torch.ones(1),
+        units="logits",
+        grids=(ImageGrid(rows, cols, *frame),),
+        preprocessing=preprocessing,
+    )
+
+
+def disc_result(processor, mask, preprocessing, cell=4):
+    """The disc as the model saw it, averaged over the cells of its grid."""
+    white = mask.astype(np.uint8)[..., None].repeat(3, 2) * 255
+    pixels = seen(processor, white)[0] / 255
+    cells = torch.nn.functional.avg_pool2d(pixels[None, None], cell)[0, 0]
+    return result_of(cells, tuple(pixels.shape), preprocessing)
+
+
+def centroid(weights):
+    weights = torch.as_tensor(weights).double()
+    rows, cols = (torch.arange(n, dtype=torch.float64) + 0.5 for n in weights.shape)
+    y, x = rows @ weights.sum(1) / weights.sum(), cols @ weights.sum(0) / weights.sum()
+    return float(y), float(x)
+
+
+DISCS = {
+    "3:1": ((120, 360), (48.0, 212.0)),
+    "1:3": ((360, 120), (148.0, 72.0)),
+    "odd": ((151, 413), (80.5, 251.0)),
+}
+
+
+@pytest.mark.parametrize("shape", DISCS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_disc_lands_on_itself(by_name, name, shape):
+    size, centre = DISCS[shape]
+    processor, radius = by_name[name], 22
+    if name == "wide crop" and shape == "1:3":
+        centre = (176.0, 72.0)
+    if name == "crop only":
+        centre, radius = (size[0] / 2 + 7, size[1] / 2 - 5), 16
+    mask = disc(*size, centre, radius)
+    result = disc_result(processor, mask, Preprocessing.of(processor))
+    placed = result.to_image(0, size)[0]
+    assert placed.shape == size
+    found = centroid(placed)
+    assert found == pytest.approx(centre, abs=2.0)
+    hit = (placed > 0.5 * placed.max()).numpy()
+    union = (hit | mask).sum()
+    assert (hit & mask).sum() / union > 0.7
+    # Stretching the map over the whole picture would put it elsewhere (unless that is right).
+    if "stretch" not in name and shape != "odd" and name != "shortest edge":
+        stretched = result.to_image(0, size, geometry=ImageGeometry.stretched(*size))[0]
+        assert centroid(stretched) != pytest.approx(centre, abs=4.0)
+
+
+def test_nothing_outside_what_the_model_saw(by_name):
+    size = (120, 360)
+    placed = result_of(torch.ones(28, 28), (112, 112), Preprocessing.of(by_name["crop"])).to_image(
+        0, size
+    )[0]
+    torch.testing.assert_close(placed[:, 120:240], torch.ones(120, 120))
+    assert not placed[:, :120].any()
+    assert not placed[:, 240:].any()
+
+
+def test_size_as_a_picture(by_name):
+    result = result_of(torch.rand(28, 28), (112, 112), Preprocessing.of(by_name["crop"]))
+    picture = Image.new("RGB", (360, 120))
+    assert torch.equal(result.to_image(0, picture), result.to_image(0, (120, 360)))
+    assert result.to_image(-1, [120, 360]).shape == (1, 120, 360)
+
+
+def test_maps_to_picture_equals_a_loop():
+    maps = torch.rand(2, 3, 4, dtype=torch.float64)
+    geometry = ImageGeometry((2.0, -1.0, 8.0, 5.0))
+    got = maps_to_picture(maps, geometry, (6, 10))
+    for y in range(6):
+        for x in range(10):
+            v, u = (y + 0.5 + 1) / 6, (x + 0.5 - 2) / 6
+            if not (0 <= v <= 1 and 0 <= u <= 1):
+                assert not got[:, y, x].any()
+                continue
+            gy, gx = min(max(v * 3 - 0.5, 0), 2), min(max(u * 4 - 0.5, 0), 3)
+            y0, x0 = int(gy), int(gx)
+            y1, x1 = min(y0 + 1, 2), min(x0 + 1, 3)
+            fy, fx = gy - y0, gx - x0
+            expected = (
+                (1 - fy) * ((1 - fx) * maps[:, y0, x0] + fx * maps[:, y0, x1])
+                + fy * ((1 - fx) * maps[:, y1, x0] + fx * maps[:, y1, x1])
+            )  # fmt: skip
+            torch.testing.assert_close(got[:, y, x], expected)
+
+
+# ---- through the attributors ----------------------------------------------------------------
+
+
+def test_the_attributors_processor_tells_the_geometry(subject):
+    bare = LogitLens(subject.model).attribute(subject.inputs, subject.answer)
+    for make in (LogitLens, MSEA, ARC):
+        named = make(subject.model, subject.processor).attribute(subject.inputs, subject.answer)
+        placed = named.to_image(0, subject.picture)
+        assert placed.shape == (len(subject.answer), subject.picture.height, subject.picture.width)
+    late = bare.to_image(0, subject.picture, processor=subject.processor)
+    lens = LogitLens(subject.model, subject.processor)
+    named = lens.attribute(subject.inputs, subject.answer)
+    assert torch.equal(late, named.to_image(0, subject.picture))
+
+
+@pytest.mark.parametrize("crop", [True, False])
+@pytest.mark.parametrize("size", [(120, 40), (40, 120)], ids=str)
+def test_per_call_overrides_need_a_geometry(model, answer, crop, size):
+    processor = tiny.tiny_processor(center_crop=crop)
+    picture = tiny.random_picture(0, size)
+    prompt = "USER: <image> what is here"
+    wide = processor(
+        images=picture, text=prompt, return_tensors="pt", do_center_crop=False,
+        size={"height": 16, "width": 48},
+    )  # fmt: skip
+    result = LogitLens(model, processor).attribute(wide, answer)
+    with pytest.raises(ValueError, match=r"(?s)size .*frame of.*\(16, 48\).*geometry="):
+        result.to_image(0, picture)
+    geometry = ImageGeometry.stretched(picture.height, picture.width)
+    placed = result.to_image(0, picture, geometry=geometry)
+    assert placed.shape == (5, size[1], size[0])
+    assert float(placed.min(0).values.max()) > 0
+
+
+def test_without_processor_both_ways_out_are_named(model, inputs, answer):
+    result = LogitLens(model).attribute(inputs, answer)
+    with pytest.raises(ValueError, match=r"(?s)needs a processor.*processor=.*geometry="):
+        result.to_image(0, (40, 40))
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5,), (1, 2, 3), (5, -1)], ids=str)
+def test_sizes_that_are_none(model, inputs, answer, size):
+    result = LogitLens(model).attribute(inputs, answer)
+    with pytest.raises(ValueError, match=r"size must be \(height, width\)"):
+        result.to_image(0, size, geometry=ImageGeometry.stretched(4, 4))
+
+
+def test_no_such_image(model, processor, inputs, answer):
+    result = LogitLens(model, processor).attribute(inputs, answer)
+    for image in (1, -2):
+        with pytest.raises(IndexError, match=r"image .* out of range: there are 1 images"):
+            result.to_image(image, (40, 40))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (0.0, 0.0, 0.0, 1.0),
+        (0.0, 0.0, 1.0, 0.0),
+        (2.0, 0.0, 1.0, 1.0),
+        (0.0, 0.0, float("nan"), 1.0),
+        (0.0, 0.0, float("inf"), 1.0),
+    ],
+    ids=str,
+)
+def test_empty_boxes(box):
+    with pytest.raises(ValueError, match=r"geometry box must be \(left, upper, right, lower\)"):
+        ImageGeometry(box)
+
+
+def test_processors_that_cannot_be_undone():
+    with pytest.raises(ValueError, match=r"which to_image can't undo.*geometry="):
+        Preprocessing.of(
+            CLIPImageProcessor(size={"shortest_edge": 10, "longest_edge": 20}, do_center_crop=False)
+        )
+    with pytest.raises(ValueError, match=r"must have an image processor, got object"):
+        Preprocessing.of(object())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_survive_json(by_name, name):
+    import json
+
+    rule = Preprocessing.of(by_name[name])
+    assert Preprocessing.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
