@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -19,7 +20,9 @@ from captum_mllm import ARC, MSEA, LogitLens, TokenActivationMap
 from captum_mllm.attr.base import raw_result
 from captum_mllm.functional import joint_min_max, rank_gaussian_filter, upsample
 from captum_mllm.metrics import average_precision, obj_iou, paired_bootstrap
-from captum_mllm.reference import load, make_scene, model_path, render_pil
+from captum_mllm.reference.models import load, model_path
+from captum_mllm.reference.render import render_pil
+from captum_mllm.reference.scenes import make_scene
 from captum_mllm.result import MLLMAttributionResult
 from captum_mllm.studies.prompts import answer_words, default_inputs
 from captum_mllm.trace import TokenTrace
@@ -125,8 +128,8 @@ def _scores(
     for obj, tokens in words.items():
         maps = pixels[list(tokens)]
         truth = masks[obj].expand_as(maps)
-        found["obj_iou"].append(float(obj_iou(maps, truth).max()))
-        found["average_precision"].append(float(average_precision(maps, truth).max()))
+        found["obj_iou"].append(float(np.max(obj_iou(maps, truth))))
+        found["average_precision"].append(float(np.max(average_precision(maps, truth))))
     return {name: sum(v) / len(v) if v else float("nan") for name, v in found.items()}
 
 
@@ -174,7 +177,7 @@ def _no_nan(values: Any) -> Any:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Compare the methods on held-out scenes.")
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes, default 200")
     parser.add_argument("--first", type=int, default=0, help="first scene of the test split")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")

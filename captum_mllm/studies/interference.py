@@ -10,7 +10,7 @@ Needs the extra ``metrics``.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from captum_mllm.functional import (
     upsample,
 )
 from captum_mllm.metrics import auc, average_precision, energy_in_mask, paired_bootstrap
-from captum_mllm.reference import converse, load, make_scene, model_path, render_pil
-from captum_mllm.reference.captions import text_of
+from captum_mllm.reference.captions import converse, text_of
+from captum_mllm.reference.models import load, model_path
+from captum_mllm.reference.render import render_pil
+from captum_mllm.reference.scenes import make_scene
 from captum_mllm.studies.prompts import conversation_inputs, script_columns
 from captum_mllm.trace import TokenTrace
 
@@ -244,7 +246,7 @@ def table(cases: Sequence[Case], seed: int) -> str:
     return "\n".join(lines)
 
 
-def _by_scene(cases: Sequence[Case]) -> Any:
+def _by_scene(cases: Sequence[Case]) -> Callable[[np.ndarray], np.ndarray]:
     """Values as (scenes, values), padded with NaN: words of one scene are resampled together."""
     scenes = sorted({case.scene for case in cases})
     places: list[tuple[int, int]] = []
@@ -310,7 +312,7 @@ def draw(case: Case, path: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What ARC changes under interference.")
     parser.add_argument("--scenes", type=int, default=200, help="conversations, default 200")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records")

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from captum_mllm.reference import Conversation, Scene
-from captum_mllm.reference.captions import DEFAULT_QUESTION
+from captum_mllm.reference.captions import DEFAULT_QUESTION, Conversation
 from captum_mllm.reference.captions import Word as ScriptWord
+from captum_mllm.reference.scenes import Scene
 from captum_mllm.trace import TokenTrace
 from captum_mllm.words import group_words
 

@@ -1,0 +1,60 @@
+"""Quality of the maps on the trained reference model: held-out scenes, exact masks."""
+
+import json
+
+import numpy as np
+import pytest
+
+from captum_mllm.metrics import paired_bootstrap
+from captum_mllm.studies import compare, interference
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Scenes that the recorded comparison doesn't use."""
+    return compare.compare(scenes=40, first=5000, show_progress=False)["methods"]
+
+
+def test_lens_lies_on_the_named_objects(measured):
+    precision = np.array(measured["LogitLens"]["average_precision"])
+    assert np.isfinite(precision).mean() > 0.95  # the answers name the objects
+    assert np.nanmean(precision) > 0.5  # an object covers about a tenth of the image
+
+
+def test_scales_improve_the_ranking_of_pixels(measured):
+    gain = paired_bootstrap(
+        measured["MSEA"]["average_precision"], measured["LogitLens"]["average_precision"], seed=0
+    )
+    assert gain.low > 0
+
+
+def test_every_method_is_far_above_chance(measured):
+    for name, values in measured.items():
+        assert np.nanmean(values["average_precision"]) > 0.3, name
+
+
+def test_comparison_is_reproducible(measured):
+    again = compare.compare(scenes=3, first=5000, show_progress=False)["methods"]
+    for name, values in again.items():
+        np.testing.assert_allclose(
+            values["average_precision"], measured[name]["average_precision"][:3], rtol=1e-6
+        )
+
+
+def test_relevance_moves_text_attribution_to_relevant_words():
+    cases = interference.collect(20, show_progress=False)
+    before = np.array([case.figures["text_all_lens"] for case in cases])
+    after = np.array([case.figures["text_all_arc"] for case in cases])
+    assert np.nanmedian(after - before) > 0
+
+
+@pytest.mark.parametrize("name", ["compare", "interference"])
+def test_records_are_of_the_shipped_weights(name):
+    from captum_mllm.reference import model_path
+
+    folder = compare.Path(compare.__file__).parent / "records"
+    figures = json.loads((model_path() / "figures.json").read_text())
+    recorded = json.loads((folder / f"{name}.json").read_text())
+    assert recorded["weights_sha256"] == figures["sha256"]
