@@ -8,8 +8,9 @@ from test_attr_logit_lens import answer_positions, close, special_ids
 from captum_mllm import MSEA, LogitLens, TokenActivationMap
 
 
-def twin_run(s):
-    return twins_model.plain(s.model, s.inputs, s.answer, special=special_ids(s))
+def twin_run(s, answer=None):
+    answer = s.answer if answer is None else answer
+    return twins_model.plain(s.model, s.inputs, answer, special=special_ids(s))
 
 
 def check_levels(got, expected):
@@ -26,13 +27,14 @@ def check_levels(got, expected):
 @pytest.mark.parametrize("template_tail", [0, 1, 2])
 def test_equals_the_twin(subject, rank_filter, template_tail):
     s = subject
-    run = twin_run(s)
-    expected = twins_model.parity_tam(run, answer_positions(run), template_tail, rank_filter)
     method = TokenActivationMap(
         s.model, s.processor, parity=True, rank_filter=rank_filter, template_tail=template_tail
     )
-    got = method.attribute(s.inputs, s.answer)
-    check_levels(got.grid_attr[0], expected[0])
+    # Turned round, the first answer token is not the prompt's last, whose class stands for it.
+    for answer in (s.answer, s.answer.flip(0)):
+        run = twin_run(s, answer)
+        expected = twins_model.parity_tam(run, answer_positions(run), template_tail, rank_filter)
+        check_levels(method.attribute(s.inputs, answer).grid_attr[0], expected[0])
 
 
 def test_parity_differs_from_the_formulas(tiny_subject):

@@ -91,8 +91,8 @@ def test_names_of_methods(tiny_subject):
     named = {
         "LogitLens": LogitLens(s.model),
         "MSEA(LogitLens)": MSEA(s.model),
-        "ARC": ARC(s.model),
-        "TokenActivationMap": TokenActivationMap(s.model),
+        "ARC(LogitLens)": ARC(s.model),
+        "TokenActivationMap(LogitLens)": TokenActivationMap(s.model),
     }
     for name, method in named.items():
         assert method.attribute(s.inputs, s.answer).method == name
