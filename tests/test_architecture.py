@@ -16,7 +16,8 @@ LINE = {  # the way of the data; a part may import from parts with a smaller num
     "functional": 0, "geometry": 0, "_captum": 0, "words": 0, "labels": 0,
     "adapters": 1, "trace": 1, "inputs": 2, "capture": 2, "result": 2,
     "runner": 3, "attr": 4,
-    "metrics": 5, "visualization": 5, "reference": 6, "studies": 7, "cli_model": 7, "cli": 8, "__main__": 9,
+    "metrics": 5, "visualization": 5, "reference": 6, "studies": 7, "cli_model": 7,
+    "cli": 8, "__main__": 9,
 }  # fmt: skip
 NO_MODEL = {"functional", "geometry", "words", "labels", "_captum", "trace", "result", "metrics"}
 
