@@ -1,0 +1,236 @@
+"""Figures of a reference model: `python -m captum_mllm.reference.evaluate_model [--model DIR]`.
+
+On test scenes, whose seeds training never draws: how often the greedy answer to "what is in the
+picture?" names exactly the right objects, and how well the plain lens (final-norm state at an
+image position times the LM head's row of the noun's first piece) tells the object's cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from captum_mllm.reference.captions import DEFAULT_QUESTION, named_objects
+from captum_mllm.reference.data import first_piece_ids, patch_coverage
+from captum_mllm.reference.models import PATCH_SIZE, model_path, sha256
+from captum_mllm.reference.render import render, render_pil
+from captum_mllm.reference.scenes import Scene, SceneBatch, draw_scenes, seeds_of
+from captum_mllm.reference.sprites import CATEGORIES
+
+WAYS = {  # name -> (side that the model sees, side that is drawn and then shrunk by the processor)
+    "native": (112, None),
+    "from_448": (112, 448),
+    "side_144": (144, None),
+    "side_168": (168, None),
+    "side_224": (224, None),
+}
+BATCH = 50
+
+
+@contextlib.contextmanager
+def any_size(model) -> Iterator[None]:
+    """Within it the model reads pictures of any side that its patches divide."""
+    hook = model.model.vision_tower.register_forward_pre_hook(
+        lambda _module, args, kwargs: (args, {**kwargs, "interpolate_pos_encoding": True}),
+        with_kwargs=True,
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def prompt_inputs(
+    processor, scenes: Sequence[Scene], question: str, side: int, drawn: int | None
+) -> dict[str, Tensor]:
+    """Model inputs for one question about each scene.
+
+    Args:
+        processor: The model's processor.
+        scenes: The scenes.
+        question: Asked of each.
+        side: Side of the pictures that the model sees, in pixels.
+        drawn: Side of the pictures that are handed to the processor; None: drawn at `side`,
+            without any resizing.
+    """
+    parts = [{"type": "image"}, {"type": "text", "text": question}]
+    chat = [{"role": "user", "content": parts}]
+    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    images = [render_pil(scene, drawn or side)[0] for scene in scenes]
+    square = {"height": side, "width": side}
+    inputs = processor(
+        text=[text] * len(scenes),
+        images=images,
+        size={"shortest_edge": side},
+        crop_size=square,
+        return_tensors="pt",
+    )
+    return {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+
+
+@torch.inference_mode()
+def lens(model, inputs: dict[str, Tensor]) -> Tensor:
+    """The plain lens of every category's first piece: float (batch, categories, image tokens)."""
+    states = model.model(**inputs, use_cache=False).last_hidden_state
+    image = inputs["input_ids"] == model.config.image_token_id
+    states = states[image].view(len(image), -1, states.shape[-1]).float()
+    rows = model.get_output_embeddings().weight[first_piece_ids().to(states.device)].float()
+    return (states @ rows.T).mT
+
+
+def auc(scores: Tensor, positive: Tensor, negative: Tensor) -> float:
+    """Chance that a positive's score is above a negative's (a tie counts half)."""
+    difference = scores[positive][:, None] - scores[negative]
+    return ((difference > 0).double() + 0.5 * (difference == 0)).mean().item()
+
+
+def lens_aucs(maps: Tensor, scenes: SceneBatch, side: int) -> list[tuple[int, int, float]]:
+    """Per object: (scene, category, AUC of its cells covered >= 50 % against those at 0 %)."""
+    masks = render(scenes, side).masks
+    coverage = patch_coverage(masks, PATCH_SIZE).to(maps.device)
+    out = []
+    for i in range(len(scenes)):
+        for place in range(int(scenes.count[i])):
+            category = int(scenes.category[i, place])
+            positive, negative = coverage[i, place] >= 0.5, coverage[i, place] == 0
+            if positive.any() and negative.any():
+                out.append((i, category, auc(maps[i, category], positive, negative)))
+    return out
+
+
+def macro_mean(found: list[tuple[int, int, float]], resamples: int = 1000) -> dict:
+    """Mean over categories of the mean AUC, with a 95 % bootstrap interval over scenes."""
+    scene, category, value = (torch.tensor(column) for column in zip(*found, strict=True))
+    value = value.double()
+
+    def mean(weight: Tensor) -> float:
+        total = torch.zeros(len(CATEGORIES), dtype=torch.float64)
+        count = total.clone().index_add(0, category, weight)
+        total = total.index_add(0, category, weight * value)
+        return (total[count > 0] / count[count > 0]).mean().item()
+
+    generator = torch.Generator().manual_seed(0)
+    scenes = int(scene.max()) + 1
+    draws = []
+    for _ in range(resamples):
+        drawn = torch.randint(scenes, (scenes,), generator=generator)
+        draws.append(mean(drawn.bincount(minlength=scenes)[scene].double()))
+    low, high = torch.tensor(draws).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return {
+        "macro_mean": round(mean(torch.ones_like(value)), 4),
+        "interval_95": [round(low, 4), round(high, 4)],
+        "objects": len(found),
+        "worst_category": _worst(category, value),
+    }
+
+
+def _worst(category: Tensor, value: Tensor) -> list:
+    means = {int(c): value[category == c].mean().item() for c in category.unique()}
+    worst = min(means, key=means.__getitem__)
+    return [CATEGORIES[worst], round(means[worst], 4)]
+
+
+def share(hits: int, total: int) -> dict:
+    """A share with its 95 % Wilson interval."""
+    z, p = 1.96, hits / total
+    middle = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2)) / (1 + z * z / total)
+    interval = [round(middle - half, 4), round(middle + half, 4)]
+    return {"share": round(p, 4), "interval_95": interval, "right": hits, "of": total}
+
+
+def _one_way(model, processor, batch: SceneBatch, way: str, device: torch.device) -> dict:
+    side, drawn = WAYS[way]
+    scenes = batch.scenes()
+    exact, nouns, wanted, found = 0, 0, 0, []
+    for start in range(0, len(scenes), BATCH):
+        part = scenes[start : start + BATCH]
+        inputs = prompt_inputs(processor, part, DEFAULT_QUESTION, side, drawn)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        with torch.inference_mode(), any_size(model):
+            maps = lens(model, inputs)
+            ids = model.generate(**inputs, max_new_tokens=72, do_sample=False)
+        answers = processor.batch_decode(
+            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        for scene, answer in zip(part, answers, strict=True):
+            named = named_objects(answer)
+            exact += sorted(named) == sorted(scene.categories)
+            nouns += len(set(named) & set(scene.categories))
+            wanted += len(scene.objects)
+        aucs = lens_aucs(maps, SceneBatch.of(part), side)
+        found += [(i + start, category, value) for i, category, value in aucs]
+    return {
+        "exact_objects": share(exact, len(scenes)),
+        "nouns_found": round(nouns / wanted, 4),
+        "lens_auc": macro_mean(found),
+    }
+
+
+def evaluate(
+    path: Path,
+    scenes: int = 1000,
+    device: str = "cpu",
+    ways: Sequence[str] = tuple(WAYS),
+    split: str = "test",
+) -> dict:
+    """Evaluate saved weights, loaded as float32.
+
+    Args:
+        path: Folder of the model.
+        scenes: How many scenes, from number 0 of the split on.
+        device: Where to run.
+        ways: How the pictures reach the model, of `WAYS`.
+        split: "test", or "validation" to choose between runs.
+
+    Returns:
+        Figures per way, the hash of the weights that they belong to, and versions.
+    """
+    start = time.monotonic()
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    model = model.eval().to(device)
+    processor = AutoProcessor.from_pretrained(path)
+    batch = draw_scenes(seeds_of(split, torch.arange(scenes)))
+    figures = {way: _one_way(model, processor, batch, way, torch.device(device)) for way in ways}
+    return {
+        "split": split,
+        "question": DEFAULT_QUESTION,
+        "sha256": sha256(Path(path) / "model.safetensors"),
+        "ways": figures,
+        "seconds": round(time.monotonic() - start, 1),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate, print, and write the figures into the model's figures.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=model_path())
+    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--out", type=Path, help="file to write; default: print only")
+    args = parser.parse_args(argv)
+    figures = evaluate(args.model, args.scenes, args.device, args.ways, args.split)
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

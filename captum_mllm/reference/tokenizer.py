@@ -1,0 +1,180 @@
+"""The reference models' tokenizer and processor, built from an explicit list of pieces.
+
+A Unigram tokenizer with a metaspace, as LLaMA's looks from outside: most words are one piece, 24
+of the 64 nouns fall into two or three. Letters, digits and punctuation are pieces too, so any
+text in lower-case Latin letters can be encoded (upper case is lowered).
+"""
+
+from __future__ import annotations
+
+import string
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from captum_mllm.reference.captions import NUMBERS
+from captum_mllm.reference.scenes import BACKGROUND_NAMES, COLORS
+from captum_mllm.reference.sprites import CATEGORIES
+
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+SPLIT_NOUNS = {  # noun -> pieces; the first pieces are words of no other meaning
+    "bicycle": "bi cycle",
+    "motorcycle": "mo tor cycle",
+    "airplane": "air plane",
+    "elephant": "ele phant",
+    "zebra": "ze bra",
+    "giraffe": "gi raffe",
+    "backpack": "back pack",
+    "umbrella": "um bre lla",
+    "handbag": "hand bag",
+    "suitcase": "suit case",
+    "skateboard": "skate board",
+    "racket": "ra cket",
+    "rocket": "ro cket",
+    "banana": "ba na na",
+    "sandwich": "sand wich",
+    "broccoli": "bro cco li",
+    "carrot": "carr ot",
+    "donut": "do nut",
+    "toilet": "toi let",
+    "laptop": "lap top",
+    "keyboard": "keyb oard",
+    "toothbrush": "tooth brush",
+    "guitar": "gui tar",
+    "camera": "cam era",
+}
+WORDS = [
+    "user",
+    "assistant",
+    "what",
+    "is",
+    "in",
+    "the",
+    "picture",
+    "there",
+    "a",
+    "an",
+    "and",
+    "on",
+    "at",
+    "it",
+    "this",
+    "shows",
+    "name",
+    "objects",
+    "object",
+    "describe",
+    "can",
+    "you",
+    "see",
+    "where",
+    "of",
+    "color",
+    "how",
+    "big",
+    "background",
+    "many",
+    "are",
+    "to",
+    "no",
+    "yes",
+    "nothing",
+    "right",
+    "left",
+    "top",
+    "bottom",
+    "middle",
+    "small",
+    "large",
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{{ ' ' if message['role'] == 'user' else '</s>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def pieces() -> list[str]:
+    """The vocabulary in the order of its ids; "▁" stands for the space before a word."""
+    words = [*WORDS, *NUMBERS, *COLORS, *BACKGROUND_NAMES]
+    words += [w for c in CATEGORIES for w in c.split() if w not in SPLIT_NOUNS]
+    out = [*SPECIAL, "▁", *("▁" + word for word in words)]
+    for split in SPLIT_NOUNS.values():
+        first, *rest = split.split()
+        out += ["▁" + first, *rest]
+    out += [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    return list(dict.fromkeys(out))
+
+
+def _score(piece: str) -> float:
+    """Unigram score: few pieces beat many; a split noun's first piece beats an equal rival."""
+    if piece in SPECIAL:
+        return 0.0
+    if piece.removeprefix("▁") in {split.split()[0] for split in SPLIT_NOUNS.values()}:
+        return -1.9
+    return -2.0 if len(piece) > 1 else -10.0
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer.
+
+    Example:
+        >>> build_tokenizer().tokenize("An elephant.")
+        ['▁an', '▁ele', 'phant', '.']
+    """
+    vocabulary = [(piece, _score(piece)) for piece in pieces()]
+    core = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=False))
+    core.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    core.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    core.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
+    core.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=2048,
+    )
+
+
+def build_processor(image_size: int = 112, patch_size: int = 8) -> LlavaProcessor:
+    """Build the processor that goes with a model.
+
+    Args:
+        image_size: The model's native side in pixels.
+        patch_size: Side of its patches.
+    """
+    square = {"height": image_size, "width": image_size}
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size=square, do_convert_rgb=True
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=build_tokenizer(),
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
