@@ -75,7 +75,7 @@ class Adapter(ABC):
         Raises:
             ValueError: the head has no plain matrix (a wrapper, packed or offloaded weights).
         """
-        weight = getattr(self.head, "weight", None)
+        weight: Any = getattr(self.head, "weight", None)
         plain = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
         if not plain or weight.is_meta:
             raise ValueError(
