@@ -378,6 +378,6 @@ def test_never_image_positions_times_vocabulary(subject, monkeypatch):
         )
     assert max(count.head) < n_image
     assert any(positions >= n_image for positions, _ in made)
-    n_text = 5 + len(answer) + 2
+    n_text = len(result.input_tokens) + 2
     for positions, classes in made:
         assert positions < n_image or classes <= n_text, (positions, classes)
