@@ -9,7 +9,7 @@ What is here (everything loads on first use; importing this package imports no t
     load(name="llava", dtype=None) -> (model, processor)    the shipped weights, on CPU, eval mode
     model_path(name="llava") -> Path                        folder for AutoProcessor / AutoModel...
     make_scene(seed, split="test") -> Scene                 seed >= 0, splits are disjoint
-    render(scenes, size=112, oversample=1, device=None) -> Rendered(pixels, masks)
+    render.render(scenes, size=112, oversample=1, device=None) -> Rendered(pixels, masks)
         pixels float (batch, 3, size, size) in 0..1, masks bool (batch, 4, size, size)
     render_pil(scene, size=336) -> (PIL.Image, masks)       masks bool tensor (objects, size, size)
     converse(scene, kind="list", seed=0) -> Conversation    turns of annotated words
@@ -30,7 +30,6 @@ _HOME = {
     "SceneObject": "scenes",
     "make_scene": "scenes",
     "Rendered": "render",
-    "render": "render",
     "render_pil": "render",
     "Conversation": "captions",
     "Turn": "captions",

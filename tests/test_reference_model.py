@@ -1,0 +1,139 @@
+import json
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from captum_mllm.reference import load, make_scene, model_path, named_objects
+from captum_mllm.reference.captions import DEFAULT_QUESTION
+from captum_mllm.reference.evaluate_model import (
+    any_size,
+    auc,
+    lens,
+    lens_aucs,
+    macro_mean,
+    prompt_inputs,
+    share,
+)
+from captum_mllm.reference.models import build_model, sha256
+from captum_mllm.reference.scenes import SceneBatch
+from captum_mllm.reference.train import answer_loss, image_features, main
+
+SCENES = [make_scene(i) for i in range(5000, 5020)]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    path = model_path("llava")
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(path)
+
+
+@pytest.mark.parametrize("drawn", [None, 448])
+def test_the_shipped_model_names_the_objects_and_its_lens_finds_them(shipped, drawn):
+    model, processor = shipped
+    inputs = prompt_inputs(processor, SCENES, DEFAULT_QUESTION, 112, drawn)
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=72, do_sample=False)
+        maps = lens(model, inputs)
+    answers = processor.batch_decode(
+        ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    right = [
+        sorted(named_objects(a)) == sorted(s.categories)
+        for a, s in zip(answers, SCENES, strict=True)
+    ]
+    assert sum(right) >= 19
+    assert macro_mean(lens_aucs(maps, SceneBatch.of(SCENES), 112), 10)["macro_mean"] > 0.95
+
+
+def test_other_sizes_work_and_leave_the_model_as_it_was(shipped):
+    model, processor = shipped
+    inputs = prompt_inputs(processor, SCENES[:2], DEFAULT_QUESTION, 144, None)
+    with torch.inference_mode(), any_size(model):
+        assert lens(model, inputs).shape == (2, 64, 18 * 18)
+    assert not model.model.vision_tower._forward_pre_hooks
+
+
+def test_load_gives_float32_in_eval_mode_and_names_what_exists():
+    model, processor = load()
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert type(processor).__name__ == "LlavaProcessor"
+    with pytest.raises(ValueError, match="llava"):
+        model_path("gpt")
+
+
+def test_figures_belong_to_the_weights_and_hold_the_bars():
+    folder = model_path("llava")
+    figures = json.loads((folder / "figures.json").read_text())
+    weights = folder / "model.safetensors"
+    assert figures["sha256"] == figures["evaluation"]["sha256"] == sha256(weights)
+    assert figures["bytes"] == weights.stat().st_size <= 8_000_000
+    for way in ("native", "from_448"):
+        found = figures["evaluation"]["ways"][way]
+        assert found["exact_objects"]["of"] >= 1000
+        assert found["exact_objects"]["share"] >= 0.97
+        assert found["lens_auc"]["interval_95"][0] >= 0.95
+    card = (folder / "README.md").read_text()
+    assert figures["sha256"] in card
+    for words in ("sprites are not", "BSD-3-Clause", "Apache-2.0", "CC-BY-4.0", "never on image"):
+        assert words in card
+
+
+def test_notices_lie_beside_the_artwork():
+    data = resources.files("captum_mllm.reference") / "data"
+    notice = (data / "NOTICE.md").read_text()
+    for words in ("Apache License 2.0", "CC-BY-4.0", "Google", "Twitter", "16.0.0", "Changes"):
+        assert words in notice
+    assert "Apache License" in (data / "APACHE-2.0-LICENSE.txt").read_text()
+    assert Path(str(data / "sprites.npz")).stat().st_size < 500_000
+
+
+def test_auc_is_the_area_under_the_curve():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(5, (60,), generator=generator).float()  # with ties
+    positive = torch.rand(60, generator=generator) < 0.3
+    wanted = roc_auc_score(positive.numpy(), scores.numpy())
+    assert auc(scores, positive, ~positive) == pytest.approx(wanted)
+
+
+def test_share_and_macro_mean():
+    found = share(97, 100)
+    assert found["interval_95"] == pytest.approx([0.9155, 0.9897], abs=1e-3)
+    mean = macro_mean([(0, 0, 1.0), (1, 0, 0.5), (2, 1, 0.25)], 50)
+    assert mean["macro_mean"] == 0.5
+
+
+def test_training_features_are_the_models_own(shipped):
+    model, processor = shipped
+    inputs = prompt_inputs(processor, SCENES[:1], DEFAULT_QUESTION, 112, None)
+    with torch.inference_mode():
+        ours = image_features(model, inputs["pixel_values"])
+        theirs = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+    torch.testing.assert_close(ours[0], theirs[0].view_as(ours[0]))
+
+
+def test_no_loss_reaches_image_positions():
+    model = build_model("tiny")
+    from captum_mllm.reference.data import make_batch
+
+    batch = make_batch(0, 4, 0)
+    features = torch.randn(4, 196, 32)
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[1]))
+    answer_loss(model, batch, features)
+    assert seen == [batch.ids.shape[1] - 1]
+    assert (batch.labels[:, 0] == -100).all()
+
+
+def test_a_tiny_run_learns_saves_and_can_be_loaded(tmp_path):
+    argv = ["--out", str(tmp_path / "m"), "--tiny", "--device", "cpu", "--rate", "0.02"]
+    figures = main(argv)
+    stage = figures["training"]["answers"]
+    assert stage["last_loss"] < stage["first_loss"] - 0.1
+    assert figures["sha256"] == sha256(tmp_path / "m" / "model.safetensors")
+    assert (tmp_path / "m" / "README.md").exists()
