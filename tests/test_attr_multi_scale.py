@@ -373,9 +373,8 @@ def test_never_image_positions_times_vocabulary(subject, monkeypatch):
     n_image = int((subject.inputs["input_ids"] == subject.model.config.image_token_id).sum())
     answer = subject.answer[:4]
     with Count(subject.model) as count:
-        ARC(MSEA(subject.model, subject.processor, consistency=True), top_k=20).attribute(
-            subject.inputs, answer
-        )
+        arc = ARC(MSEA(subject.model, subject.processor, consistency=True), top_k=20)
+        result = arc.attribute(subject.inputs, answer)
     assert max(count.head) < n_image
     assert any(positions >= n_image for positions, _ in made)
     n_text = len(result.input_tokens) + 2

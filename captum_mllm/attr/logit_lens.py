@@ -41,9 +41,9 @@ class LogitLens(TokenAttribution):
 
     Example:
         >>> from captum_mllm import LogitLens
-        >>> from captum_mllm.reference import load, make_scene
+        >>> from captum_mllm.reference import load, make_scene, render_pil
         >>> model, processor = load()
-        >>> picture = make_scene(1).image(112)
+        >>> picture, _ = render_pil(make_scene(1))
         >>> inputs = processor(images=picture, text="USER: <image>\nwhat is this ? ASSISTANT:",
         ...     return_tensors="pt")
         >>> attr = LogitLens(model, processor).attribute(inputs, target="there is a dog")

@@ -47,7 +47,7 @@ class Method:
 
 
 def methods(model: Any) -> list[Method]:
-    """The five methods, each without and with TAM's rank filter.
+    """The five methods, each without and with TAM's rank filter; ARC also with a bounded alpha.
 
     Args:
         model: the model they explain.
@@ -64,7 +64,12 @@ def methods(model: Any) -> list[Method]:
             Method(f"ARC{suffix}", False, arc),
             Method(f"MSEA+ARC{suffix}", True, arc),
         ]
-    return rows
+    bounded = ARC(model, alpha_max=1.0).read
+    return [
+        *rows,
+        Method("ARC, alpha <= 1", False, bounded),
+        Method("MSEA+ARC, alpha <= 1", True, bounded),
+    ]
 
 
 def _normalised(filtered: bool) -> Reader:
