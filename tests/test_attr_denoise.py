@@ -69,3 +69,10 @@ def test_denoising_a_lens_result_gives_what_arc_subtracts(tiny_subject):
         values = torch.cat([cleaned[t].flatten(), trace.text_scores[t, :t]])
         unit = (cleaned[t] - values.min()) / (values.max() - values.min()).clamp(min=1e-30)
         assert_close(result.grid_attr[0][t], unit, rtol=0, atol=1e-5)
+
+
+def test_integer_scores_are_refused():
+    """Relevance in [0, 1] would be cut to 0 in an integer tensor."""
+    rankings = torch.tensor([[1, 2], [2, 1]])
+    with pytest.raises(ValueError, match="maps_or_scores must be floating point"):
+        RankCorrelationDenoiser(None, top_k=2).denoise(torch.tensor([[1, 2]]), rankings)

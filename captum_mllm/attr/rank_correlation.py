@@ -182,6 +182,10 @@ class RankCorrelationDenoiser(TokenAttribution):
             ValueError: shapes that don't fit, rankings shorter than ``top_k`` or with repeated
                 ids, maps without their context.
         """
+        if not maps_or_scores.is_floating_point():
+            raise ValueError(
+                f"maps_or_scores must be floating point, got {maps_or_scores.dtype}; use .float()."
+            )
         n = len(maps_or_scores)
         causal = target_rankings is None
         targets = rankings[-n:] if target_rankings is None else target_rankings
