@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captum_mllm.reference import load, make_scene, model_path, named_objects
 from captum_mllm.reference.captions import DEFAULT_QUESTION
+from captum_mllm.reference.data import make_batch, normalize
 from captum_mllm.reference.evaluate_model import (
     any_size,
     auc,
@@ -19,6 +20,7 @@ from captum_mllm.reference.evaluate_model import (
     share,
 )
 from captum_mllm.reference.models import build_model, sha256
+from captum_mllm.reference.render import render
 from captum_mllm.reference.scenes import SceneBatch
 from captum_mllm.reference.train import answer_loss, image_features, main
 
@@ -119,8 +121,6 @@ def test_training_features_are_the_models_own(shipped):
 
 def test_no_loss_reaches_image_positions():
     model = build_model("tiny")
-    from captum_mllm.reference.data import make_batch
-
     batch = make_batch(0, 4, 0)
     features = torch.randn(4, 196, 32)
     seen = []
@@ -137,3 +137,11 @@ def test_a_tiny_run_learns_saves_and_can_be_loaded(tmp_path):
     assert stage["last_loss"] < stage["first_loss"] - 0.1
     assert figures["sha256"] == sha256(tmp_path / "m" / "model.safetensors")
     assert (tmp_path / "m" / "README.md").exists()
+
+
+def test_the_training_loss_of_the_shipped_model_is_small(shipped):
+    model, _ = shipped  # fails if labels and states are shifted against each other
+    batch = make_batch(10**6, 8, 3)
+    pixels = normalize(render(batch.scenes, 112).pixels)
+    with torch.inference_mode():
+        assert answer_loss(model, batch, image_features(model, pixels)) < 0.2

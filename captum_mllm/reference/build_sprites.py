@@ -48,7 +48,7 @@ def read_style(archive: Path, style: str) -> np.ndarray:
 
 def main() -> None:
     """Read both packages and write the npz."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Rebuild sprites.npz.")
     parser.add_argument("--noto", type=Path, required=True)
     parser.add_argument("--twemoji", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -198,8 +199,8 @@ def evaluate(
         Figures per way, the hash of the weights that they belong to, and versions.
     """
     start = time.monotonic()
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
-    model = model.eval().to(device)
+    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    model = model.eval().to(torch.device(device))
     processor = AutoProcessor.from_pretrained(path)
     batch = draw_scenes(seeds_of(split, torch.arange(scenes)))
     figures = {way: _one_way(model, processor, batch, way, torch.device(device)) for way in ways}
@@ -217,7 +218,7 @@ def evaluate(
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluate, print, and write the figures into the model's figures.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Figures of a reference model.")
     parser.add_argument("--model", type=Path, default=model_path())
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

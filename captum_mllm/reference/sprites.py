@@ -96,7 +96,7 @@ def load_sprites() -> np.ndarray:
         >>> load_sprites().shape
         (2, 64, 64, 64, 4)
     """
-    path = resources.files(__package__) / "data" / "sprites.npz"
+    path = resources.files("captum_mllm.reference") / "data" / "sprites.npz"
     with path.open("rb") as file, np.load(file) as archive:
         names = archive["categories"].tolist()
         if names != list(CATEGORIES):

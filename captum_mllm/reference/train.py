@@ -200,7 +200,7 @@ def _size_of(model) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train a reference LLaVA.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--config", choices=sorted(SIZES), default="small")
     parser.add_argument("--vision-steps", type=int, default=2670)
