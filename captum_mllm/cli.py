@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from captum_mllm import __version__
 from captum_mllm.cli_model import UsageError, load_model, prepare_inputs
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="captum-mllm", description="Explain multimodal large language models.")
+    parser.add_argument("--version", action="version", version=f"captum-mllm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     explain = commands.add_parser(
         "explain",
@@ -107,6 +109,12 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     add(
         "--layer", type=int, default=-1, metavar="N", help="LM layer to read; default: -1, the last"
     )
+    add(
+        "--alpha-max",
+        type=_positive,
+        metavar="A",
+        help="bound of how strongly tam and arc subtract context; default: none",
+    )
     add("--save-result", action="store_true", help="also write result.safetensors")
 
 
@@ -117,9 +125,18 @@ def _text(text: str) -> str:
 
 
 def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return value
 
 
@@ -130,6 +147,8 @@ def _scales(text: str) -> tuple[float, ...]:
         values = ()
     if not values or not all(0 < value < float("inf") for value in values):
         raise argparse.ArgumentTypeError(f"must be positive numbers like 1,1.25,1.5, got {text!r}")
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"must be distinct, got {text!r}")
     return values
 
 
@@ -140,6 +159,10 @@ def _explain(args: argparse.Namespace) -> None:
         raise UsageError("argument --demo: brings its own picture, prompt and model; leave it out")
     if not args.demo and not (args.image and args.prompt):
         raise UsageError("arguments --image and --prompt are both needed (or --demo alone)")
+    if args.scales and "msea" not in args.method:
+        raise UsageError("argument --scales: only msea and msea+arc look at several scales")
+    if args.alpha_max is not None and args.method in ("lens", "msea"):
+        raise UsageError("argument --alpha-max: only tam, arc and msea+arc subtract context")
     try:
         check_folder(args.out)
     except OSError as error:
@@ -222,10 +245,10 @@ def _attributor(args: argparse.Namespace, model: Any, processor: Any) -> "TokenA
     multi: dict[str, Any] = {} if args.scales is None else {"scales": args.scales}
     found: dict[str, TokenAttribution] = {
         "lens": lens,
-        "tam": TokenActivationMap(lens),
+        "tam": TokenActivationMap(lens, alpha_max=args.alpha_max),
         "msea": MSEA(lens, **multi),
-        "arc": ARC(lens),
-        "msea+arc": ARC(MSEA(lens, **multi)),
+        "arc": ARC(lens, alpha_max=args.alpha_max),
+        "msea+arc": ARC(MSEA(lens, **multi), alpha_max=args.alpha_max),
     }
     return found[args.method]
 

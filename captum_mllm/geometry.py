@@ -51,6 +51,10 @@ class ImageGeometry:
     box: tuple[float, float, float, float]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.box, tuple) or len(self.box) != 4:
+            raise TypeError(
+                f"geometry box must be a tuple (left, upper, right, lower), got {self.box!r}."
+            )
         left, upper, right, lower = self.box
         if not all(isfinite(edge) for edge in self.box) or right <= left or lower <= upper:
             raise ValueError(

@@ -1,19 +1,15 @@
-"""One sample: ids, pixels, where its images and its text lie; generation; teacher forcing."""
+"""One sample: ids, pixels, where its images and its text lie; teacher forcing."""
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import GenerationConfig
 
 from captum_mllm.adapters import Adapter
 from captum_mllm.geometry import ImageGrid
-
-MAX_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +66,8 @@ def read_sample(inputs: Mapping[str, Any], adapter: Adapter) -> Sample:
         raise ValueError(
             f"input_ids hold {len(positions)} image tokens, but pixel_values make {sum(counts)} "
             f"({len(grids)} image(s) of {shapes} tokens): text and images must come from the same "
-            f"processor call, and the processor's patch_size must be the model's."
+            f"processor call, and the processor's patch_size must be the model's. (A pixel tensor "
+            f"as inputs means versions of one image; several images go in a mapping.)"
         )
     return Sample(kwargs, grids, tuple(positions.split(counts)), padding)
 
@@ -244,80 +241,3 @@ def read_target(
             f"be a target. Was the prompt left in the generated ids? Cut it off."
         )
     return ids
-
-
-def generate_answer(
-    sample: Sample, adapter: Adapter, gen_args: Mapping[str, Any] | None = None
-) -> Int64[Tensor, " answer"]:
-    """The model's own answer: plain greedy decoding unless ``gen_args`` says otherwise.
-
-    Args:
-        sample: the prompt.
-        adapter: the model's adapter.
-        gen_args: keyword arguments of ``generate`` that replace ours.
-
-    Returns:
-        Ids of the answer without the final end-of-sequence token.
-
-    Raises:
-        ValueError: several sequences, or nothing but the end of sequence.
-    """
-    if gen_args is not None and not isinstance(gen_args, Mapping):
-        raise TypeError(
-            f"gen_args must be a mapping of keyword arguments of generate, got "
-            f"{type(gen_args).__name__}."
-        )
-    given = dict(gen_args or {})
-    settings = given.get("generation_config")
-    count = given.get("num_return_sequences") or getattr(settings, "num_return_sequences", 1) or 1
-    if count != 1:
-        raise _several(count)
-    config, others = _generation_config(adapter, given)
-    output = adapter.model.generate(**sample.kwargs, generation_config=config, **others)
-    sequences = getattr(output, "sequences", output)
-    if sequences.shape[0] != 1:
-        raise _several(sequences.shape[0])
-    answer = sequences[0, sample.prompt_ids.shape[0] :]
-    # generate takes the model's own where a given generation_config names none.
-    ends = config.eos_token_id
-    ends = adapter.model.generation_config.eos_token_id if ends is None else ends
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    if len(answer) and int(answer[-1]) in ends:
-        answer = answer[:-1]
-    if len(answer) == 0:
-        raise ValueError(
-            "target is None and the model generated nothing but the end of sequence: check the "
-            "prompt (chat template?), or give a target."
-        )
-    return answer
-
-
-def _several(count: int) -> ValueError:
-    return ValueError(
-        f"gen_args make {count} sequences, but one answer is explained at a time: set "
-        f"num_return_sequences=1, or pass each answer as target."
-    )
-
-
-def _generation_config(
-    adapter: Adapter, given: dict[str, Any]
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Our greedy settings with the user's on top, and what ``generate`` takes beside them."""
-    defaults = adapter.model.generation_config
-    config = deepcopy(given.pop("generation_config", None)) or GenerationConfig(
-        bos_token_id=defaults.bos_token_id,
-        eos_token_id=defaults.eos_token_id,
-        pad_token_id=defaults.pad_token_id,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=MAX_NEW_TOKENS,
-        suppress_tokens=defaults.suppress_tokens,
-    )
-    if "max_length" in given:
-        config.max_new_tokens = None
-    others = {name: value for name, value in given.items() if not hasattr(config, name)}
-    config.update(**{name: value for name, value in given.items() if name not in others})
-    barred = {*(config.suppress_tokens or []), *adapter.visual_ids}
-    config.suppress_tokens = sorted(barred)
-    return config, others

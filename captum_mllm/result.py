@@ -128,11 +128,11 @@ class MLLMAttributionResult:
             IndexError: no such image.
         """
         grid, maps = self._image(i)
-        if not isinstance(size, tuple | list):
-            size = (size.height, size.width)
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"size must be (height, width) in pixels, both >= 1, got {size}.")
-        height, width = size
+        height, width = _picture_size(size)
+        if geometry is not None and not isinstance(geometry, ImageGeometry):
+            raise TypeError(
+                f"geometry must be an ImageGeometry(box), got {type(geometry).__name__}."
+            )
         if geometry is None:
             rule = Preprocessing.of(processor) if processor is not None else self.preprocessing
             if rule is None:
@@ -217,15 +217,26 @@ class MLLMAttributionResult:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"path {os.fspath(path)!r} is no safetensors file: {error}") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"path {os.fspath(path)!r} is damaged: {error}") from error
         if header is None:
             raise ValueError(f"path {os.fspath(path)!r} was not written by captum_mllm.")
-        if header["format"] != FORMAT:
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            found = header.get("format") if isinstance(header, dict) else header
             raise ValueError(
-                f"path {os.fspath(path)!r} has format {header['format']}, this version reads "
-                f"format {FORMAT}: use the captum_mllm version that wrote it, or a newer one."
+                f"path {os.fspath(path)!r} has format {found}, this version reads format "
+                f"{FORMAT}: use the captum_mllm version that wrote it, or a newer one."
             )
-        rule = header["preprocessing"]
-        consistency = header["consistency"]
+        try:
+            return cls._from_parts(header, tensors)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"path {os.fspath(path)!r} is damaged: it lacks {error}.") from error
+
+    @classmethod
+    def _from_parts(
+        cls, header: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> "MLLMAttributionResult":
+        rule, consistency = header["preprocessing"], header["consistency"]
         return cls(
             grid_attr=tuple(tensors[f"grid_attr.{n}"] for n in range(len(header["grids"]))),
             token_attr=tensors["token_attr"],
@@ -278,8 +289,8 @@ class MLLMAttributionResult:
             target_token_pos: row of ``output_tokens``; (m, n) for the sum of rows m to n - 1;
                 None (default) for the sum of all.
             image: which image, default the first.
-            picture: PIL picture to draw on: the image as the model saw it, or the original
-                picture if the geometry is known (see :meth:`to_image`).
+            picture: PIL picture to draw on: the original picture; where the geometry is not
+                known (see :meth:`to_image`), the image as the model saw it.
         """
         from captum_mllm.visualization import plot_image_heatmap
 
@@ -301,3 +312,14 @@ class MLLMAttributionResult:
             output_probs=self.output_probs[rows],
             relevance=None if self.relevance is None else self.relevance[rows],
         )
+
+
+def _picture_size(size: Any) -> tuple[int, int]:
+    """(height, width) as given, or of a PIL picture."""
+    if hasattr(size, "height") and hasattr(size, "width"):
+        size = (size.height, size.width)
+    if not isinstance(size, tuple | list):
+        raise TypeError(f"size must be (height, width) in pixels or a PIL picture, got {size!r}.")
+    if len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size):
+        raise ValueError(f"size must be (height, width), whole pixels >= 1, got {size!r}.")
+    return size[0], size[1]

@@ -11,11 +11,11 @@ from torch import Tensor
 from captum_mllm.adapters import Adapter, refuse_compiled
 from captum_mllm.capture import Captured, captured_forward, check_head, full_logits
 from captum_mllm.functional import lens_logits, top_k_rankings
+from captum_mllm.generation import generate_answer
 from captum_mllm.geometry import ImageGrid, Preprocessing
 from captum_mllm.inputs import (
     Sample,
     append_answer,
-    generate_answer,
     read_sample,
     read_target,
     rescale_prefix,
@@ -164,6 +164,10 @@ class Runner:
         if images is None:
             return self.adapter.rescale_pixels(sample.kwargs, grids)
         pictures = list(images) if isinstance(images, list | tuple) else [images]
+        if any(isinstance(picture, str | bytes) for picture in pictures):
+            raise TypeError(
+                "images= takes PIL pictures, not paths: open them, PIL.Image.open(path)."
+            )
         settings = getattr(self.processor, "image_processor", None)
         if settings is None:
             raise ValueError("images= needs a processor: make the attributor with one.")

@@ -223,7 +223,7 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return _f64(result)
 
 
-def _axis_matrix(old: int, new: int, preserve: str) -> list[list[float]]:
+def _axis_matrix(old: int, new: int) -> list[list[float]]:
     """(new, old): shared length of the cells where the axis shrinks, bilinear where it grows."""
     matrix = [[0.0] * old for _ in range(new)]
     if new < old:
@@ -237,18 +237,18 @@ def _axis_matrix(old: int, new: int, preserve: str) -> list[list[float]]:
         for i, share in enumerate(_bilinear_taps(new, old)):
             for j, w in share.items():
                 matrix[i][j] += w
-    if preserve == "mass":
-        sums = [sum(matrix[i][j] for i in range(new)) for j in range(old)]
-        return [[matrix[i][j] / sums[j] for j in range(old)] for i in range(new)]
-    return [[x / sum(row) for x in row] for row in matrix]
+    sums = [sum(matrix[i][j] for i in range(new)) for j in range(old)]
+    return [[matrix[i][j] / sums[j] for j in range(old)] for i in range(new)]
 
 
 def resize_attributions(
     attributions: Tensor, size: tuple[int, int], preserve: str = "mass"
 ) -> Tensor:
     n, c, h, w = attributions.shape
-    down = _axis_matrix(h, size[0], preserve)
-    across = _axis_matrix(w, size[1], preserve)
+    if preserve == "density":
+        return upsample(attributions.flatten(0, 1), size).reshape(n, c, *size)
+    down = _axis_matrix(h, size[0])
+    across = _axis_matrix(w, size[1])
     result = torch.zeros(n, c, *size, dtype=torch.float64)
     for i in range(n):
         for j in range(c):

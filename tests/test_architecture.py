@@ -13,9 +13,9 @@ import captum_mllm
 PACKAGE = Path(captum_mllm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LINE = {  # the way of the data; a part may import from parts with a smaller number only
-    "functional": 0, "geometry": 0, "_captum": 0, "words": 0, "labels": 0,
+    "functional": 0, "checks": 0, "geometry": 0, "_captum": 0, "words": 0, "labels": 0,
     "adapters": 1, "trace": 1, "inputs": 2, "capture": 2, "result": 2,
-    "runner": 3, "attr": 4,
+    "generation": 3, "runner": 3, "attr": 4,
     "metrics": 5, "visualization": 5, "reference": 6, "studies": 7, "cli_model": 7,
     "cli": 8, "__main__": 9,
 }  # fmt: skip

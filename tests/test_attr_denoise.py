@@ -74,5 +74,16 @@ def test_denoising_a_lens_result_gives_what_arc_subtracts(tiny_subject):
 def test_integer_scores_are_refused():
     """Relevance in [0, 1] would be cut to 0 in an integer tensor."""
     rankings = torch.tensor([[1, 2], [2, 1]])
-    with pytest.raises(ValueError, match="maps_or_scores must be floating point"):
+    with pytest.raises(ValueError, match="maps_or_scores must be a floating point"):
         RankCorrelationDenoiser(None, top_k=2).denoise(torch.tensor([[1, 2]]), rankings)
+
+
+def test_kinds_and_numbers_of_rankings_are_checked():
+    rankings = torch.tensor([[1, 2], [2, 1]])
+    arc = RankCorrelationDenoiser(None, top_k=2)
+    with pytest.raises(ValueError, match="maps_or_scores must be a floating point tensor"):
+        arc.denoise(torch.ones(2, 2).numpy(), rankings)
+    with pytest.raises(ValueError, match="rankings must be a tensor"):
+        arc.denoise(torch.ones(2, 2), rankings.tolist())
+    with pytest.raises(ValueError, match="rankings hold 2 rows, but maps_or_scores 3 targets"):
+        arc.denoise(torch.ones(3, 2), rankings)

@@ -50,6 +50,44 @@ def test_default_does_not_follow_the_models_own_settings(inputs):
     assert model.generation_config.to_dict() == before
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"encoder_repetition_penalty": 3.0},
+        {"bad_words_ids": [[n] for n in range(5, 60)]},
+        {"begin_suppress_tokens": list(range(5, 97))},
+        {"sequence_bias": [[[70], 50.0]]},
+        {"exponential_decay_length_penalty": (1, 9.0)},
+        {"num_return_sequences": 2},
+        {"stop_strings": ["dog"]},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_default_is_greedy_whatever_the_checkpoint_asks(own, inputs):
+    """generate fills unset fields from the model's own settings: none of them may leak."""
+    model = tiny.tiny_llava(seed=1)
+    expected = greedy(model, inputs)[:8]
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    kept = model.generation_config
+    got = LogitLens(model).attribute(inputs, gen_args={"max_new_tokens": 8})
+    assert got.output_ids.tolist() == expected
+    assert model.generation_config is kept
+
+
+@pytest.mark.parametrize(
+    ("gen_args", "message"),
+    [
+        ({"generation_config": {"max_new_tokens": 3}}, "generation_config must be a transformers"),
+        ({"input_ids": torch.ones(1, 3)}, "gen_args holds .'input_ids'"),
+    ],
+)
+def test_odd_generation_arguments_are_refused(gen_args, message, model, inputs):
+    with pytest.raises((TypeError, ValueError), match=message):
+        LogitLens(model).attribute(inputs, gen_args=gen_args)
+
+
 def test_final_end_of_sequence_is_no_target(speaker, inputs):
     said = greedy(speaker, inputs)
     end = said[5]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from captum_mllm import MLLMAttributionResult, cli
@@ -137,6 +138,8 @@ def test_chat_template_is_used_with_one_start_token(start, picture):
     [
         ("--image", "missing.png", "no file 'missing.png'"),
         ("--image", __file__, "no picture"),
+        ("--max-new-tokens", "x", "whole number"),
+        ("--alpha-max", "-1", "above 0"),
         ("--method", "grad", "'lens', 'tam', 'msea', 'arc', 'msea\\+arc'"),
         ("--model", "./missing", "no such folder"),
         ("--out", __file__, "is a file"),
@@ -251,3 +254,21 @@ def test_help_needs_no_model():
         check=True,
     )
     assert "msea+arc" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "method"), [("--scales", "1,2", "arc"), ("--alpha-max", "1", "msea")]
+)
+def test_flags_that_a_method_ignores_are_refused(flag, value, method, base, capsys):
+    assert run({**base, "--method": method, flag: value}) == 2
+    assert f"argument {flag}: only" in capsys.readouterr().err
+
+
+def test_alpha_max_reaches_the_method(base, tmp_path):
+    maps = []
+    for more in ({}, {"--alpha-max": "0.01"}):
+        out = str(tmp_path / str(len(maps)))
+        arguments = {**base, "--target": "a dog on the left", "--method": "arc", "--out": out}
+        assert run({**arguments, **more}, "--save-result") == 0
+        maps.append(MLLMAttributionResult.load(f"{out}/result.safetensors").grid_attr[0])
+    assert not torch.equal(*maps)

@@ -11,6 +11,7 @@ from torch import nn
 from captum_mllm import (
     ARC,
     MSEA,
+    ImageGeometry,
     LogitLens,
     MultiScaleAttribution,
     RankCorrelationDenoiser,
@@ -251,10 +252,10 @@ def test_numbers_of_arc(model, inputs, answer, method):
         with raises(ValueError, "rbo_p must lie strictly between 0 and 1", repr(bad)):
             method(model, rbo_p=bad)
     for bad in (-1.0, float("nan"), float("inf")):
-        with raises(ValueError, "strength must be a finite number >= 0", repr(bad)):
+        with raises(ValueError, "strength must lie in 0 .. inf", repr(bad)):
             method(model, strength=bad)
     for bad in (0.0, -1.0, float("nan")):
-        with raises(ValueError, "alpha_max must be > 0 or None", repr(bad)):
+        with raises(ValueError, "alpha_max must lie above 0 (or be None)", repr(bad)):
             method(model, alpha_max=bad)
 
 
@@ -272,7 +273,7 @@ def test_other_parameters(model):
         MSEA(model, aggregation="max")
     with raises(ValueError, "resize must be 'mass' or 'density'", "'area'"):
         MSEA(model, resize="area")
-    with raises(ValueError, "template_tail must be >= 0", "-1"):
+    with raises(ValueError, "template_tail must lie at 0 or above", "-1"):
         TokenActivationMap(model, template_tail=-1)
 
 
@@ -577,7 +578,7 @@ def test_hooks_that_do_not_fire(fresh, inputs, answer):
 def test_denoise():
     arc = RankCorrelationDenoiser(None, top_k=2)
     ranks = torch.tensor([[1, 2], [3, 4], [1, 3]])
-    with raises(ValueError, "rankings must be (tokens, k) with k >= top_k = 2", "(3, 1)"):
+    with raises(ValueError, "rankings must be a tensor (tokens, k) with k >= top_k = 2", "(3, 1)"):
         arc.denoise(torch.ones(1, 3), ranks[:, :1])
     with raises(ValueError, "target_rankings hold 2 rows for 1 targets"):
         arc.denoise(torch.ones(1, 3), ranks, target_rankings=ranks[:2])
@@ -592,3 +593,45 @@ def test_denoise():
         )  # fmt: skip
     with raises(ValueError, "distinct ids"):
         arc.denoise(torch.ones(1, 1), torch.tensor([[1, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda _: RankCorrelationDenoiser(None, rbo_p="a"), "rbo_p"),
+        (lambda _: RankCorrelationDenoiser(None, strength=None), "strength"),
+        (lambda _: RankCorrelationDenoiser(None, strength=float("nan")), "strength"),
+        (lambda _: RankCorrelationDenoiser(None, alpha_max="a"), "alpha_max"),
+        (lambda m: ARC(m, alpha_max=0), "alpha_max"),
+        (lambda m: TokenActivationMap(m, alpha_max=-1), "alpha_max"),
+        (lambda m: TokenActivationMap(m, template_tail=-1), "template_tail"),
+        (lambda m: TokenActivationMap(m, template_tail="a"), "template_tail"),
+    ],
+)
+def test_numbers_are_checked_by_name(make, name, model):
+    with pytest.raises((TypeError, ValueError), match=name):
+        make(model)
+
+
+@pytest.mark.parametrize("size", [40, "ab", None, (40.5, 40), (0, 3), (1, 2, 3)])
+def test_to_image_checks_its_size(size, model, processor, inputs, answer):
+    result = LogitLens(model, processor).attribute(inputs, answer)
+    with pytest.raises((TypeError, ValueError), match="size must be"):
+        result.to_image(0, size)
+
+
+def test_to_image_checks_its_geometry(model, inputs, answer):
+    result = LogitLens(model).attribute(inputs, answer)
+    with pytest.raises(TypeError, match="geometry must be an ImageGeometry"):
+        result.to_image(0, (40, 40), geometry=(0, 0, 40, 40))
+    for box in ((0, 0, 1), "abcd"):
+        with pytest.raises(TypeError, match="box"):
+            ImageGeometry(box)
+
+
+def test_images_are_pictures_and_pixels_are_some(model, processor, inputs, answer):
+    with pytest.raises(TypeError, match="images= takes PIL pictures"):
+        MSEA(model, processor).attribute(inputs, answer, images="cat.png")
+    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    with pytest.raises(ValueError, match="holds no image"):
+        MSEA(model).attribute(inputs["pixel_values"][:0], answer, rest)

@@ -262,3 +262,13 @@ def test_every_field_is_saved(result, tmp_path):
     )
     changed.save(tmp_path / "a")
     check_equal(changed, MLLMAttributionResult.load(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("header", ["{}", '{"format": 1}', "[1]", "no json"])
+def test_damaged_headers_are_named(header, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "damaged.safetensors"
+    save_file({"token_attr": torch.zeros(1, 1)}, path, metadata={"captum_mllm": header})
+    with pytest.raises(ValueError, match=r"damaged\.safetensors"):
+        MLLMAttributionResult.load(path)

@@ -149,6 +149,8 @@ class TokenAttribution(Attribution):
                 "images= would replace the pixels that are given as a tensor; give a mapping as "
                 "inputs, or leave images out."
             )
+        if not len(pixels):
+            raise ValueError("inputs holds no image: its first axis is empty.")
         target = _one_target(target, len(pixels))
         maps = []
         for row in pixels.detach():

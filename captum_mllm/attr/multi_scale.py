@@ -35,7 +35,8 @@ class MultiScaleAttribution(TokenAttribution):
     Around any other captum attributor (``IntegratedGradients(classifier)``) tensors (N, C, H, W)
     or tuples of them are rescaled (bilinear), attributed, brought back to the input's size (a
     layer's to its size at scale 1) and aggregated. With ``resize="mass"`` and the mean the
-    attributions sum to the mean over scales of ``f(x_s) - f(baseline_s)``.
+    attributions sum to the mean over scales of ``f(x_s) - f(baseline_s)``, exactly: see
+    :func:`~captum_mllm.functional.resize_attributions`.
 
     Args:
         attribution_method: a captum attributor.
@@ -249,6 +250,49 @@ class MSEA(MultiScaleAttribution):
                 f"{type(base).__name__}, not to MSEA."
             )
         super().__init__(base, scales, aggregation, resize=resize, consistency=consistency)
+
+    @override
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        explain: Explain = "answer",
+        gen_args: Mapping[str, Any] | None = None,
+        images: Any = None,
+        show_progress: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Explain each token of an answer at every scale and aggregate.
+
+        Args:
+            inputs: see :meth:`TokenAttribution.attribute`.
+            target: see :meth:`TokenAttribution.attribute`.
+            additional_forward_args: see :meth:`TokenAttribution.attribute`.
+            explain: see :meth:`TokenAttribution.attribute`.
+            gen_args: see :meth:`TokenAttribution.attribute`.
+            images: see :meth:`TokenAttribution.attribute`.
+            show_progress: see :meth:`TokenAttribution.attribute`.
+            kwargs: further arguments of a captum attributor that traces no tokens.
+
+        Returns:
+            See :meth:`TokenAttribution.attribute`; around an attributor that traces no tokens, see
+            :meth:`MultiScaleAttribution.attribute`.
+        """
+        given = {
+            "target": target,
+            "additional_forward_args": additional_forward_args,
+            "gen_args": gen_args,
+            "images": images,
+        }
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        if not (isinstance(explain, str) and explain == "answer"):
+            kwargs["explain"] = explain
+        if show_progress:
+            kwargs["show_progress"] = True
+        return super().attribute(inputs, **kwargs)
 
 
 def _is_multi_scale(method: Any) -> bool:

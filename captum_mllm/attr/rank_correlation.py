@@ -1,7 +1,7 @@
 """ARC: suppress what irrelevant context puts on a token's attributions."""
 
 from collections.abc import Mapping
-from math import isfinite
+from math import inf
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from captum_mllm.attr.base import TokenAttribution, make_result
 from captum_mllm.attr.logit_lens import raw_maps_of
+from captum_mllm.checks import check_alpha_max, check_number
 from captum_mllm.functional import (
     arc_subtract,
     context_weights,
@@ -79,17 +80,11 @@ class RankCorrelationDenoiser(TokenAttribution):
         super().__init__(getattr(attribution_method, "forward_func", None))  # type: ignore[arg-type]
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
             raise ValueError(f"top_k must be an int >= 1, got {top_k!r}.")
-        if not 0.0 < rbo_p < 1.0:
-            raise ValueError(f"rbo_p must lie strictly between 0 and 1, got {rbo_p!r}.")
-        if not (isfinite(strength) and strength >= 0):
-            raise ValueError(f"strength must be a finite number >= 0, got {strength!r}.")
-        if alpha_max is not None and not alpha_max > 0:
-            raise ValueError(f"alpha_max must be > 0 or None, got {alpha_max!r}.")
         self.attribution_method = attribution_method
         self.top_k = top_k
-        self.rbo_p = rbo_p
-        self.strength = strength
-        self.alpha_max = alpha_max
+        self.rbo_p = check_number("rbo_p", rbo_p, "strictly between 0 and 1", lambda p: 0 < p < 1)
+        self.strength = check_number("strength", strength, "in 0 .. inf", lambda s: 0 <= s < inf)
+        self.alpha_max = check_alpha_max(alpha_max)
         self.rank_filter = rank_filter
 
     @property
@@ -182,23 +177,9 @@ class RankCorrelationDenoiser(TokenAttribution):
             ValueError: shapes that don't fit, rankings shorter than ``top_k`` or with repeated
                 ids, maps without their context.
         """
-        if not maps_or_scores.is_floating_point():
-            raise ValueError(
-                f"maps_or_scores must be floating point, got {maps_or_scores.dtype}; use .float()."
-            )
-        n = len(maps_or_scores)
         causal = target_rankings is None
-        targets = rankings[-n:] if target_rankings is None else target_rankings
-        for name, value in (("rankings", rankings), ("target_rankings", targets)):
-            if value.ndim != 2 or value.shape[1] < self.top_k:
-                raise ValueError(
-                    f"{name} must be (tokens, k) with k >= top_k = {self.top_k}, got shape "
-                    f"{tuple(value.shape)}; make the denoiser with a smaller top_k."
-                )
-        if len(targets) != n:
-            raise ValueError(
-                f"target_rankings hold {len(targets)} rows for {n} targets in maps_or_scores."
-            )
+        targets = self._check_rankings(maps_or_scores, rankings, target_rankings)
+        n = len(targets)
         relevance = self._relevance(targets, rankings).to(maps_or_scores)
         is_context = torch.ones_like(relevance, dtype=torch.bool)
         if causal:
@@ -232,6 +213,36 @@ class RankCorrelationDenoiser(TokenAttribution):
             self.strength,
             self.alpha_max,
         ).reshape(maps_or_scores.shape)
+
+    def _check_rankings(
+        self, maps_or_scores: Any, rankings: Any, target_rankings: Any
+    ) -> Int64[Tensor, "targets k"]:
+        """The targets' rankings, after a check of kind and shape of all three."""
+        if not isinstance(maps_or_scores, Tensor) or not maps_or_scores.is_floating_point():
+            got = getattr(maps_or_scores, "dtype", type(maps_or_scores).__name__)
+            raise ValueError(f"maps_or_scores must be a floating point tensor, got {got}.")
+        n = len(maps_or_scores)
+        given = {"rankings": rankings, "target_rankings": target_rankings}
+        for name, value in given.items():
+            if value is None and name == "target_rankings":
+                continue
+            if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[1] < self.top_k:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"{name} must be a tensor (tokens, k) with k >= top_k = {self.top_k}, got "
+                    f"{got}; make the denoiser with a smaller top_k."
+                )
+        if target_rankings is None and len(rankings) < n:
+            raise ValueError(
+                f"rankings hold {len(rankings)} rows, but maps_or_scores {n} targets: without "
+                f"target_rankings= the targets are the last rows of rankings."
+            )
+        targets = rankings[len(rankings) - n :] if target_rankings is None else target_rankings
+        if len(targets) != n:
+            raise ValueError(
+                f"target_rankings hold {len(targets)} rows for {n} targets in maps_or_scores."
+            )
+        return targets
 
     def _relevance(
         self, targets: Int64[Tensor, "targets k"], tokens: Int64[Tensor, "tokens k"]

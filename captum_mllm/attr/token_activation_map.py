@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from captum_mllm.attr.base import TokenAttribution, make_result
 from captum_mllm.attr.logit_lens import raw_maps_of
+from captum_mllm.checks import check_alpha_max, check_number
 from captum_mllm.functional import (
     context_weights,
     eci_subtract,
@@ -61,12 +62,11 @@ class TokenActivationMap(TokenAttribution):
     ) -> None:
         self.attribution_method = raw_maps_of(model, processor, layer, wanted_by="TAM")
         super().__init__(self.attribution_method.forward_func)
-        if template_tail < 0:
-            raise ValueError(f"template_tail must be >= 0 tokens, got {template_tail}.")
         self.parity = parity
         self.rank_filter = rank_filter
-        self.alpha_max = alpha_max
-        self.template_tail = template_tail
+        self.alpha_max = check_alpha_max(alpha_max)
+        tail = check_number("template_tail", template_tail, "at 0 or above", lambda n: n >= 0)
+        self.template_tail = int(tail)
 
     @property
     def subtracts_context(self) -> bool:

@@ -139,6 +139,8 @@ def aggregate(
     """
     if how not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {how!r}.")
+    if not len(stack):
+        raise ValueError("stack is empty: give the maps of at least one scale.")
     if weights is not None:
         _check_scale_weights(weights, how, len(stack))
     if len(stack) == 1:
@@ -196,10 +198,10 @@ def resize_attributions(
 ) -> Float[Tensor, "n c height width"]:
     """Bring attributions to another size and keep their sum (mass) or their level (density).
 
-    Separable linear maps per axis: cell overlap when an axis shrinks, bilinear when it grows. For
-    "mass" every source cell hands out exactly its own value (columns sum to 1): the total is kept
-    at any ratio, and at whole ratios this is the usual resize times the area ratio. For "density"
-    every new cell takes a weighted mean (rows sum to 1): a constant stays that constant.
+    "density" is the usual bilinear resize (pixel centres aligned). "mass" is that times the area
+    ratio, made exact: separable weights per axis, cell overlap where it shrinks and bilinear where
+    it grows, each source cell handing out just its own value (columns sum to 1). So the total is
+    kept at any ratio; at ratios 2 and 1/2 both ways agree to the last digit.
 
     Args:
         attributions: (n, c, h, w), signed.
@@ -226,13 +228,15 @@ def resize_attributions(
         raise ValueError(f"preserve must be one of mass, density, got {preserve!r}.")
     if tuple(attributions.shape[-2:]) == tuple(size):
         return attributions
-    along_h = _axis_weights(attributions.shape[-2], size[0], preserve).to(attributions)
-    along_w = _axis_weights(attributions.shape[-1], size[1], preserve).to(attributions)
+    if preserve == "density":
+        return F.interpolate(attributions, size=size, mode="bilinear", align_corners=False)
+    along_h = _mass_weights(attributions.shape[-2], size[0]).to(attributions)
+    along_w = _mass_weights(attributions.shape[-1], size[1]).to(attributions)
     return along_h @ attributions @ rearrange(along_w, "new old -> old new")
 
 
-def _axis_weights(old: int, new: int, preserve: str) -> Float[Tensor, "new old"]:
-    """Weights that take an axis of ``old`` cells to ``new``: overlap or bilinear, normalised."""
+def _mass_weights(old: int, new: int) -> Float[Tensor, "new old"]:
+    """Weights that take an axis of ``old`` cells to ``new``; each old cell's sum to 1."""
     if new < old:
         edges_new = torch.linspace(0, old, new + 1, dtype=torch.float64)
         edges_old = torch.arange(old + 1, dtype=torch.float64)
@@ -242,4 +246,4 @@ def _axis_weights(old: int, new: int, preserve: str) -> Float[Tensor, "new old"]
     else:
         eye = torch.eye(old, dtype=torch.float64)[None]
         weights = F.interpolate(eye, size=new, mode="linear", align_corners=False)[0].T
-    return weights / weights.sum(0 if preserve == "mass" else 1, keepdim=True)
+    return weights / weights.sum(0, keepdim=True)

@@ -112,8 +112,8 @@ def plot_image_heatmap(
         target_token_pos: row of ``output_tokens``; (m, n) for the sum of rows m to n - 1; None
             (default) for the sum of all.
         image: which image, default the first.
-        picture: PIL picture to draw on: of the size of the image as the model saw it, or the
-            original picture where the geometry is known.
+        picture: PIL picture to draw on: the original picture; where the geometry is not known,
+            one of the size of the image as the model saw it.
 
     Returns:
         (figure, axes), or None.
@@ -127,7 +127,8 @@ def plot_image_heatmap(
         raise IndexError(f"image {image} is out of range: there are {len(result.grids)} images.")
     chosen = result.select(rows)
     grid = result.grids[image]
-    if picture is None or picture.size == (grid.width, grid.height):
+    as_seen = picture is None or picture.size == (grid.width, grid.height)
+    if picture is None or (as_seen and result.preprocessing is None):
         heat = chosen.image_attr[image].sum(0)
     else:
         heat = chosen.to_image(image, picture).sum(0)

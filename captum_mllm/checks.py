@@ -1,0 +1,36 @@
+"""Checks of arguments that several classes share."""
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+
+def check_number(name: str, value: Any, wanted: str, valid: Callable[[float], bool]) -> float:
+    """A number in its range.
+
+    Args:
+        name: the argument's name.
+        value: what came.
+        wanted: what it must be, for the message.
+        valid: whether a number is in range; NaN must not be.
+
+    Raises:
+        TypeError: no number.
+        ValueError: out of range.
+
+    Example:
+        >>> check_number("rbo_p", 0.9, "strictly between 0 and 1", lambda p: 0 < p < 1)
+        0.9
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number {wanted}, got {value!r}.")
+    if not valid(float(value)):
+        raise ValueError(f"{name} must lie {wanted}, got {value!r}.")
+    return float(value)
+
+
+def check_alpha_max(value: Any) -> float | None:
+    """Bound of the fitted alpha: None, or a number > 0."""
+    if value is None:
+        return None
+    return check_number("alpha_max", value, "above 0 (or be None)", lambda a: a > 0)
