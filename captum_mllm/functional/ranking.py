@@ -1,7 +1,6 @@
 """Rankings of predictions and how far two of them agree."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -85,16 +84,15 @@ def rank_biased_overlap(
             raise ValueError(f"{name} must hold distinct ids in each row, got a repeated id.")
     (n_a, k), n_b, device = rankings_a.shape, rankings_b.shape[0], rankings_a.device
 
-    # Rank of each id in each row of b; k (one past the last rank) stands for "not in the list".
-    ids, compact = torch.cat([rankings_a, rankings_b]).unique(return_inverse=True)
-    compact_a, compact_b = compact[:n_a], compact[n_a:]
-    ranks = torch.arange(k, device=device)
-    rank_in_b = torch.full((n_b, len(ids)), k, device=device)
-    rank_in_b.scatter_(1, compact_b, ranks.expand(n_b, k))
-
     depth = torch.arange(1, k + 1, dtype=torch.float64, device=device)
     persistence = p ** (depth - 1)  # its sum is (1 - p^k) / (1 - p), without the cancellation
     per_depth = persistence / persistence.sum() / depth
-    gain = F.pad(per_depth.flip(0).cumsum(0).flip(0), (0, 1))  # g(1..k), then 0 for "not common"
-    deeper = torch.maximum(rank_in_b[:, compact_a], ranks)  # (b, a, k)
-    return gain[deeper].sum(-1).T.clamp(max=1)  # rounding alone could pass 1
+    gain = per_depth.flip(0).cumsum(0).flip(0)  # g(1..k)
+
+    # g falls with the rank, so g(max(rank_a, rank_b)) = min(g(rank_a), g(rank_b)); 0 where an id
+    # is not in the list.
+    ids, compact = torch.cat([rankings_a, rankings_b]).unique(return_inverse=True)
+    compact_a, compact_b = compact[:n_a], compact[n_a:]
+    gain_in_b = gain.new_zeros(n_b, len(ids)).scatter_(1, compact_b, gain.expand(n_b, k))
+    common = torch.minimum(gain_in_b[:, compact_a], gain)  # (b, a, k)
+    return common.sum(-1).T.clamp(max=1)  # rounding alone could pass 1

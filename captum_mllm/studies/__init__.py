@@ -1,5 +1,7 @@
 """The recorded measurements, each made by one command; its output lies in ``records/``.
 
 ``python -m captum_mllm.studies.compare`` compares the methods on held-out scenes,
-``python -m captum_mllm.studies.interference`` shows what ARC changes where context interferes.
+``python -m captum_mllm.studies.interference`` shows what ARC changes where context interferes,
+``python -m captum_mllm.studies.readme_picture`` draws the picture at the top of README. The time
+of the post-processing is measured beside its slow twin, by ``tests/benchmark_postprocessing.py``.
 """
