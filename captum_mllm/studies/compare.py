@@ -197,7 +197,8 @@ def main() -> None:
     text = (
         f"{args.scenes} scenes of the test split (from number {args.first}), greedy answers of the "
         f"shipped LLaVA at {SIDE} px, weights {figures['sha256'][:12]}; 95 % intervals by a paired "
-        f"bootstrap over scenes (seed {args.seed}, 2,000 resamples). MSEA scales 1, 1.25, 1.5 (achieved on 14 x 14 tokens: 1, 1.29, 1.5).\n\n"
+        f"bootstrap over scenes (seed {args.seed}, 2,000 resamples). MSEA scales 1, 1.25, 1.5 "
+        f"(achieved on 14 x 14 tokens: 1, 1.29, 1.5).\n\n"
         f"{table(measured, args.seed)}\n"
     )
     (args.out / "compare.json").write_text(json.dumps(_no_nan(measured)) + "\n")
