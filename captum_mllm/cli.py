@@ -233,8 +233,9 @@ def _attribute(
             show_progress=True,
         )
     except ValueError as error:  # the library's messages begin with the argument's name
-        name = re.match(r"(scales|layer|target)\b", str(error))
-        flag = f"--{name[1]}" if name else "--model or --prompt"
+        name = re.match(r"(scales|layer|target|input_ids)\b", str(error))
+        named = {"input_ids": "prompt"}
+        flag = f"--{named.get(name[1], name[1])}" if name else "--model or --prompt"
         raise UsageError(f"argument {flag}: {error}") from error
 
 

@@ -115,8 +115,10 @@ def test_an_end_inside_a_given_target_stays(model, inputs):
     assert got.output_ids.tolist() == [20, END, 31]
 
 
-def test_nothing_but_the_end(model, inputs):
-    assert greedy(model, inputs) == [END]
+def test_nothing_but_the_end(inputs):
+    model = tiny.tiny_llava()
+    model.generation_config.eos_token_id = greedy(model, inputs)[0]
+    assert len(greedy(model, inputs)) == 1
     with pytest.raises(ValueError, match=r"target is None and the model generated nothing"):
         LogitLens(model).attribute(inputs)
 

@@ -154,7 +154,7 @@ def test_chat_template_is_used_with_one_start_token(start, picture):
         ("--max-new-tokens", "0", "at least 1"),
         ("--target", " ", "empty"),
         ("--prompt", "", "empty"),
-        ("--prompt", "<image> <image>", "<image>"),
+        ("--prompt", "<image> <image>", "<image>|image tokens"),
     ],
 )
 def test_mistakes_end_with_one_line_that_names_the_argument(

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from captum_mllm.reference.card import write_card
@@ -190,7 +191,24 @@ def save(model, out: Path) -> None:
     copy = build_model(_size_of(model))
     copy.load_state_dict(model.state_dict())
     copy.half().save_pretrained(out)
+    _name_as_on_the_hub(out / "model.safetensors")
     build_processor().save_pretrained(out)
+
+
+def _name_as_on_the_hub(path: Path) -> None:
+    """Name the tower's weights as public LLaVA checkpoints do, which every version reads.
+
+    transformers of late writes them without "vision_model."; 5.5 would leave such a tower at
+    random weights.
+    """
+    short, long = "vision_tower.", "vision_tower.vision_model."
+    tensors = {
+        name
+        if not name.startswith(short) or name.startswith(long)
+        else long + name[len(short) :]: t
+        for name, t in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _size_of(model) -> str:
