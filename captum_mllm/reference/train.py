@@ -203,10 +203,8 @@ def _name_as_on_the_hub(path: Path) -> None:
     """
     short, long = "vision_tower.", "vision_tower.vision_model."
     tensors = {
-        name
-        if not name.startswith(short) or name.startswith(long)
-        else long + name[len(short) :]: t
-        for name, t in load_file(path).items()
+        name if name.startswith(long) else name.replace(short, long, 1): tensor
+        for name, tensor in load_file(path).items()
     }
     save_file(tensors, path, metadata={"format": "pt"})
 
