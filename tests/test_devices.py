@@ -545,7 +545,9 @@ def test_dispatched_over_two_gpus(expected_of, fresh, inputs, answer, second):
 
 @needs_gpu
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families_on_a_gpu(name):
+def test_families_on_a_gpu(name, monkeypatch):
+    # TF32, the default of convolutions, has 10 bits only.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     subject = families.family(name)
     on_gpu = copy.deepcopy(subject.model).cuda()
     check_close(explained(subject, on_gpu), explained(subject), 1e-3)
