@@ -358,10 +358,21 @@ def recounted(ids: Tensor, marker: int, lengths: list[tuple[int, int]]) -> Tenso
 
 
 def by_hand(
-    kin: Any, inputs: dict[str, Tensor], pictures: list[Any], answer: Tensor, scale: float
+    kin: Any,
+    inputs: dict[str, Tensor],
+    pictures: list[Any],
+    answer: Tensor,
+    scale: float,
+    pixels: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Per picture the answer's maps, and its log-probabilities, of one full forward at a scale."""
+    """Per picture the answer's maps, and its log-probabilities, of one full forward at a scale.
+
+    The pixels are those of the inputs, resized, or those given.
+    """
     scaled, views = at_scale(kin, inputs, pictures, scale)
+    if pixels is not None:
+        assert pixels.shape == scaled["pixel_values"].shape
+        scaled["pixel_values"] = pixels
     logits = logits_of(kin, with_answer(kin, scaled, answer))
     length = scaled["input_ids"].shape[1]
     log_probs = logits[length - 1 : -1].log_softmax(-1).gather(1, answer[:, None])[:, 0]
@@ -375,3 +386,168 @@ def by_hand(
             lens[1] = lens[1].repeat_interleave(down, 1).repeat_interleave(across, 2)
         maps.append(torch.stack(lens).mean(0))
     return maps, log_probs
+
+
+# ---- videos, by hand ----------------------------------------------------------------------------
+
+
+def mixed(kin: Any, order: str, *, image: Any, steps: int = 2) -> dict[str, Tensor]:
+    """A prompt with one video ("v") and one image ("i"), in the order given.
+
+    The pixels are those of `families.video` and of the image processor; ids and types are written
+    here. The image is 3 x 7 cells (the wide picture), a step of the video 3 x 4.
+    """
+    from families import video
+
+    clip, still = video(kin, 2 * steps), kin.encode(image)
+    grid = still["image_grid_thw"][0]
+    pads = "<|image_pad|>" * int(grid.prod() // 4)
+    step = "<|video_pad|>" * 12
+    if kin.name == "Qwen3VL":
+        shown = "".join(
+            f"<{n}.2 seconds><|vision_start|>{step}<|vision_end|>" for n in range(steps)
+        )
+    else:
+        shown = f"<|vision_start|>{step * steps}<|vision_end|>"
+    parts = {"v": shown, "i": f"<|vision_start|>{pads}<|vision_end|>"}
+    before, after = kin.prompt.split(kin.placeholder)
+    text = before + " ".join(parts[kind] for kind in order) + after
+    inputs = dict(kin.processor.tokenizer(text, return_tensors="pt"))
+    ids, config = inputs["input_ids"], kin.model.config
+    kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
+    names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+    inputs |= {name: clip[name] for name in names if name in clip}
+    inputs |= {name: still[name] for name in ("pixel_values", "image_grid_thw")}
+    return inputs | {"mm_token_type_ids": kinds}
+
+
+def video_by_hand(kin: Any, inputs: dict[str, Tensor], answer: Tensor, scale: float) -> Tensor:
+    """The video's maps (answer, steps, rows, cols) of one full forward at a scale."""
+    steps, h, w = inputs["video_grid_thw"][0].tolist()
+    rows, cols = round(h / 2 * scale), round(w / 2 * scale)
+    frames = rearrange(
+        inputs["pixel_values_videos"],
+        "(t h w i j) (c u p q) -> (t u) c (h i p) (w j q)",
+        t=steps,
+        h=h // 2,
+        i=2,
+        j=2,
+        u=2,
+        p=PATCH,
+        q=PATCH,
+    )
+    runs, old, new = (steps, 1) if kin.name == "Qwen3VL" else (1, steps), h * w // 4, rows * cols
+    marker = kin.model.config.video_token_id
+    lengths = [(old * runs[1], new * runs[1])] * runs[0]
+    source = recounted(inputs["input_ids"][0], marker, lengths)
+    scaled = inputs | {
+        name: inputs[name][:, source]
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+    }
+    scaled["pixel_values_videos"] = patchify(resized(frames, (rows * CELL, cols * CELL)))
+    scaled["video_grid_thw"] = torch.tensor([[steps, 2 * rows, 2 * cols]])
+    logits = logits_of(kin, with_answer(kin, scaled, answer))
+    seen = logits[: len(source)][scaled["input_ids"][0] == marker][:, answer].clamp(min=0)
+    return seen.T.reshape(len(answer), steps, rows, cols)
+
+
+# ---- windows, by hand ---------------------------------------------------------------------------
+
+
+def windows_by_hand(
+    kin: Any, method: Any, inputs: dict[str, Tensor], pictures: list[Any], scale: float
+) -> list[Tensor]:
+    """Maps of a model of one size on the grids of enlarged pictures: window by window."""
+    grids = [frame_shape(kin, picture) for picture in pictures]
+    large = [tuple(round(side * scale) for side in grid) for grid in grids]
+    n = max(ceil(big[k] / grid[k]) for grid, big in zip(grids, large, strict=True) for k in (0, 1))
+    sums = [torch.zeros(len(kin.answer), *big) for big in large]
+    weights = [torch.zeros(big) for big in large]
+    for i in range(n):
+        for j in range(n):
+            windows = [_box(grid, big, i, j, n) for grid, big in zip(grids, large, strict=True)]
+            cut = [_window(kin, inputs, k, p, windows[k]) for k, p in enumerate(pictures)]
+            seen = method.attribute({**inputs, "pixel_values": torch.stack(cut)}, kin.answer)
+            for k, picture in enumerate(pictures):
+                left, upper, right, lower = _window_frame(kin, picture, windows[k])
+                down = shares(upper, lower, grids[k][0], large[k][0])
+                across = shares(left, right, grids[k][1], large[k][1])
+                sums[k] += torch.einsum("yr,trc,xc->tyx", down, seen.grid_attr[k], across)
+                weights[k] += down.sum(1)[:, None] * across.sum(1)[None, :]
+    return [
+        torch.where(weight > 0, total / weight.clamp(min=1e-9), torch.zeros(()))
+        for total, weight in zip(sums, weights, strict=True)
+    ]
+
+
+def _box(
+    grid: tuple[int, int], large: tuple[int, ...], i: int, j: int, n: int
+) -> tuple[float, ...]:
+    """(left, upper, right, lower) of window i down, j across of n x n, in fractions."""
+    top = round(i * (large[0] - grid[0]) / max(n - 1, 1))
+    left = round(j * (large[1] - grid[1]) / max(n - 1, 1))
+    right, lower = left + grid[1], top + grid[0]
+    return left / large[1], top / large[0], right / large[1], lower / large[0]
+
+
+def shares(start: float, end: float, old: int, new: int) -> Tensor:
+    """Length that each of ``new`` cells over [0, 1] shares with each of ``old`` over the window."""
+    own = (end - start) / old
+    table = torch.zeros(new, old)
+    for y in range(new):
+        for r in range(old):
+            begin = max(y / new, start + r * own)
+            table[y, r] = max(0.0, min((y + 1) / new, start + (r + 1) * own) - begin)
+    table[table < 1e-7] = 0
+    return table
+
+
+def _window(
+    kin: Any, inputs: dict[str, Tensor], k: int, picture: Any, window: tuple[float, ...]
+) -> Tensor:
+    """The pixels of picture k that show only a window of it, enlarged."""
+    own = inputs["pixel_values"][k]
+    if kin.name == "Gemma3":
+        return _enlarged_cut(own, window)
+    canvas = canvas_of(picture)
+    down, across = canvas.tiles
+    lines = [torch.cat(list(own[1 + d * across :][:across]), -1) for d in range(down)]
+    whole = torch.cat(lines, -2).clone()
+    factor = min(whole.shape[-2] / picture.height, whole.shape[-1] / picture.width)
+    shown_h = min(ceil(picture.height * factor), whole.shape[-2])
+    shown_w = min(ceil(picture.width * factor), whole.shape[-1])
+    y, x = (whole.shape[-2] - shown_h) // 2, (whole.shape[-1] - shown_w) // 2
+    cut = _enlarged_cut(whole[:, y : y + shown_h, x : x + shown_w], window)
+    whole[:, y : y + shown_h, x : x + shown_w] = cut
+    tiles = [
+        whole[:, d * 16 : d * 16 + 16, a * 16 : a * 16 + 16]
+        for d in range(down)
+        for a in range(across)
+    ]
+    made = torch.stack([resized(cut[None], (16, 16))[0], *tiles])
+    return F.pad(made, (0, 0, 0, 0, 0, 0, 0, len(own) - len(made)))
+
+
+def _enlarged_cut(image: Tensor, window: tuple[float, ...]) -> Tensor:
+    left, upper, right, lower = window
+    height, width = image.shape[-2:]
+    large = resized(image[None], (round(height / (lower - upper)), round(width / (right - left))))
+    top, start = round(upper * large.shape[-2]), round(left * large.shape[-1])
+    return large[0, :, top : top + height, start : start + width]
+
+
+def _window_frame(kin: Any, picture: Any, window: tuple[float, ...]) -> tuple[float, ...]:
+    """Where the frame of a window of the picture lies in the picture's frame, in fractions."""
+    if kin.name == "Gemma3":
+        return window
+    canvas = canvas_of(picture)
+    height, width = canvas.size
+    left, upper, right, lower = canvas.box
+
+    def across(p: float) -> float:  # picture pixels of the window -> fraction of the frame
+        return (window[0] * width + p * (window[2] - window[0]) - left) / (right - left)
+
+    def down(p: float) -> float:
+        return (window[1] * height + p * (window[3] - window[1]) - upper) / (lower - upper)
+
+    return across(left), down(upper), across(right), down(lower)

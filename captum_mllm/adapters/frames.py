@@ -150,8 +150,8 @@ class PaliGemmaAdapter(FrameAdapter):
         super().check_inputs(inputs)
         if bool((inputs["token_type_ids"] != 0).any()):
             raise ValueError(
-                "token_type_ids must be 0 throughout the prompt (1 marks an answer, which sees what "
-                "is before it only): call the processor without suffix=, and pass the answer as "
+                "token_type_ids must be 0 throughout the prompt (1 marks an answer, which is "
+                "masked causally): call the processor without suffix=, and pass the answer as "
                 "target."
             )
 
