@@ -54,7 +54,7 @@ wheel: .venv/ready
 	$(OLD)/pip install -q --disable-pip-version-check "$(OLDEST)" -e ".[dev]"
 	touch $@
 
-.torchvision/ready: .venv/ready
+.torchvision/ready: | .venv/ready
 	rm -rf .torchvision
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .torchvision $(TORCHVISION)
 	touch $@
