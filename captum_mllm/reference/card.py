@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from captum_mllm.reference.families import Family
+
 _CARD = """---
 license: bsd-3-clause
 pipeline_tag: image-text-to-text
 ---
-# A small LLaVA of synthetic scenes
+# A small {title} of synthetic scenes
 
-A real `LlavaForConditionalGeneration` ({parameters:.2f} M parameters, {megabytes:.2f} MB in
-float16): CLIP tower, two-layer projector, LLaMA with tied embeddings; 112 px, patches of 8 px,
-14 x 14 image tokens. It exists to test and to show attribution methods on pictures whose masks
+A real `{kind}ForConditionalGeneration` ({parameters:.2f} M parameters, {megabytes:.2f} MB in
+float16): {parts}. It exists to test and to show attribution methods on pictures whose masks
 are known exactly. It knows nothing but these scenes and is no substitute for a public model.
 
 sha256 of `model.safetensors`: `{sha256}`
@@ -23,11 +24,11 @@ Scenes of 1-4 different objects on a smooth background, drawn from seeds (`scene
 splits apart), and templated conversations about them: lists with sizes, colours and positions,
 descriptions that mention every noun twice, questions about one object, two questions about one
 image. 24 of the 64 nouns are two or three sub-tokens.
-**The test scenes are new, the sprites are not**: the 64 x 2 emoji pictures are the same in
+{layouts}**The test scenes are new, the sprites are not**: the 64 x 2 emoji pictures are the same in
 training and test, so the figures say how well the model reads scenes, not unseen drawings.
 
 ## Training
-`python -m captum_mllm.reference.train --out DIR` on one GPU ({device}; {seconds:.0f} s;
+`python -m captum_mllm.reference.train{option} --out DIR` on one GPU ({device}; {seconds:.0f} s;
 {vision} + {answers} steps of {batch} scenes; the shipped run was ended by the clock, the defaults
 repeat its number of steps; equality to the bit is not promised).
 1. Vision ({vision} steps): tower, projector and word embedding; patches covered > 30 % are
@@ -48,8 +49,7 @@ LM head's row of the noun's first piece), cells covered >= 50 % against 0 %, mea
 | --- | --- | --- | --- | --- |
 {rows}
 
-`native`: drawn at 112 px; `from_448`: drawn at 448 px and shrunk by the processor; `side_N`: drawn
-at N px, read with interpolated position embeddings.
+{ways}
 
 ## Limits
 Lower-case templated English, 64 nouns, one object of a kind per scene. Attributes are learnt from
@@ -62,11 +62,12 @@ Weights and code: BSD-3-Clause. The scenes are drawn with Noto Emoji (Apache-2.0
 """
 
 
-def write_card(folder: Path) -> None:
+def write_card(folder: Path, family: Family) -> None:
     """Write README.md from the folder's figures.json.
 
     Args:
         folder: Folder of a trained and evaluated model.
+        family: The model's family.
     """
     figures = json.loads((folder / "figures.json").read_text())
     rows = []
@@ -80,6 +81,9 @@ def write_card(folder: Path) -> None:
         )
     stages, settings = figures["training"], figures["settings"]
     card = _CARD.format(
+        **family.card,
+        kind=family.kind,
+        option="" if family.name == "llava" else f" --family {family.name}",
         parameters=figures["parameters"] / 1e6,
         megabytes=figures["bytes"] / 1e6,
         sha256=figures["sha256"],
