@@ -209,7 +209,7 @@ def test_a_tiny_run_learns_saves_and_can_be_loaded(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_model_is_the_model(name, tmp_path):
     family, model = family_of(name), tiny(name)
-    save(model, family, tmp_path)
+    save(model, family, "tiny", tmp_path)
     loaded, info = AutoModelForImageTextToText.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True
     )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -12,6 +13,7 @@ from captum_mllm.reference.captions import DEFAULT_QUESTION
 from captum_mllm.reference.data import make_batch
 from captum_mllm.reference.evaluate_model import (
     auc,
+    evaluate,
     lens,
     lens_aucs,
     macro_mean,
@@ -20,7 +22,7 @@ from captum_mllm.reference.evaluate_model import (
 )
 from captum_mllm.reference.families import Way, square
 from captum_mllm.reference.layouts import Layout, draw_layout, layout_coverage, normalize
-from captum_mllm.reference.models import build_model, family_of, sha256
+from captum_mllm.reference.models import MODELS, build_model, family_of, sha256
 from captum_mllm.reference.scenes import SceneBatch
 from captum_mllm.reference.train import answer_loss, main
 
@@ -73,13 +75,21 @@ def test_load_gives_float32_in_eval_mode_and_names_what_exists():
         model_path("gpt")
 
 
-def test_figures_belong_to_the_weights_and_hold_the_bars():
-    folder = model_path("llava")
+BARS = {  # ways that must reach them
+    "llava": ("native", "from_448"),
+    "qwen2vl": ("native", "from_448", "wide_112x168", "tall_168x112"),
+    "internvl": ("native", "from_448", "tiles_2x2", "tiles_2x2_from_448"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_figures_belong_to_the_weights_and_hold_the_bars(name):
+    folder = model_path(name)
     figures = json.loads((folder / "figures.json").read_text())
     weights = folder / "model.safetensors"
     assert figures["sha256"] == figures["evaluation"]["sha256"] == sha256(weights)
     assert figures["bytes"] == weights.stat().st_size <= 8_000_000
-    for way in ("native", "from_448"):
+    for way in BARS[name]:
         found = figures["evaluation"]["ways"][way]
         assert found["exact_objects"]["of"] >= 1000
         assert found["exact_objects"]["share"] >= 0.97
@@ -88,6 +98,32 @@ def test_figures_belong_to_the_weights_and_hold_the_bars():
     assert figures["sha256"] in card
     for words in ("sprites are not", "BSD-3-Clause", "Apache-2.0", "CC-BY-4.0", "never on image"):
         assert words in card
+
+
+@pytest.mark.parametrize("name", ["qwen2vl", "internvl"])
+def test_load_reads_every_family_without_torchvision(name):
+    model, processor = load(name)
+    family = family_of(name)
+    assert type(model).__name__ == f"{family.kind}ForConditionalGeneration"
+    assert isinstance(processor, getattr(transformers, f"{family.kind}Processor"))
+    inputs = prompt_inputs(family, processor, SCENES[:4], DEFAULT_QUESTION, Way(Layout()))
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=72, do_sample=False)
+    answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :])
+    right = [
+        sorted(named_objects(a)) == sorted(s.categories)
+        for a, s in zip(answers, SCENES, strict=False)
+    ]
+    assert sum(right) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "way"), [(n, w) for n, ways in BARS.items() for w in ways])
+def test_the_shipped_models_read_scenes_in_every_way(name, way):
+    figures = evaluate(model_path(name), 100, ways=(way,), split="validation", name=name)
+    found = figures["ways"][way]
+    assert found["exact_objects"]["share"] >= 0.95
+    assert found["lens_auc"]["macro_mean"] >= 0.95
 
 
 def test_notices_lie_beside_the_artwork():

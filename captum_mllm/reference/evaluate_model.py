@@ -214,7 +214,9 @@ def evaluate(
         "seconds": round(time.monotonic() - start, 1),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": platform.machine(),
+        "machine": torch.cuda.get_device_name()
+        if model.device.type == "cuda"
+        else platform.machine(),
     }
 
 

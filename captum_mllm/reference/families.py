@@ -74,6 +74,15 @@ class Family(ABC):
             (batch, cells, width of the language model), in the order of the image's tokens.
         """
 
+    def tower_layers(self, _model: Any) -> list[Any]:
+        """Modules of the tower that `compile` compiles."""
+        return []
+
+    def compile(self, model: Any) -> None:
+        """Compile a model's layers, one graph for every size, to train faster."""
+        for layer in (*model.model.language_model.layers, *self.tower_layers(model)):
+            layer.compile(dynamic=True)
+
     def positions(self, _model: Any, _layout: Layout, _text: int) -> Tensor | None:
         """Position ids of a training sequence with an image, if they don't just count.
 

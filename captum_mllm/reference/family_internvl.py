@@ -78,13 +78,13 @@ class InternVL(Family):
         "side_144": Way(square(144)),
         "side_168": Way(square(168)),
     }
-    steps = (2670, 5139)
+    steps = (2698, 6786)
     card = {  # noqa: RUF012
         "title": "InternVL",
-        "parts": "vision transformer with learned positions, patches of 4 px of which 2 x 2 are "
-        "shuffled into one\nimage token, two-layer projector, Qwen2 with tied embeddings; a tile "
-        "has 112 x 112 px, 14 x 14 image tokens;\npictures of more pixels or another shape are cut "
-        "into up to 4 tiles, which a thumbnail follows",
+        "parts": "vision transformer with learned positions, patches of 4 px of which 2 x 2 are\n"
+        "shuffled into one image token, two-layer projector, Qwen2 with tied embeddings; a tile "
+        "has\n112 x 112 px, 14 x 14 image tokens; pictures of more pixels or another shape are "
+        "cut into up to\n4 tiles, which a thumbnail follows",
         "layouts": "The scenes are square; a canvas of tiles that is not is drawn stretched. In "
         "some steps of the second\nstage the thumbnail was blurred to 14 x 14 px, so that the "
         "tiles must be read.\n",
@@ -144,6 +144,10 @@ class InternVL(Family):
         tiles = pictures.flatten(0, 1)
         found = model.model.get_image_features(pixel_values=tiles).pooler_output
         return found.reshape(len(pictures), -1, found.shape[-1])
+
+    def tower_layers(self, model: Any) -> list[Any]:
+        """Modules of the tower that `compile` compiles."""
+        return list(model.model.vision_tower.encoder.layer)
 
     def call_settings(self, way: Way) -> dict[str, Any]:
         """Side of a tile, and the number of tiles."""

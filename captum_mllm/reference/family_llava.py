@@ -86,6 +86,11 @@ class Llava(Family):
         states = tower(pictures[:, 0], interpolate_pos_encoding=True).last_hidden_state
         return model.model.multi_modal_projector(states[:, 1:])
 
+    def tower_layers(self, model: Any) -> list[Any]:
+        """Modules of the tower that `compile` compiles."""
+        tower = model.model.vision_tower
+        return list(getattr(tower, "vision_model", tower).encoder.layers)
+
     def call_settings(self, way: Way) -> dict[str, Any]:
         """Side of the picture."""
         side = way.layout.height

@@ -10,7 +10,6 @@ an attribution map, and the last step's weights are what is kept.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import platform
@@ -164,6 +163,31 @@ def _optimizer(model, slow: float, device: torch.device) -> torch.optim.Optimize
     )
 
 
+def _loss(
+    model, family: Family, batch: Batch, layout: Layout, pick: random.Random, args, stage: str
+) -> Tensor:
+    """A step's loss; in the second stage that of text alone now and then."""
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=batch.ids.is_cuda):
+        if stage == "vision":
+            return vision_loss(model, family, batch, layout, pick, args.background)
+        if pick.random() < args.text_only:
+            return answer_loss(model, family, batch)
+        features = family.features(model, draw_training(batch.scenes, layout, pick))
+        return answer_loss(model, family, batch, layout, features)
+
+
+def _warm_up(model, family: Family, batch: Batch, args: argparse.Namespace) -> None:
+    """Compile what the steps need, before the clock that ends a stage starts."""
+    start, device = time.monotonic(), next(model.parameters()).device
+    for number, layout in enumerate(dict.fromkeys(family.layouts[:6] + family.layouts[-6:])):
+        part = batch.to(device, args.batch_size // (2 + number % 3))
+        for stage, text_only in (("vision", 0), ("answers", 0), ("answers", 1)):
+            settings = argparse.Namespace(background=args.background, text_only=text_only)
+            _loss(model, family, part, layout, random.Random(0), settings, stage).backward()
+    model.zero_grad(set_to_none=True)
+    print(f"compiled in {time.monotonic() - start:.1f} s", flush=True)
+
+
 def train(model, family: Family, data: Iterator[Batch], args: argparse.Namespace) -> dict:
     """Run both stages.
 
@@ -190,15 +214,7 @@ def train(model, family: Family, data: Iterator[Batch], args: argparse.Namespace
             batch = next(data)
             layout = pick.choice(layouts)
             batch = batch.to(device, int(args.batch_size * layout.share))
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                if stage == "vision":
-                    loss = vision_loss(model, family, batch, layout, pick, args.background)
-                elif pick.random() < args.text_only:
-                    loss = answer_loss(model, family, batch)
-                else:
-                    pictures = draw_training(batch.scenes, layout, pick)
-                    features = family.features(model, pictures)
-                    loss = answer_loss(model, family, batch, layout, features)
+            loss = _loss(model, family, batch, layout, pick, args, stage)
             _step(optimizer, model, loss)
             losses.append(loss.detach())
             schedule.report(stage, losses[-1])
@@ -212,13 +228,30 @@ def train(model, family: Family, data: Iterator[Batch], args: argparse.Namespace
     return done
 
 
-def save(model, family: Family, out: Path) -> None:
+def save(model, family: Family, config: str, out: Path) -> None:
     """Write weights (float16), configuration, tokenizer and processor."""
-    copy.deepcopy(model).cpu().half().save_pretrained(out)
+    plain = family.build_model(config)
+    plain.load_state_dict(model.state_dict())
+    plain.half().save_pretrained(out)
     path = out / "model.safetensors"
     tensors = {family.weight_name(name): tensor for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     family.build_processor().save_pretrained(out)
+    _tidy(out)
+
+
+def _tidy(out: Path) -> None:
+    """Settle what versions of transformers write differently.
+
+    Only some know the name of the tower's rotary positions, which are the same in all; and
+    `AutoProcessor` knows a processor by the name of its full class.
+    """
+    for file in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((out / file).read_text())
+        settings.get("vision_config", {}).pop("rope_parameters", None)
+        if "processor_class" in settings:
+            settings["processor_class"] = settings["processor_class"].removeprefix("ImageOnly")
+        (out / file).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -238,6 +271,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--background", type=float, default=0.1, help="weight in stage 1")
     parser.add_argument("--max-seconds", type=float, help="end both stages early, by the clock")
+    parser.add_argument("--compile", action="store_true", help="train faster, after a minute")
     parser.add_argument("--workers", type=int, default=6)
     parser.add_argument("--eval-scenes", type=int, default=1000, help="0: no evaluation, no card")
     parser.add_argument("--eval-batch", type=int, default=50, help="scenes at a time")
@@ -264,8 +298,12 @@ def main(argv: list[str] | None = None) -> dict:
     model = family.build_model(args.config).to(args.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{family.kind}, {args.config}: {parameters / 1e6:.3f} M parameters", flush=True)
-    training = train(model, family, batches(args.batch_size, args.seed, args.workers), args)
-    save(model, family, args.out)
+    data = batches(args.batch_size, args.seed, args.workers)
+    if args.compile:
+        family.compile(model)
+        _warm_up(model, family, next(data), args)
+    training = train(model, family, data, args)
+    save(model, family, args.config, args.out)
     weights = args.out / "model.safetensors"
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "workers")}
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
