@@ -23,13 +23,11 @@ class Captured:
         final_hidden: states after the final norm, (positions, dim): what the LM head reads.
         lens_hidden: the same of the chosen layer; ``final_hidden`` itself for the last layer.
         logits: the model's logits at the asked rows, (rows, vocabulary), unprocessed.
-        cache: the forward's key-value cache, if asked for.
     """
 
     final_hidden: Float[Tensor, "positions dim"]
     lens_hidden: Float[Tensor, "positions dim"]
     logits: Float[Tensor, "rows vocabulary"]
-    cache: Any = None
 
 
 def captured_forward(
@@ -39,19 +37,15 @@ def captured_forward(
     *,
     rows: Int64[Tensor, " rows"],
     layer: int = -1,
-    cache: Any = None,
-    keep_cache: bool = False,
 ) -> Captured:
     """One forward of the whole model under hooks; the LM head sees only the asked rows.
 
     Args:
         adapter: the model's adapter, already ``running()``.
         inputs: the model's inputs.
-        grids: the images among them, for the check of the tower's features; empty for none.
+        grids: the images among them, for the check of the tower's features.
         rows: positions whose logits are wanted; may be empty.
         layer: LM layer of ``lens_hidden``; -1 is the last.
-        cache: key-value cache to go on from.
-        keep_cache: return the cache.
 
     Returns:
         States and logits of the sample, without a batch axis.
@@ -61,16 +55,15 @@ def captured_forward(
             or states are not finite.
     """
     with _hooks(adapter, grids, rows, layer) as seen:
-        output = adapter.model(
-            **inputs, past_key_values=cache, use_cache=keep_cache, return_dict=True
-        )
-    hooked = ["final norm", "LM head", "lens layer", *(["vision encoder"] if grids else [])]
-    for name in hooked:
-        if len(seen[name]) != 1:
+        output = adapter.model(**inputs, use_cache=False, return_dict=True)
+    expected = {"final norm": 1, "LM head": 1, "lens layer": 1}
+    expected |= {"vision encoder": len(adapter.tower_calls(grids))}
+    for name, times in expected.items():
+        if len(seen[name]) != times:
             raise ValueError(
                 f"model: the hook on the {name} fired {len(seen[name])} times in one forward, "
-                f"expected 1. Is a part of the model compiled (torch.compile), or replaced? Pass "
-                f"the plain model."
+                f"expected {times}. Is a part of the model compiled (torch.compile), or replaced? "
+                f"Pass the plain model."
             )
     for name in ("final norm", "lens layer"):
         if not torch.isfinite(seen[name][0]).all():
@@ -78,11 +71,11 @@ def captured_forward(
                 f"model: hidden states at the {name} hold NaN or infinite values; try another "
                 f"dtype (float32 or bfloat16), or check the weights."
             )
+    device = adapter.device  # a dispatched model's parts lie on several
     return Captured(
-        final_hidden=seen["final norm"][0][0],
-        lens_hidden=seen["lens layer"][0][0],
-        logits=output.logits[0],
-        cache=output.past_key_values if keep_cache else None,
+        final_hidden=seen["final norm"][0][0].to(device),
+        lens_hidden=seen["lens layer"][0][0].to(device),
+        logits=output.logits[0].to(device),
     )
 
 
@@ -94,7 +87,9 @@ def _hooks(
     seen: dict[str, list[Any]] = defaultdict(list)
 
     def on_tower(_module: nn.Module, _args: Any, output: Any) -> None:
-        adapter.check_features(output, grids)
+        calls = adapter.tower_calls(grids)
+        if len(seen["vision encoder"]) < len(calls):
+            adapter.check_features(output, calls[len(seen["vision encoder"])])
         seen["vision encoder"].append(None)
 
     def on_norm(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -112,8 +107,7 @@ def _hooks(
         return (args[0][:, rows.to(args[0].device)], *args[1:])
 
     with ExitStack() as stack:
-        if grids:
-            stack.callback(adapter.tower.register_forward_hook(on_tower).remove)
+        stack.callback(adapter.tower.register_forward_hook(on_tower).remove)
         stack.callback(adapter.final_norm.register_forward_hook(on_norm).remove)
         if layer != -1:
             stack.callback(adapter.layers[layer].register_forward_hook(on_layer).remove)
@@ -165,9 +159,10 @@ def full_logits(
         hidden: final hidden states of a few rows.
         chunk: vocabulary entries that are converted to float32 at a time.
     """
-    starts = range(0, adapter.vocabulary, chunk)
+    weight, bias = adapter.class_weights(slice(None))
+    hidden, device = hidden.to(weight.device), hidden.device
     parts = [
-        lens_logits(hidden, *adapter.class_weights(slice(start, start + chunk))).T
-        for start in starts
+        lens_logits(hidden, weight[rows], None if bias is None else bias[rows]).T.to(device)
+        for rows in (slice(at, at + chunk) for at in range(0, len(weight), chunk))
     ]
     return torch.cat(parts, dim=1)

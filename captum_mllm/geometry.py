@@ -1,7 +1,7 @@
 """Where the model's image frame lies in the user's picture, and how to bring maps back to it."""
 
 from dataclasses import asdict, dataclass
-from math import ceil, isfinite
+from math import ceil, isfinite, prod
 from typing import Any
 
 import torch
@@ -12,24 +12,49 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """One image as the model saw it: its grid of image tokens and its frame in pixels.
+    """One image or video as the model saw it: its grid of cells and its frame in pixels.
 
     Args:
-        rows: image tokens along the height.
-        cols: image tokens along the width.
+        rows: cells along the height; with tiles, of all tiles put together.
+        cols: cells along the width.
         height: height of the image as the model saw it, pixels.
         width: width of the image as the model saw it, pixels.
+        tiles: tiles down and across that the frame is cut into, default (1, 1).
+        steps: cells along the time of a video; 0 (default) for a still image.
+        frames: frames of the video, a multiple of ``steps``; 0 for a still image.
+        picture: (height, width) of the original picture where the inputs tell it, or None.
+        box: the part of that picture that the frame shows, as in :class:`ImageGeometry`, where
+            the inputs tell it, or None.
     """
 
     rows: int
     cols: int
     height: int
     width: int
+    tiles: tuple[int, int] = (1, 1)
+    steps: int = 0
+    frames: int = 0
+    picture: tuple[int, int] | None = None
+    box: tuple[float, float, float, float] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, cols), or (steps, rows, cols) of a video."""
+        return (self.steps, self.rows, self.cols) if self.steps else (self.rows, self.cols)
 
     @property
     def cells(self) -> int:
-        """Number of image tokens on the grid."""
-        return self.rows * self.cols
+        """Number of cells on the grid."""
+        return prod(self.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a JSON file."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "ImageGrid":
+        """Inverse of :meth:`to_dict`, also after a JSON file made lists of the tuples."""
+        return cls(**_tuples(data))
 
 
 @dataclass(frozen=True)
@@ -68,25 +93,38 @@ class ImageGeometry:
         return cls((0.0, 0.0, float(width), float(height)))
 
 
+# Image processors by the first part of their class name (backends append Pil or Fast).
+_STRETCHES_FREELY = ("GotOcr2ImageProcessor", "Idefics3ImageProcessor", "SmolVLMImageProcessor")
+_STRETCHES_TO_BLOCKS = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
+_TELLS_ITSELF = ("LlavaNextImageProcessor",)
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """What an image processor does to a picture's frame: pad to square, resize, centre crop.
+
+    Most families stretch the whole picture into a frame of the model's choice: ``whole``.
 
     Args:
         pad_to_square: the picture is first padded to a square, centred.
         shortest_edge: the shorter side is resized to this many pixels, aspect kept; or None.
         resize: the picture is stretched to (height, width); or None.
         crop: the centre (height, width) is cut out (zero-padded where smaller); or None.
+        whole: the frame shows the whole picture whatever its size; the settings above are unused.
+        keeps_aspect: with ``whole``, each side of the frame is the picture's times one factor,
+            rounded by at most this many pixels; None where the frame may have any aspect.
     """
 
     pad_to_square: bool = False
     shortest_edge: int | None = None
     resize: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
+    whole: bool = False
+    keeps_aspect: int | None = None
 
     @classmethod
     def of(cls, processor: Any) -> "Preprocessing":
-        """Read the settings of a processor (or image processor) of the CLIP kind.
+        """Read the settings of a processor (or image processor).
 
         Args:
             processor: a transformers processor with ``image_processor``, or that itself.
@@ -99,6 +137,15 @@ class Preprocessing:
         if not hasattr(settings, "do_resize"):
             raise ValueError(
                 f"processor must have an image processor, got {name}; pass geometry= instead."
+            )
+        if name.startswith(_STRETCHES_FREELY):
+            return cls(whole=True)
+        if name.startswith(_STRETCHES_TO_BLOCKS):
+            return cls(whole=True, keeps_aspect=settings.patch_size * settings.merge_size)
+        if name.startswith(_TELLS_ITSELF):
+            raise ValueError(
+                f"processor {name} pads each picture in its own way; the box is known from the "
+                f"inputs' image_sizes. Pass geometry= instead."
             )
         shortest_edge = resize = crop = None
         if settings.do_resize:
@@ -118,8 +165,34 @@ class Preprocessing:
         square = name.startswith("LlavaImageProcessor") and bool(getattr(settings, "do_pad", False))
         return cls(square, shortest_edge, resize, crop)
 
+    def check(self, height: int, width: int, grid: ImageGrid) -> None:
+        """Compare a picture's size with the frame that the model saw.
+
+        Args:
+            height: height of the original picture, pixels.
+            width: width of the original picture, pixels.
+            grid: the frame.
+
+        Raises:
+            ValueError: no picture of that size gives that frame.
+        """
+        if self.whole:
+            fits = self.keeps_aspect is None or _one_factor(
+                (height, width), (grid.height, grid.width), self.keeps_aspect
+            )
+            gives = "another aspect"
+        else:
+            fits = self.frame(height, width) == (grid.height, grid.width)
+            gives = f"a frame of {self.frame(height, width)}"
+        if not fits:
+            raise ValueError(
+                f"size {(height, width)} through the processor's settings gives {gives}, but the "
+                f"model saw {(grid.height, grid.width)} pixels: was the processor called with "
+                f"other settings, or is size not (height, width)? Pass geometry=ImageGeometry(box)."
+            )
+
     def frame(self, height: int, width: int) -> tuple[int, int]:
-        """Size (height, width) of the model's frame for a picture of that size."""
+        """Size (height, width) of the frame for a picture of that size, where not ``whole``."""
         return self.crop or self._resized(height, width)
 
     def geometry(self, height: int, width: int) -> ImageGeometry:
@@ -133,6 +206,8 @@ class Preprocessing:
             >>> Preprocessing(shortest_edge=100, crop=(100, 100)).geometry(200, 600)
             ImageGeometry(box=(200.0, 0.0, 400.0, 200.0))
         """
+        if self.whole:
+            return ImageGeometry.stretched(height, width)
         padded_h, padded_w = self._padded(height, width)
         resized_h, resized_w = self._resized(height, width)
         crop_h, crop_w = self.crop or (resized_h, resized_w)
@@ -156,8 +231,7 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Preprocessing":
         """Inverse of :meth:`to_dict`, also after a JSON file made lists of the tuples."""
-        fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**fixed)
+        return cls(**_tuples(data))
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         side = max(height, width)
@@ -175,18 +249,29 @@ class Preprocessing:
         return height, width
 
 
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+
+
+def _one_factor(size: tuple[int, int], frame: tuple[int, int], rounding: int) -> bool:
+    """Whether one factor takes both sides to the frame's, each to within ``rounding`` pixels."""
+    least = max((side - rounding) / given for given, side in zip(size, frame, strict=True))
+    most = min((side + rounding) / given for given, side in zip(size, frame, strict=True))
+    return least <= most
+
+
 def _crop_start(size: int, crop: int) -> int:
     """First row (or column) of a centre crop; negative where the crop pads."""
     return (size - crop) // 2 if size >= crop else -ceil((crop - size) / 2)
 
 
 def maps_to_picture(
-    maps: Float[Tensor, "targets rows cols"], geometry: ImageGeometry, size: tuple[int, int]
-) -> Float[Tensor, "targets height width"]:
+    maps: Float[Tensor, "targets *time rows cols"], geometry: ImageGeometry, size: tuple[int, int]
+) -> Float[Tensor, "targets *time height width"]:
     """Place maps of the model's frame into the original picture, bilinear.
 
     Args:
-        maps: maps over the model's frame, on any grid.
+        maps: maps over the model's frame, on any grid; of a video with a time axis.
         geometry: the box of the picture that the frame shows.
         size: (height, width) of the picture, pixels.
 
@@ -203,8 +288,9 @@ def maps_to_picture(
     y = (torch.arange(height, dtype=maps.dtype, device=maps.device) + 0.5 - upper) / (lower - upper)
     x = (torch.arange(width, dtype=maps.dtype, device=maps.device) + 0.5 - left) / (right - left)
     where = torch.stack(torch.meshgrid(x * 2 - 1, y * 2 - 1, indexing="xy"), dim=-1)
+    flat = maps.flatten(0, -3)
     placed = F.grid_sample(
-        maps[None], where[None], mode="bilinear", padding_mode="border", align_corners=False
+        flat[None], where[None], mode="bilinear", padding_mode="border", align_corners=False
     )[0]
     seen = ((y >= 0) & (y <= 1))[:, None] & ((x >= 0) & (x <= 1))[None, :]
-    return placed * seen
+    return (placed * seen).unflatten(0, maps.shape[:-2])

@@ -18,14 +18,17 @@ class Sample:
 
     Args:
         kwargs: the model's inputs of one sample.
-        grids: grid and frame of each image.
+        grids: grid and frame of each image, then of each video.
         image_positions: per image, positions of all its placeholders, extra tokens included.
+        prefix_length: number of tokens that the maps depend on: up to and including the last
+            placeholder, or the whole prompt where it sees itself.
         padding: columns of left padding that were cut off.
     """
 
     kwargs: Mapping[str, Tensor]
     grids: tuple[ImageGrid, ...]
     image_positions: tuple[Int64[Tensor, " placeholders"], ...]
+    prefix_length: int
     padding: int
 
     @property
@@ -34,14 +37,12 @@ class Sample:
         return self.kwargs["input_ids"][0]
 
     @property
-    def prefix_length(self) -> int:
-        """Number of tokens up to and including the last image's last placeholder."""
-        return int(self.image_positions[-1][-1]) + 1
-
-    def grid_positions(self, adapter: Adapter) -> list[Int64[Tensor, " cells"]]:
-        """Per image, the position of each grid cell, row by row."""
-        pairs = zip(self.image_positions, self.grids, strict=True)
-        return [where[adapter.grid_tokens(grid).to(where.device)] for where, grid in pairs]
+    def text_positions(self) -> list[int]:
+        """Prompt positions outside of every image's (first to last placeholder) block."""
+        inside: set[int] = set()
+        for where in self.image_positions:
+            inside.update(range(int(where[0]), int(where[-1]) + 1))
+        return [p for p in range(len(self.prompt_ids)) if p not in inside]
 
 
 def read_sample(inputs: Mapping[str, Any], adapter: Adapter) -> Sample:
@@ -57,19 +58,40 @@ def read_sample(inputs: Mapping[str, Any], adapter: Adapter) -> Sample:
         ValueError: no pixels, more than one sample, placeholders that don't match the images.
     """
     kwargs, padding = _one_sample(inputs, adapter)
+    adapter.check_inputs(kwargs)
     grids = adapter.grids(kwargs)
-    placeholder = torch.tensor(adapter.visual_ids, device=kwargs["input_ids"].device)
-    positions = torch.isin(kwargs["input_ids"][0], placeholder).nonzero()[:, 0]
-    counts = [adapter.tokens_per_image(grid) for grid in grids]
-    if len(positions) != sum(counts):
-        shapes = ", ".join(f"{grid.rows} x {grid.cols}" for grid in grids)
-        raise ValueError(
-            f"input_ids hold {len(positions)} image tokens, but pixel_values make {sum(counts)} "
-            f"({len(grids)} image(s) of {shapes} tokens): text and images must come from the same "
-            f"processor call, and the processor's patch_size must be the model's. (A pixel tensor "
-            f"as inputs means versions of one image; several images go in a mapping.)"
-        )
-    return Sample(kwargs, grids, tuple(positions.split(counts)), padding)
+    positions = _placeholders(kwargs["input_ids"][0], grids, adapter)
+    prefix = max(int(where[-1]) for where in positions) + 1
+    if adapter.prompt_sees_ahead:
+        prefix = kwargs["input_ids"].shape[1]
+    return Sample(kwargs, grids, positions, prefix, padding)
+
+
+def _placeholders(
+    ids: Int64[Tensor, " tokens"], grids: Sequence[ImageGrid], adapter: Adapter
+) -> tuple[Int64[Tensor, " placeholders"], ...]:
+    """Positions of each image's placeholders.
+
+    Raises:
+        ValueError: another number of placeholders than the images make.
+    """
+    counts = [sum(adapter.runs(grid)) for grid in grids]
+    kinds = [adapter.placeholder(grid) for grid in grids]
+    found: dict[int, Sequence[Tensor]] = {}
+    for kind in dict.fromkeys((*kinds, *adapter.visual_ids)):
+        where = (ids == kind).nonzero()[:, 0]
+        own = [count for count, other in zip(counts, kinds, strict=True) if other == kind]
+        if len(where) != sum(own):
+            shapes = ", ".join(" x ".join(map(str, grid.shape)) for grid in grids)
+            raise ValueError(
+                f"input_ids hold {len(where)} image tokens, but pixel_values make {sum(own)} "
+                f"({len(own)} image(s); grids of {shapes} tokens): text and images must come from "
+                f"the same processor call, and the processor's patch_size must be the model's. (A "
+                f"pixel tensor as inputs means versions of one image; several images go in a "
+                f"mapping.)"
+            )
+        found[kind] = list(where.split(own))
+    return tuple(found[kind].pop(0) for kind in kinds)  # type: ignore[attr-defined]
 
 
 def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Tensor], int]:
@@ -80,7 +102,8 @@ def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, 
             f"pixel_values), or a pixel tensor with the rest of the mapping as "
             f"additional_forward_args; got {type(inputs).__name__}."
         )
-    for name in ("input_ids", "pixel_values"):
+    pixels = [name for name in adapter.pixel_keys if inputs.get(name) is not None]
+    for name in ("input_ids", *(pixels or adapter.pixel_keys[:1])):
         if not isinstance(inputs.get(name), Tensor):
             got = "nothing" if inputs.get(name) is None else type(inputs[name]).__name__
             raise ValueError(
@@ -88,9 +111,10 @@ def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, 
                 f"images=, text= and return_tensors='pt'."
             )
     _check_ids(inputs["input_ids"], adapter)
-    if not torch.isfinite(inputs["pixel_values"]).all():
-        raise ValueError("pixel_values hold NaN or infinite values; check the image.")
-    device = adapter.model.device
+    for name in pixels:
+        if not torch.isfinite(inputs[name]).all():
+            raise ValueError(f"{name} hold NaN or infinite values; check the image.")
+    device = adapter.device
     kept = {
         name: value.to(device)
         for name, value in inputs.items()
@@ -128,7 +152,7 @@ def _left_padding(kept: dict[str, Tensor], adapter: Adapter) -> int:
                 f"{name} must have the shape of input_ids {tuple(ids.shape)}, got "
                 f"{tuple(value.shape)}."
             )
-        if name not in adapter.token_wise and value.shape[:2] == ids.shape:
+        if name not in adapter.token_wise and _looks_token_wise(name, value, ids):
             raise ValueError(
                 f"inputs hold {name!r} with one entry per token, which can't follow the answer or "
                 f"other scales: leave it out; known are {', '.join(adapter.token_wise)}."
@@ -140,6 +164,14 @@ def _left_padding(kept: dict[str, Tensor], adapter: Adapter) -> int:
             "processor.tokenizer.padding_side = 'left', or don't pad."
         )
     return padding
+
+
+def _looks_token_wise(name: str, value: Tensor, ids: Tensor) -> bool:
+    """Whether an unknown input seems to have one entry per token."""
+    if name in ("position_ids", "cache_position", "inputs_embeds"):
+        return True
+    about_pixels = any(word in name for word in ("pixel", "grid", "image", "video"))
+    return value.shape[:2] == ids.shape and not about_pixels
 
 
 def append_answer(
@@ -161,13 +193,19 @@ def append_answer(
     return full
 
 
-def rescale_prefix(
-    sample: Sample, grids: Sequence[ImageGrid], pixels: Mapping[str, Tensor], adapter: Adapter
+def rescaled_inputs(
+    inputs: Mapping[str, Tensor],
+    sample: Sample,
+    grids: Sequence[ImageGrid],
+    pixels: Mapping[str, Tensor],
+    adapter: Adapter,
 ) -> Sample:
-    """The prefix that ends with the last image, with its images on other grids.
+    """The same tokens with the images on other grids, hence with other numbers of placeholders.
 
     Args:
-        sample: the prompt at its own scale.
+        inputs: token-wise inputs, from the prompt's first token to any after the last placeholder
+            (the prefix, or prompt and answer).
+        sample: the prompt at its own scale, which tells where its images lie.
         grids: the grids to reach, one per image.
         pixels: the pixel inputs on those grids.
         adapter: tells how many placeholders a grid takes.
@@ -175,21 +213,43 @@ def rescale_prefix(
     Returns:
         A sample whose every token-wise input has the new number of placeholders.
     """
+    runs = []  # (first position, its old length, its new length, image)
+    for n, (where, old, new) in enumerate(
+        zip(sample.image_positions, sample.grids, grids, strict=True)
+    ):
+        lengths = adapter.runs(old)
+        for own, length in zip(where.split(lengths), adapter.runs(new), strict=True):
+            runs.append((int(own[0]), len(own), length, n))
+    device, end = sample.prompt_ids.device, inputs["input_ids"].shape[1]
     pieces: list[Tensor] = []
-    new_positions: list[Tensor] = []
-    at = length = 0
-    for where, grid in zip(sample.image_positions, grids, strict=True):
-        count = adapter.tokens_per_image(grid)
-        pieces += [torch.arange(at, int(where[0]), device=where.device), where[:1].expand(count)]
-        start = length + int(where[0]) - at
-        new_positions.append(torch.arange(start, start + count, device=where.device))
-        at, length = int(where[-1]) + 1, start + count
-    source = torch.cat(pieces)
-    kwargs = dict(sample.kwargs) | dict(pixels)
+    positions: list[list[Tensor]] = [[] for _ in grids]
+    at = made = 0
+    for start, old_length, new_length, image in sorted(runs):
+        pieces += [torch.arange(at, start), torch.full((new_length,), start)]
+        begin = made + start - at
+        positions[image].append(torch.arange(begin, begin + new_length, device=device))
+        at, made = start + old_length, begin + new_length
+    source = torch.cat([*pieces, torch.arange(at, end)]).to(device)
+    kwargs = dict(inputs) | dict(pixels)
     for name in adapter.token_wise:
         if name in kwargs:
             kwargs[name] = kwargs[name][:, source]
-    return Sample(kwargs, tuple(grids), tuple(new_positions), sample.padding)
+    where = tuple(torch.cat(own) for own in positions)
+    return Sample(kwargs, tuple(grids), where, made, sample.padding)
+
+
+def cut(inputs: Mapping[str, Tensor], length: int, adapter: Adapter) -> dict[str, Tensor]:
+    """The inputs with every token-wise one cut to its first ``length`` tokens.
+
+    Args:
+        inputs: the model's inputs.
+        length: how many tokens stay.
+        adapter: tells which inputs are token-wise.
+    """
+    return {
+        name: value[:, :length] if name in adapter.token_wise else value
+        for name, value in inputs.items()
+    }
 
 
 def read_target(

@@ -1,20 +1,17 @@
 """What ``attribute`` returns: maps and token attributions of one answer, frozen."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int64
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGeometry, ImageGrid, Preprocessing, maps_to_picture
+from captum_mllm.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +31,9 @@ class MLLMAttributionResult:
 
     Args:
         grid_attr: one tensor per image, (targets, rows, cols): the maps on the model's own grid
-            of image tokens (the finest scale's with several scales).
+            of image tokens (the finest scale's with several scales; tiles put together). Per
+            video (targets, frames, rows, cols): each step of the model's grid in time stands for
+            all of its frames. Images come first, then videos.
         token_attr: (targets, text tokens): attribution of each text token; columns at or after
             the target are 0.
         input_tokens: labels of the columns: prompt text, then the answer.
@@ -53,7 +52,7 @@ class MLLMAttributionResult:
         method: name of the attributor.
     """
 
-    grid_attr: tuple[Float[Tensor, "targets _ _"], ...]
+    grid_attr: tuple[Float[Tensor, "targets ..."], ...]
     token_attr: Float[Tensor, "targets tokens"]
     input_tokens: tuple[str, ...]
     output_tokens: tuple[str, ...]
@@ -74,8 +73,10 @@ class MLLMAttributionResult:
     # ---- maps -------------------------------------------------------------------------------
 
     @property
-    def image_attr(self) -> tuple[Float[Tensor, "targets _ _"], ...]:
+    def image_attr(self) -> tuple[Float[Tensor, "targets ..."], ...]:
         """Per image (targets, height, width): maps in pixels of the image as the model saw it.
+
+        Per video (targets, frames, height, width).
 
         Computed on access (bilinear from the grid): 64 targets of a 336 px image take 29 MB. For
         one target use :meth:`image_map`.
@@ -85,7 +86,7 @@ class MLLMAttributionResult:
             for maps, grid in zip(self.grid_attr, self.grids, strict=True)
         )
 
-    def image_map(self, target: int, image: int = 0) -> Float[Tensor, "height width"]:
+    def image_map(self, target: int, image: int = 0) -> Float[Tensor, "*frames height width"]:
         """The map of one target in pixels of the image as the model saw it.
 
         Args:
@@ -93,7 +94,7 @@ class MLLMAttributionResult:
             image: which image, default the first.
 
         Returns:
-            (height, width).
+            (height, width); of a video (frames, height, width).
 
         Raises:
             IndexError: no such target or image.
@@ -109,7 +110,7 @@ class MLLMAttributionResult:
         *,
         geometry: ImageGeometry | None = None,
         processor: Any = None,
-    ) -> Float[Tensor, "targets height width"]:
+    ) -> Float[Tensor, "targets *frames height width"]:
         """Maps of image ``i`` in pixels of the *original* picture: crop and resize undone.
 
         Args:
@@ -120,36 +121,79 @@ class MLLMAttributionResult:
             processor: a processor whose settings tell the geometry.
 
         Returns:
-            (targets, height, width); 0 where the model saw nothing of the picture.
+            (targets, height, width), of a video (targets, frames, height, width); 0 where the
+            model saw nothing of the picture.
 
         Raises:
             ValueError: neither a processor nor ``geometry=`` is known, or the processor's
                 settings don't give the frame that the model saw.
             IndexError: no such image.
         """
-        grid, maps = self._image(i)
-        height, width = _picture_size(size)
-        if geometry is not None and not isinstance(geometry, ImageGeometry):
-            raise TypeError(
-                f"geometry must be an ImageGeometry(box), got {type(geometry).__name__}."
+        size = _picture_size(size)
+        geometry = self.geometry(i, size, geometry=geometry, processor=processor)
+        return maps_to_picture(self._image(i)[1], geometry, size)
+
+    def geometry(
+        self,
+        i: int,
+        size: tuple[int, int],
+        *,
+        geometry: ImageGeometry | None = None,
+        processor: Any = None,
+    ) -> ImageGeometry:
+        """The box of the original picture that the model's frame shows; see :meth:`to_image`.
+
+        Args:
+            i: which image.
+            size: (height, width) of the original picture.
+            geometry: returned as it is, if given.
+            processor: a processor whose settings tell the geometry.
+
+        Raises:
+            ValueError: it is not known, or ``size`` does not give the frame that the model saw.
+            IndexError: no such image.
+        """
+        grid, (height, width) = self._image(i)[0], size
+        if geometry is not None:
+            if not isinstance(geometry, ImageGeometry):
+                raise TypeError(
+                    f"geometry must be an ImageGeometry(box), got {type(geometry).__name__}."
+                )
+            return geometry
+        if grid.box is not None:
+            if grid.picture not in (None, size):
+                raise ValueError(
+                    f"size must be that of the picture, (height, width) = {grid.picture}, got "
+                    f"{size}."
+                )
+            return ImageGeometry(grid.box)
+        rule = Preprocessing.of(processor) if processor is not None else self.preprocessing
+        if rule is None:
+            raise ValueError(
+                "to_image needs a processor (give it to the attributor, e.g. "
+                "MSEA(model, processor), or as processor=) or geometry=ImageGeometry(box) "
+                "to know which part of the picture the model saw."
             )
-        if geometry is None:
-            rule = Preprocessing.of(processor) if processor is not None else self.preprocessing
-            if rule is None:
-                raise ValueError(
-                    "to_image needs a processor (give it to the attributor, e.g. "
-                    "MSEA(model, processor), or as processor=) or geometry=ImageGeometry(box) "
-                    "to know which part of the picture the model saw."
-                )
-            if rule.frame(height, width) != (grid.height, grid.width):
-                raise ValueError(
-                    f"size {(height, width)} through the processor's settings gives a frame of "
-                    f"{rule.frame(height, width)}, but the model saw {(grid.height, grid.width)} "
-                    f"pixels: was the processor called with other settings, or is size not "
-                    f"(height, width)? Pass geometry=ImageGeometry(box)."
-                )
-            geometry = rule.geometry(height, width)
-        return maps_to_picture(maps, geometry, (height, width))
+        rule.check(height, width, grid)
+        return rule.geometry(height, width)
+
+    def time_profile(self, i: int = 0) -> Float[Tensor, "targets frames"]:
+        """When each token looked: the mean of its map over the cells of each frame of a video.
+
+        Args:
+            i: which image or video, default the first.
+
+        Returns:
+            (targets, frames), in the maps' units.
+
+        Raises:
+            ValueError: it is no video.
+            IndexError: no such image.
+        """
+        grid, maps = self._image(i)
+        if not grid.steps:
+            raise ValueError(f"image {i} is a still image; only a video has a time profile.")
+        return maps.mean((-2, -1))
 
     def _image(self, image: int) -> tuple[ImageGrid, Tensor]:
         if not -len(self.grids) <= image < len(self.grids):
@@ -183,20 +227,10 @@ class MLLMAttributionResult:
             "consistency": self.consistency,
             "units": self.units,
             "method": self.method,
-            "grids": [vars(grid) for grid in self.grids],
+            "grids": [grid.to_dict() for grid in self.grids],
             "preprocessing": self.preprocessing and self.preprocessing.to_dict(),
         }
-        data = save(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            metadata={"captum_mllm": json.dumps(header)},
-        )
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(data)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(path, header, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MLLMAttributionResult":
@@ -209,18 +243,7 @@ class MLLMAttributionResult:
             FileNotFoundError: no such file.
             ValueError: not a file of ours, or of a newer format.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path {os.fspath(path)!r}: no such file.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("captum_mllm", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"path {os.fspath(path)!r} is no safetensors file: {error}") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"path {os.fspath(path)!r} is damaged: {error}") from error
-        if header is None:
-            raise ValueError(f"path {os.fspath(path)!r} was not written by captum_mllm.")
+        header, tensors = read_tensors(path)
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             found = header.get("format") if isinstance(header, dict) else header
             raise ValueError(
@@ -249,7 +272,7 @@ class MLLMAttributionResult:
             consistency=None if consistency is None else tuple(consistency),
             units=header["units"],
             method=header["method"],
-            grids=tuple(ImageGrid(**grid) for grid in header["grids"]),
+            grids=tuple(ImageGrid.from_dict(grid) for grid in header["grids"]),
             preprocessing=None if rule is None else Preprocessing.from_dict(rule),
         )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -10,20 +11,33 @@ from torch import Tensor
 
 from captum_mllm.adapters import Adapter, refuse_compiled
 from captum_mllm.capture import Captured, captured_forward, check_head, full_logits
-from captum_mllm.functional import lens_logits, top_k_rankings
+from captum_mllm.functional import (
+    join_windows,
+    lens_logits,
+    merge_views,
+    top_k_rankings,
+    window_boxes,
+)
 from captum_mllm.generation import generate_answer
 from captum_mllm.geometry import ImageGrid, Preprocessing
 from captum_mllm.inputs import (
     Sample,
     append_answer,
+    cut,
     read_sample,
     read_target,
-    rescale_prefix,
+    rescaled_inputs,
 )
 from captum_mllm.labels import token_labels, tokenizer_of
+from captum_mllm.rescale import scaled_inputs, window_inputs
 from captum_mllm.trace import ReleasedQuirks, TokenTrace
 
 Explain = str | Sequence[int] | Tensor
+
+_SEES_AHEAD = (
+    "this model's prompt sees itself whole (prefix LM): none of its tokens is predicted from "
+    "those before it. Use explain='answer'."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +109,13 @@ class Runner:
             else:
                 answer = read_target(target, sample, adapter, self.tokenizer)
             text = self._text_positions(sample, len(answer))
-            targets = _explained(explain, text, sample)
+            targets = _explained(explain, text, sample, adapter)
             full = append_answer(sample, answer, adapter)
             captured = captured_forward(
                 adapter, full, sample.grids, rows=text - 1, layer=self.layer
             )
-        trace, log_probs = self._gather(
-            sample, full["input_ids"][0], text, targets, captured, top_k
-        )
+            ids = full["input_ids"][0]
+            trace, log_probs = self._gather(sample, ids, text, targets, captured, top_k)
         return Run(sample, answer, trace, log_probs[len(text) - len(answer) :])
 
     def rescaled(
@@ -112,96 +125,100 @@ class Runner:
         *,
         images: Any = None,
         consistency: bool = False,
-    ) -> tuple[tuple[Float[Tensor, "classes _ _"], ...], float | None]:
+    ) -> tuple[tuple[Float[Tensor, "classes ..."], ...], float | None]:
         """Maps of the run's classes with the images on other grids: one prefix forward.
+
+        For a model of one input size: one for each of several windows.
 
         Args:
             run: the run at scale 1.
             grids: the grids to reach, one per image.
             images: original pictures to start from, or None to resize the pixel tensor.
-            consistency: also run the text on that prefix's cache.
+            consistency: also run the text after it.
 
         Returns:
             One tensor (classes, rows, cols) per image; the scale's consistency or None.
+
+        Raises:
+            ValueError: ``consistency`` with a model of one input size; pictures that are not
+                those of the inputs.
         """
         adapter, sample = self.adapter, run.sample
-        pixels = self._pixels(sample, grids, images)
-        prefix = rescale_prefix(sample, grids, pixels, adapter)
-        length = prefix.prefix_length
+        if adapter.fixed_size:
+            if consistency:
+                raise ValueError(
+                    "consistency=True: this model takes images of one size only, so larger scales "
+                    "are seen through windows, none of which shows the whole image: there is no "
+                    "answer to compare. Leave consistency out."
+                )
+            return self._through_windows(run, grids, images), None
+        pixels = scaled_inputs(adapter, self.processor, sample, grids, images)
+        # With consistency the text runs too; maps do not see it.
+        tokens = append_answer(sample, run.answer_ids, adapter)
+        if not consistency:
+            tokens = cut(tokens, sample.prefix_length, adapter)
+        scaled = rescaled_inputs(tokens, sample, grids, pixels, adapter)
+        length = len(scaled.prompt_ids)
+        n_rows = len(run.answer_ids) if consistency else 0
+        rows = torch.arange(length - 1 - n_rows, length - 1, device=scaled.prompt_ids.device)
         with adapter.running():
             captured = captured_forward(
-                adapter,
-                prefix.kwargs,
-                prefix.grids,
-                rows=prefix.prompt_ids[:0],
-                layer=self.layer,
-                keep_cache=consistency,
+                adapter, scaled.kwargs, scaled.grids, rows=rows, layer=self.layer
             )
-            maps = self._maps(prefix, captured.lens_hidden, run.trace.class_ids)
+            maps = self._maps(scaled, captured.lens_hidden, run.trace.class_ids)
             if not consistency:
                 return maps, None
-            log_probs = self._text_on_cache(run, captured, length)
+            logits = full_logits(adapter, captured.final_hidden[rows])
+        log_probs = logits.log_softmax(-1).gather(1, run.answer_ids[:, None])[:, 0]
         drop = (log_probs - run.answer_log_probs).clamp(max=0)
         return maps, float(drop.mean().exp())
 
-    def _text_on_cache(self, run: Run, prefix: Captured, length: int) -> Float[Tensor, " answer"]:
-        """Log-probabilities of the answer, its text run on a rescaled prefix's cache."""
-        sample, device = run.sample, run.answer_ids.device
-        rest = torch.cat([sample.prompt_ids[sample.prefix_length :], run.answer_ids])
-        inputs = {
-            "input_ids": rest[None],
-            "attention_mask": torch.ones(1, length + len(rest), dtype=torch.int64, device=device),
-        }
-        text = captured_forward(
-            self.adapter, inputs, (), rows=rest[:0], layer=self.layer, cache=prefix.cache
+    def _through_windows(
+        self, run: Run, grids: Sequence[ImageGrid], images: Any
+    ) -> tuple[Float[Tensor, "classes ..."], ...]:
+        """Maps on the grids of an enlarged image, seen through windows of the model's own size."""
+        adapter, sample = self.adapter, run.sample
+        pairs = list(zip(sample.grids, grids, strict=True))
+        n = max(
+            ceil(new / old) for g, big in pairs for old, new in zip(g.shape, big.shape, strict=True)
         )
-        # Row k predicts rest[k]; the prefix's last position predicts the first.
-        hidden = torch.cat([prefix.final_hidden[-1:], text.final_hidden])
-        rows = torch.arange(len(rest) - len(run.answer_ids), len(rest), device=device)
-        return self._log_probs(hidden, rows, run.answer_ids)
-
-    def _pixels(self, sample: Sample, grids: Sequence[ImageGrid], images: Any) -> dict[str, Tensor]:
-        if images is None:
-            return self.adapter.rescale_pixels(sample.kwargs, grids)
-        pictures = list(images) if isinstance(images, list | tuple) else [images]
-        if any(isinstance(picture, str | bytes) for picture in pictures):
-            raise TypeError(
-                "images= takes PIL pictures, not paths: open them, PIL.Image.open(path)."
-            )
-        settings = getattr(self.processor, "image_processor", None)
-        if settings is None:
-            raise ValueError("images= needs a processor: make the attributor with one.")
-        if len(pictures) != len(grids):
-            raise ValueError(f"images= holds {len(pictures)} pictures, inputs have {len(grids)}.")
-        plain = dict(settings(images=pictures, return_tensors="pt"))
-        made = self.adapter.pixels_from_pictures(pictures, self.processor, grids)
-        for pixels, wanted in ((plain, sample.grids), (made, tuple(grids))):
-            found = self.adapter.grids(pixels)
-            if found != wanted:
-                raise ValueError(
-                    f"images= through the processor give frames of "
-                    f"{[(g.height, g.width) for g in found]} pixels instead of "
-                    f"{[(g.height, g.width) for g in wanted]}: was the processor called with other "
-                    f"settings for inputs? Leave images out to resize the pixel tensor."
+        boxes = [window_boxes((g.rows, g.cols), (big.rows, big.cols), n) for g, big in pairs]
+        seen = []
+        tokens = cut(sample.kwargs, sample.prefix_length, adapter)
+        for window in zip(*boxes, strict=True):
+            pixels = window_inputs(adapter, self.processor, sample, window, images)
+            with adapter.running():
+                captured = captured_forward(
+                    adapter,
+                    {**tokens, **pixels},
+                    sample.grids,
+                    rows=sample.prompt_ids[:0],
+                    layer=self.layer,
                 )
-        like = sample.kwargs["pixel_values"]
-        return {name: value.to(like) for name, value in made.items()}
+                seen.append(self._maps(sample, captured.lens_hidden, run.trace.class_ids))
+        return tuple(
+            join_windows(
+                list(maps), [adapter.window_frame(g, box) for box in own], (big.rows, big.cols)
+            )
+            for maps, own, (g, big) in zip(zip(*seen, strict=True), boxes, pairs, strict=True)
+        )
 
     def _maps(
         self, sample: Sample, hidden: Tensor, class_ids: Tensor
-    ) -> tuple[Float[Tensor, "classes _ _"], ...]:
-        """Raw maps ``relu(logit_i(class))`` on each image's grid."""
+    ) -> tuple[Float[Tensor, "classes ..."], ...]:
+        """Raw maps ``relu(logit_i(class))`` on each image's grid, its views merged."""
         weights = self.adapter.class_weights(class_ids)
-        where = sample.grid_positions(self.adapter)
-        return tuple(
-            lens_logits(hidden[cells], *weights).clamp(min=0).unflatten(1, (grid.rows, grid.cols))
-            for cells, grid in zip(where, sample.grids, strict=True)
-        )
-
-    def _log_probs(self, hidden: Tensor, rows: Tensor, ids: Tensor) -> Float[Tensor, " tokens"]:
-        """Log-probability of each id, predicted at its row."""
-        logits = full_logits(self.adapter, hidden[rows])
-        return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        maps = []
+        for where, grid in zip(sample.image_positions, sample.grids, strict=True):
+            views = self.adapter.views(grid)
+            lens = [
+                lens_logits(hidden[where[view.tokens.flatten().to(where.device)]], *weights)
+                .clamp(min=0)
+                .unflatten(1, view.tokens.shape)
+                for view in views
+            ]
+            maps.append(merge_views(lens, [view.box for view in views], grid.shape))
+        return tuple(maps)
 
     def _gather(
         self,
@@ -261,8 +278,10 @@ class Runner:
         ids = sample.prompt_ids
         special = set(self.adapter.special_ids)
         special.update(getattr(self.tokenizer, "all_special_ids", []))
-        start = sample.prefix_length if self.context == "after_image" else 0
-        prompt = [p for p in range(max(start, 1), len(ids)) if int(ids[p]) not in special]
+        start = sample.prefix_length if self.context == "after_image" else 1
+        prompt = [p for p in sample.text_positions if p >= start and int(ids[p]) not in special]
+        if self.adapter.prompt_sees_ahead:
+            prompt = []  # it predicts nothing: each of its tokens sees those after it
         answer = range(len(ids), len(ids) + n_answer)
         return torch.tensor([*prompt, *answer], dtype=torch.int64, device=ids.device)
 
@@ -276,7 +295,9 @@ class Runner:
             return None  # to_image says so when it is called
 
 
-def _explained(explain: Explain, text: Tensor, sample: Sample) -> Int64[Tensor, " targets"]:
+def _explained(
+    explain: Explain, text: Tensor, sample: Sample, adapter: Adapter
+) -> Int64[Tensor, " targets"]:
     """Columns that are explained.
 
     Raises:
@@ -291,6 +312,8 @@ def _explained(explain: Explain, text: Tensor, sample: Sample) -> Int64[Tensor, 
             raise ValueError(
                 f"explain must be 'answer', 'prompt', 'all' or positions, got {explain!r}."
             )
+        if adapter.prompt_sees_ahead and explain != "answer":
+            raise ValueError(f"explain={explain!r} asks for prompt tokens, but {_SEES_AHEAD}")
         if not len(choices[explain]):
             raise ValueError("explain='prompt', but the prompt has no text tokens to explain.")
         return choices[explain]
@@ -304,6 +327,8 @@ def _explained(explain: Explain, text: Tensor, sample: Sample) -> Int64[Tensor, 
         raise ValueError(f"explain must hold at least one position (1-D ints), got {explain!r}.")
     at = {int(p) + sample.padding: column for column, p in enumerate(text)}
     unknown = [int(p) for p in wanted if int(p) not in at]
+    if unknown and adapter.prompt_sees_ahead and min(unknown) < len(sample.prompt_ids):
+        raise ValueError(f"explain holds prompt positions {unknown}, but {_SEES_AHEAD}")
     if unknown:
         raise ValueError(
             f"explain holds positions {unknown} that are no text tokens; text tokens stand at "

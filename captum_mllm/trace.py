@@ -35,7 +35,8 @@ class TokenTrace:
 
     Args:
         class_ids: (classes,): ascending token ids.
-        maps: per image (classes, rows, cols): ``relu(logit_i(class))`` at the image's cells.
+        maps: per image (classes, rows, cols), per video (classes, steps, rows, cols):
+            ``relu(logit_i(class))`` at the cells, views of one image merged.
         text_ids: (text tokens,): token ids of the columns.
         text_positions: (text tokens,): their positions in ``input_ids`` + answer, as given.
         targets: (targets,): which columns are explained.
@@ -54,7 +55,7 @@ class TokenTrace:
     """
 
     class_ids: Int64[Tensor, " classes"]
-    maps: tuple[Float[Tensor, "classes _ _"], ...]
+    maps: tuple[Float[Tensor, "classes ..."], ...]
     text_ids: Int64[Tensor, " tokens"]
     text_positions: Int64[Tensor, " tokens"]
     targets: Int64[Tensor, " targets"]
@@ -80,13 +81,13 @@ class TokenTrace:
         return self.pack_cells(self.maps)
 
     @staticmethod
-    def pack_cells(maps: Sequence[Float[Tensor, "n _ _"]]) -> Float[Tensor, "n cells"]:
+    def pack_cells(maps: Sequence[Float[Tensor, "n ..."]]) -> Float[Tensor, "n cells"]:
         """Lay maps of several images end to end."""
         return pack(list(maps), "n *")[0]
 
     def unpack_cells(
         self, cells: Float[Tensor, "targets cells"]
-    ) -> tuple[Float[Tensor, "targets _ _"], ...]:
+    ) -> tuple[Float[Tensor, "targets ..."], ...]:
         """Inverse of :meth:`pack_cells`: one map per image."""
         return tuple(unpack(cells, [m.shape[1:] for m in self.maps], "t *"))
 

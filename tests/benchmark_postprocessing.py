@@ -27,7 +27,7 @@ from captum_mllm.functional import (
     rank_gaussian_filter,
     upsample,
 )
-from captum_mllm.inputs import read_sample, rescale_prefix
+from captum_mllm.inputs import cut, read_sample, rescaled_inputs
 from captum_mllm.reference import load, make_scene, render_pil
 from captum_mllm.studies.prompts import default_inputs
 
@@ -113,7 +113,8 @@ def prefix_forward(side: int):
     sample = read_sample(default_inputs(processor, picture), runner.adapter)
     grids = tuple(runner.adapter.scaled_grid(grid, side / grid.height) for grid in sample.grids)
     pixels = runner.adapter.rescale_pixels(sample.kwargs, grids)
-    prefix = rescale_prefix(sample, grids, pixels, runner.adapter)
+    tokens = cut(sample.kwargs, sample.prefix_length, runner.adapter)
+    prefix = rescaled_inputs(tokens, sample, grids, pixels, runner.adapter)
 
     def forward() -> float:
         start = time.perf_counter()

@@ -307,10 +307,15 @@ def test_original_pictures_that_the_processor_treats_otherwise(model, processor,
         size={"height": 8, "width": 24},
     )  # fmt: skip
     with raises(
-        ValueError, "images= through the processor give frames of [(16, 16)]", "[(8, 24)]",
+        ValueError, "images= through the processor's settings are not the pixels of inputs",
         "Leave images out",
     ):  # fmt: skip
         MSEA(model, processor, scales=(1.0, 2.0)).attribute(wide, answer, images=picture)
+
+
+def test_original_pictures_of_something_else(model, processor, inputs, answer):
+    with raises(ValueError, "are not the pixels of inputs", "other pictures", "Leave images out"):
+        MSEA(model, processor).attribute(inputs, answer, images=tiny.random_picture(7))
 
 
 def test_original_pictures_need_an_image_processor(model, processor, inputs, answer, picture):

@@ -1,7 +1,28 @@
 """Adapters: what differs between families of models. ``register_adapter`` adds one."""
 
-from captum_mllm.adapters.base import Adapter
-from captum_mllm.adapters.llava import LlavaAdapter
+from captum_mllm.adapters.base import Adapter, View
+from captum_mllm.adapters.frames import FrameAdapter, Gemma3Adapter, LlavaAdapter, PaliGemmaAdapter
+from captum_mllm.adapters.hooks import interpolated_positions
+from captum_mllm.adapters.llava_next import LlavaNextAdapter
+from captum_mllm.adapters.qwen import Qwen3VLAdapter, QwenVLAdapter
 from captum_mllm.adapters.registry import find_adapter, refuse_compiled, register_adapter
+from captum_mllm.adapters.tiles import IdeficsAdapter, InternVLAdapter, TileAdapter
 
-__all__ = ["Adapter", "LlavaAdapter", "find_adapter", "refuse_compiled", "register_adapter"]
+__all__ = [
+    "Adapter",
+    "FrameAdapter",
+    "Gemma3Adapter",
+    "IdeficsAdapter",
+    "InternVLAdapter",
+    "LlavaAdapter",
+    "LlavaNextAdapter",
+    "PaliGemmaAdapter",
+    "Qwen3VLAdapter",
+    "QwenVLAdapter",
+    "TileAdapter",
+    "View",
+    "find_adapter",
+    "interpolated_positions",
+    "refuse_compiled",
+    "register_adapter",
+]

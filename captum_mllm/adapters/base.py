@@ -2,14 +2,44 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from captum_mllm.adapters.devices import input_device, tables_loaded
+from captum_mllm.adapters.head import Matrix, head_matrix, head_size
+from captum_mllm.adapters.hooks import unchanged
+from captum_mllm.functional import WHOLE, Box
 from captum_mllm.geometry import ImageGrid
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One regular grid of image tokens over an image's frame or a part of it.
+
+    Args:
+        tokens: (rows, cols), or (steps, rows, cols) of a video: for each cell the index of its
+            token among the image's own tokens (newline and class tokens are in no view).
+        box: (left, upper, right, lower) of the grid in fractions of the frame, default all of it.
+    """
+
+    tokens: Int64[Tensor, " ..."]
+    box: Box = WHOLE
+
+
+_SPECIAL_IDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "boi_token_index",
+    "eoi_token_index",
+)
 
 
 class Adapter(ABC):
@@ -21,6 +51,13 @@ class Adapter(ABC):
     Args:
         model: the user's model; never changed, hooks are only set while we run.
     """
+
+    pixel_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    """Inputs with pixels; a sample needs at least one of them."""
+
+    required: ClassVar[Mapping[str, str]] = {}
+    """Further inputs that must be there, and what happens without: transformers may compute wrong
+    values in silence where they are missing."""
 
     token_wise: ClassVar[tuple[str, ...]] = (
         "input_ids",
@@ -37,16 +74,30 @@ class Adapter(ABC):
     }
     """Value of each token-wise input at appended (answer) tokens."""
 
+    prompt_sees_ahead: ClassVar[bool] = False
+    """Whether prompt tokens see those after them (a prefix LM): then none of them was predicted,
+    so none is a target or context, and maps need the whole prompt."""
+
+    fixed_size: ClassVar[bool] = False
+    """Whether the model takes one size only: then larger scales are seen through windows of the
+    enlarged image (:meth:`window_pixels`), and smaller ones are dropped."""
+
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.config: Any = model.config
+        self._matrix: Matrix | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs must be, and where what the hooks saw is brought."""
+        return input_device(self.model)
 
     # ---- modules ----------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def tower(self) -> nn.Module:
         """The vision encoder."""
+        return self.model.get_encoder(modality="image")
 
     @property
     def decoder(self) -> nn.Module:
@@ -69,27 +120,9 @@ class Adapter(ABC):
         return self.model.get_output_embeddings()
 
     @property
-    def head_weight(self) -> Float[Tensor, "vocabulary dim"]:
-        """The LM head's matrix.
-
-        Raises:
-            ValueError: the head has no plain matrix (a wrapper, packed or offloaded weights).
-        """
-        weight: Any = getattr(self.head, "weight", None)
-        plain = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
-        if not plain or weight.is_meta:
-            raise ValueError(
-                f"model: its LM head ({type(self.head).__name__}) is not the plain linear map "
-                f"W h + b that the logit lens assumes: it has no matrix of floats as its weight "
-                f"(a wrapper, quantised or offloaded weights?). Unwrap it, or register an adapter "
-                f"whose head_weight and class_weights tell the true map."
-            )
-        return weight.detach()
-
-    @property
     def vocabulary(self) -> int:
         """Number of ids that the LM head scores."""
-        return int(self.head_weight.shape[0])
+        return head_size(self.head)
 
     def class_weights(
         self, ids: Int64[Tensor, " classes"] | slice
@@ -97,10 +130,17 @@ class Adapter(ABC):
         """Rows of the LM head, and its bias there, for the given ids.
 
         Args:
-            ids: token ids, or a slice of the vocabulary.
+            ids: token ids; or a slice of the vocabulary, whose rows stay on the head's device.
+
+        Raises:
+            ValueError: the head is no plain matrix (see
+                :func:`~captum_mllm.adapters.head.head_matrix`).
         """
-        bias: Any = getattr(self.head, "bias", None)
-        return self.head_weight[ids], None if bias is None else bias.detach()[ids]
+        weight, bias = self._matrix or head_matrix(self.head)
+        if isinstance(ids, slice):
+            return weight[ids], None if bias is None else bias[ids]
+        ids = ids.to(weight.device)
+        return weight[ids].to(self.device), None if bias is None else bias[ids].to(self.device)
 
     # ---- tokens -----------------------------------------------------------------------------
 
@@ -109,7 +149,7 @@ class Adapter(ABC):
         """Ids of image and video placeholders: never generated, never a target."""
         names = ("image_token_id", "video_token_id")
         ids = (getattr(self.config, name, None) for name in names)
-        return tuple(int(i) for i in ids if i is not None)
+        return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -117,16 +157,48 @@ class Adapter(ABC):
         found: set[int] = set(self.visual_ids)
         configs = (self.config, self.config.get_text_config(), self.model.generation_config)
         for config in configs:
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            for name in _SPECIAL_IDS:
                 value = getattr(config, name, None)
                 found.update([value] if isinstance(value, int) else value or [])
         return frozenset(found)
 
-    # ---- geometry ---------------------------------------------------------------------------
+    def placeholder(self, grid: ImageGrid) -> int:
+        """Id of an image's (a video's) placeholders."""
+        del grid
+        return self.visual_ids[0]
+
+    def runs(self, grid: ImageGrid) -> tuple[int, ...]:
+        """Lengths of the unbroken runs of placeholders that an image takes; default one run.
+
+        More than one where other tokens stand between them (tiles with their names, times).
+        """
+        return (grid.cells,)
+
+    def views(self, grid: ImageGrid) -> tuple[View, ...]:
+        """The views that an image's tokens make; default one, row by row."""
+        return (View(torch.arange(grid.cells).reshape(grid.shape)),)
+
+    # ---- inputs -----------------------------------------------------------------------------
+
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise where a side input is missing, or would make the model compute something else.
+
+        Args:
+            inputs: the model's inputs of one sample.
+
+        Raises:
+            ValueError: a required input is missing or contradicts ``input_ids``.
+        """
+        for name, without in self.required.items():
+            if name not in inputs:
+                raise ValueError(
+                    f"inputs lack {name!r}: without it {without}. Pass everything that the "
+                    f"processor returns."
+                )
 
     @abstractmethod
     def grids(self, inputs: Mapping[str, Tensor]) -> tuple[ImageGrid, ...]:
-        """Grid and frame of each image.
+        """Grid and frame of each image, then of each video.
 
         Args:
             inputs: the model's inputs of one sample.
@@ -136,14 +208,6 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def tokens_per_image(self, grid: ImageGrid) -> int:
-        """Number of placeholders of an image on that grid, its extra tokens included."""
-
-    @abstractmethod
-    def grid_tokens(self, grid: ImageGrid) -> Int64[Tensor, " cells"]:
-        """Index of each grid cell, row by row, within the image's own tokens."""
-
-    @abstractmethod
     def scaled_grid(self, grid: ImageGrid, scale: float) -> ImageGrid:
         """The nearest grid that the model accepts for an image rescaled by ``scale``.
 
@@ -151,71 +215,101 @@ class Adapter(ABC):
             ValueError: the image would be smaller than one patch.
         """
 
-    @abstractmethod
+    def window_pixels(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], boxes: Sequence[Box]
+    ) -> dict[str, Tensor]:
+        """Pixel inputs of the native size that show only a box of each image, enlarged.
+
+        Args:
+            inputs: the model's inputs of one sample.
+            grids: the images' grids at their own scale.
+            boxes: per image, (left, upper, right, lower) in fractions of what the image shows.
+
+        Raises:
+            NotImplementedError: the family takes other sizes, so it needs no windows.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes images of other sizes.")
+
+    def window_frame(self, grid: ImageGrid, box: Box) -> Box:
+        """Where the frame of a window lies in the image's frame; default the box itself.
+
+        Args:
+            grid: the image's grid at its own scale.
+            box: the window, in fractions of what the image shows.
+        """
+        del grid
+        return box
+
     def rescale_pixels(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> dict[str, Tensor]:
-        """The pixel inputs brought to those grids; keys as in ``inputs``."""
+        """The inputs that hold or describe pixels, brought to those grids; keys as in ``inputs``.
+
+        Args:
+            inputs: the model's inputs of one sample.
+            grids: the grids to reach, as :meth:`scaled_grid` gives them.
+
+        Raises:
+            NotImplementedError: the family is of one fixed size.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes images of one size only.")
 
     @abstractmethod
     def pixels_from_pictures(
-        self, pictures: Sequence[Any], processor: Any, grids: Sequence[ImageGrid]
+        self, pictures: Sequence[Any], settings: Any, grids: Sequence[ImageGrid]
     ) -> dict[str, Tensor]:
-        """The pixel inputs made from the original pictures by the user's image processor."""
+        """``pixel_values`` made anew from the original pictures, on those grids.
+
+        Args:
+            pictures: PIL pictures.
+            settings: the user's image processor.
+            grids: the grids to reach, one per picture.
+        """
+
+    # ---- what the tower gave ----------------------------------------------------------------
+
+    def tower_calls(self, grids: Sequence[ImageGrid]) -> list[Sequence[ImageGrid]]:
+        """The images of each of the tower's calls in one forward; default one call for all."""
+        return [grids]
+
+    def features(self, tower_output: Any) -> Tensor:
+        """The features in the tower's output, (images or tiles, tokens, dim) or (tokens, dim)."""
+        return tower_output.last_hidden_state
 
     @abstractmethod
+    def features_shape(self, grids: Sequence[ImageGrid]) -> tuple[int, ...]:
+        """Shape that :meth:`features` must have for those images, without its last axis."""
+
     def check_features(self, tower_output: Any, grids: Sequence[ImageGrid]) -> None:
         """Compare the tower's features with the grids.
 
         Raises:
             ValueError: another number of images or features than the grids say.
         """
+        found = tuple(self.features(tower_output).shape[:-1])
+        expected = self.features_shape(grids)
+        if found != expected:
+            raise ValueError(
+                f"model: the vision tower gave features of shape {found}, but the pixels make "
+                f"{expected} (images or tiles, tokens)."
+            )
 
     # ---- running ----------------------------------------------------------------------------
 
     def size_hooks(self) -> AbstractContextManager[None]:
         """Hooks that let the tower take other sizes than its native one; default none."""
-        return ExitStack()  # type: ignore[return-value]
+        return nullcontext()
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, size hooks; everything is put back afterwards."""
-        with unchanged(self.model), torch.no_grad(), self.size_hooks():
+        """Evaluation mode, no gradients, size hooks; everything is put back afterwards.
+
+        Meanwhile the LM head's matrix is kept, which may have to be loaded or computed.
+        """
+        with unchanged(self.model), torch.no_grad(), self.size_hooks(), tables_loaded(self.tower):
             self.model.eval()
-            yield
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back every module's flags (training and others) and forward hooks, whatever happens.
-
-    Not ours alone: transformers sets hooks of its own, and a flag that says so, in the first
-    forward that wants hidden states of the tower, and leaves them in the model.
-
-    Args:
-        model: the user's model.
-    """
-    before = [(module, _flags(module), _hook_tables(module)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, flags, tables in before:
-            for name in _flags(module).keys() - flags.keys():
-                delattr(module, name)
-            vars(module).update(flags)
-            for name, table in tables.items():
-                now = vars(module)[name]
-                for key in now.keys() - table.keys():
-                    del now[key]
-
-
-def _flags(module: nn.Module) -> dict[str, bool]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, bool)}
-
-
-def _hook_tables(module: nn.Module) -> dict[str, dict[int, Any]]:
-    return {
-        name: dict(value)
-        for name, value in vars(module).items()
-        if name.startswith("_forward_") and isinstance(value, dict)
-    }
+            self._matrix = head_matrix(self.head)
+            try:
+                yield
+            finally:
+                self._matrix = None

@@ -6,6 +6,7 @@ from typing import TypeVar
 from torch import nn
 
 from captum_mllm.adapters.base import Adapter
+from captum_mllm.adapters.devices import unwrap
 
 _REGISTRY: dict[str, type[Adapter]] = {}
 _A = TypeVar("_A", bound=type[Adapter])
@@ -47,6 +48,7 @@ def find_adapter(model: nn.Module) -> Adapter:
             f"attribution method; got {type(model).__name__}."
         )
     refuse_compiled(model)
+    model = unwrap(model)
     for cls in type(model).__mro__:
         if cls.__name__ in _REGISTRY:
             return _REGISTRY[cls.__name__](model)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from captum_mllm._captum import log_usage
 from captum_mllm.functional import upsample
+from captum_mllm.geometry import ImageGrid
 from captum_mllm.result import LOGITS, MLLMAttributionResult
 from captum_mllm.runner import Explain, Runner
 from captum_mllm.trace import TokenTrace
@@ -140,9 +141,11 @@ class TokenAttribution(Attribution):
                 f"inputs is a pixel tensor, so additional_forward_args must be the rest of the "
                 f"processor's mapping (input_ids ...); got {type(rest).__name__}."
             )
-        if pixels.ndim != 4:
+        if pixels.ndim not in (4, 5):
             raise ValueError(
-                f"inputs must be pixels (N, channels, height, width), got {tuple(pixels.shape)}."
+                f"inputs must be pixels (N, channels, height, width), or (N, tiles, channels, "
+                f"height, width) where the model takes tiles, got {tuple(pixels.shape)}; other "
+                f"pixels (Qwen's rows of patches) go in a mapping."
             )
         if options["images"] is not None:
             raise ValueError(
@@ -157,7 +160,8 @@ class TokenAttribution(Attribution):
             mapping = {**rest, "pixel_values": row[None]}
             trace = self.trace(mapping, target, top_k=self.ranking_depth, **options)
             result = self.read(trace)
-            maps.append(upsample(result.grid_attr[0], (pixels.shape[2], pixels.shape[3])))
+            frame = result.grids[0]
+            maps.append(upsample(result.grid_attr[0], (frame.height, frame.width)))
         return torch.stack(maps)
 
 
@@ -208,9 +212,15 @@ def make_result(
     def out(tensor: Tensor) -> Tensor:
         return tensor.detach().to(device="cpu", dtype=torch.float32)
 
+    def on_frames(maps: Tensor, grid: ImageGrid) -> Tensor:
+        """A step in time of a video stands for all of its frames."""
+        return maps.repeat_interleave(grid.frames // grid.steps, 1) if grid.steps else maps
+
     targets = trace.targets
     return MLLMAttributionResult(
-        grid_attr=tuple(out(maps) for maps in grid_attr),
+        grid_attr=tuple(
+            on_frames(out(maps), grid) for maps, grid in zip(grid_attr, trace.grids, strict=True)
+        ),
         token_attr=out(token_attr),
         input_tokens=trace.labels,
         output_tokens=tuple(trace.labels[int(t)] for t in targets),

@@ -211,7 +211,7 @@ class MultiScaleAttribution(TokenAttribution):
 
     def _merge(self, maps: Sequence[Tensor]) -> Tensor:
         """One image's maps of all scales on the finest grid, aggregated."""
-        finest = (max(m.shape[1] for m in maps), max(m.shape[2] for m in maps))
+        finest = (max(m.shape[-2] for m in maps), max(m.shape[-1] for m in maps))
         return aggregate(torch.stack([upsample(m, finest) for m in maps]), self.aggregation)
 
 

@@ -24,20 +24,48 @@ from captum_mllm.functional.maps import (
     resize_attributions,
     upsample,
 )
+from captum_mllm.functional.pixels import (
+    find_layout,
+    frames_to_patches,
+    join_tiles,
+    patches_to_frames,
+    resize_pixels,
+    split_tiles,
+)
 from captum_mllm.functional.ranking import rank_biased_overlap, top_k_rankings
+from captum_mllm.functional.views import (
+    WHOLE,
+    Box,
+    join_windows,
+    merge_views,
+    resample_cells,
+    window_boxes,
+)
 
 __all__ = [
     "AGGREGATIONS",
+    "WHOLE",
     "Aggregation",
+    "Box",
     "aggregate",
     "arc_subtract",
     "context_weights",
     "eci_subtract",
+    "find_layout",
+    "frames_to_patches",
+    "join_tiles",
+    "join_windows",
     "joint_min_max",
     "lens_logits",
+    "merge_views",
+    "patches_to_frames",
     "rank_biased_overlap",
     "rank_gaussian_filter",
+    "resample_cells",
     "resize_attributions",
+    "resize_pixels",
+    "split_tiles",
     "top_k_rankings",
     "upsample",
+    "window_boxes",
 ]

@@ -170,8 +170,8 @@ def _check_scale_weights(weights: Tensor, how: str, n_scales: int) -> None:
 
 
 def upsample(
-    maps: Float[Tensor, "maps rows cols"], size: tuple[int, int]
-) -> Float[Tensor, "maps height width"]:
+    maps: Float[Tensor, "*batch rows cols"], size: tuple[int, int]
+) -> Float[Tensor, "*batch height width"]:
     """Bring maps to another size, bilinear, pixel centres aligned (``align_corners=False``).
 
     Args:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    AutoTokenizer,
     InternVLProcessor,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
@@ -29,6 +30,8 @@ from transformers import (
     Qwen3VLProcessor,
     SmolVLMProcessor,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 __all__ = ["image_only_processor", "load_image_only"]
 
@@ -207,7 +210,13 @@ def load_image_only(path: str | Path) -> Any:
     if not folder.is_dir():
         raise FileNotFoundError(f"path: {str(folder)!r} is no folder.")
     name = _family_of(folder)
-    return _CLASSES[name].from_pretrained(folder, local_files_only=True)
+    # Without torchvision, transformers 5.5 has AutoImageProcessor only in its own module, and
+    # that does not find SmolVLM's image processor.
+    loader: Any = SmolVLMImageProcessorPil if name == "SmolVLM" else AutoImageProcessor
+    images = loader.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    settings, _ = _CLASSES[name].get_processor_dict(folder, local_files_only=True)
+    return _CLASSES[name].from_args_and_dict([images, tokenizer], settings)
 
 
 def _family_of(folder: Path) -> str:

@@ -167,11 +167,11 @@ def context_of(
 def _geometry(
     result: "MLLMAttributionResult", size: tuple[int, int], image: int
 ) -> tuple[ImageGeometry, bool]:
-    grid, rule = result.grids[image], result.preprocessing
-    frame = (grid.height, grid.width)
-    if rule is not None and rule.frame(*size) == frame:
-        return rule.geometry(*size), False
-    return ImageGeometry.stretched(*size), size != frame
+    grid = result.grids[image]
+    try:
+        return result.geometry(image, size), False
+    except ValueError:  # not known, or not of a picture of this size
+        return ImageGeometry.stretched(*size), size != (grid.height, grid.width)
 
 
 def format_table(summary: AnswerSummary, *, content_only: bool = True) -> str:

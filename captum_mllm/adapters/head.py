@@ -1,0 +1,176 @@
+"""The LM head as a plain matrix, however it is stored: offloaded, adapted (PEFT), quantised."""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from captum_mllm.adapters.devices import loaded
+
+Matrix = tuple[Float[Tensor, "vocabulary dim"], Float[Tensor, " vocabulary"] | None]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LEAVE_PLAIN = (
+    "Leave the LM head unquantised, as transformers does by default: llm_int8_skip_modules="
+    "['lm_head'] (bitsandbytes), modules_to_not_convert=['lm_head'] (others)"
+)
+_MERGE = "Merge the adapter into the weights (merge_and_unload() or merge_adapter())"
+
+
+def head_matrix(head: nn.Module) -> Matrix:
+    """Matrix W and bias b of an LM head that computes ``W h + b``, as its forward uses them.
+
+    - Plain layers: their own weight, no copy.
+    - Offloaded (accelerate): the weights loaded anew by each call, where the head's inputs are.
+    - PEFT: ``W + sum of B A * scaling`` over the active LoRA adapters; the trained copy of
+      ``modules_to_save``, the trained rows of ``trainable_token_indices``; the layer's own weight
+      while adapters are disabled or merged.
+    - Quantised: the float matrix that the forward multiplies with, where there is one (tensors that
+      tell it by ``dequantize()``, as of torchao and quanto; bitsandbytes' 4 bits).
+
+    Whether the head really is that map is not seen here; compare with its own logits.
+
+    Args:
+        head: the LM head, not running at the moment.
+
+    Returns:
+        W (vocabulary, dim) and b (vocabulary) or None, in dtypes of their own, without gradients.
+
+    Raises:
+        ValueError: no such matrix can be had; the message says why and what to do.
+
+    Example:
+        >>> from torch import nn
+        >>> head = nn.Linear(2, 3, bias=False)
+        >>> weight, bias = head_matrix(head)
+        >>> weight.data_ptr() == head.weight.data_ptr(), weight.requires_grad, bias
+        (True, False, None)
+    """
+    with torch.no_grad(), loaded(head):
+        return _matrix(head, type(head).__name__)
+
+
+def head_size(head: nn.Module) -> int:
+    """Number of ids that an LM head scores; loads and computes nothing.
+
+    Args:
+        head: the LM head.
+
+    Raises:
+        ValueError: it can't be told.
+
+    Example:
+        >>> from torch import nn
+        >>> head_size(nn.Linear(2, 3))
+        3
+    """
+    weight: Any = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.dtype in _FLOATS:
+        return int(weight.shape[0])
+    size = getattr(head, "out_features", None)
+    if isinstance(size, int) and not isinstance(weight, Tensor):
+        return size
+    return int(head_matrix(head)[0].shape[0])
+
+
+def _matrix(head: Any, name: str) -> Matrix:
+    if hasattr(head, "token_adapter") and hasattr(head, "original_module"):
+        return _with_trained_rows(head, name)
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        return _matrix(_saved_copy(head), name)
+    if hasattr(head, "base_layer") and hasattr(head, "active_adapters"):
+        return _adapted(head, name)
+    bias = getattr(head, "bias", None)
+    if bias is not None and not isinstance(bias, Tensor):
+        raise _no_matrix(name, "its bias is packed with its quantised weight", _LEAVE_PLAIN)
+    return _floats(getattr(head, "weight", None), name), None if bias is None else bias.detach()
+
+
+def _saved_copy(wrapper: Any) -> nn.Module:
+    """The module that PEFT's wrapper of ``modules_to_save`` calls."""
+    active, copies = wrapper.active_adapters, wrapper.modules_to_save
+    if wrapper.disable_adapters or not active or any(name not in copies for name in active):
+        return wrapper.original_module
+    return copies[active[0]]
+
+
+def _with_trained_rows(wrapper: Any, name: str) -> Matrix:
+    """Matrix of a layer some of whose rows PEFT trains apart (``trainable_token_indices``)."""
+    weight, bias = _matrix(wrapper.original_module, name)
+    rows = wrapper.token_adapter
+    if wrapper.disable_adapters or rows.merged or not wrapper.active_adapters:
+        return weight, bias
+    return rows.get_merged_weights(wrapper.active_adapters).detach(), bias
+
+
+def _adapted(head: Any, name: str) -> Matrix:
+    """Matrix of a layer with PEFT's adapters beside it."""
+    weight, bias = _matrix(head.base_layer, name)
+    if head.disable_adapters or head.merged or not head.active_adapters:
+        return weight, bias
+    if not hasattr(head, "lora_B"):
+        raise _no_matrix(name, "it has an adapter of PEFT that is no LoRA", _MERGE)
+    for adapter in head.active_adapters:
+        if adapter not in head.lora_B:
+            continue
+        # DoRA and others are more than an added matrix.
+        if adapter in getattr(head, "lora_variant", ()) or _old_dora(head, adapter):
+            raise _no_matrix(name, f"its adapter {adapter!r} is more than a plain LoRA", _MERGE)
+        delta = head.get_delta_weight(adapter).detach().to(weight.device)
+        # bfloat16 weights with float32 adapters: the forward adds in float32.
+        weight = weight + delta
+        offset = getattr(head.lora_B[adapter], "bias", None)
+        if offset is not None:
+            offset = offset.detach().to(weight.device) * head.scaling[adapter]
+            bias = offset if bias is None else bias + offset
+    return weight, bias
+
+
+def _old_dora(head: Any, adapter: str) -> bool:
+    """Whether an older PEFT, without variants, has DoRA there."""
+    flags = getattr(head, "use_dora", None)
+    return isinstance(flags, dict) and bool(flags.get(adapter))
+
+
+def _floats(weight: Any, name: str) -> Float[Tensor, "vocabulary dim"]:
+    """The weight as a plain matrix of floats."""
+    if not isinstance(weight, Tensor):
+        raise _no_matrix(
+            name,
+            "it has no tensor as its weight (a wrapper, or packed quantised weights)",
+            f"Unwrap it. {_LEAVE_PLAIN}",
+        )
+    if weight.is_meta:
+        raise _no_matrix(
+            name,
+            "its weight is on the meta device, which has no values",
+            "Load the weights (from_pretrained), or offload them by accelerate",
+        )
+    state = getattr(weight, "quant_state", None)
+    if state is not None:  # bitsandbytes, 4 bits
+        return import_module("bitsandbytes.functional").dequantize_4bit(weight.data, state)
+    if type(weight).dequantize is not Tensor.dequantize:
+        return weight.dequantize().detach()  # torchao, quanto
+    if hasattr(weight, "full_tensor"):
+        raise _no_matrix(
+            name,
+            "its weight is cut into pieces over processes (tensor parallel or FSDP)",
+            "Load the model without tp_plan, with device_map='auto' if it is large",
+        )
+    if weight.ndim != 2 or weight.dtype not in _FLOATS:
+        raise _no_matrix(
+            name,
+            f"its weight is {tuple(weight.shape)} of {weight.dtype}, quantised or packed in a way "
+            f"that we can't undo, or with inputs quantised too",
+            _LEAVE_PLAIN,
+        )
+    return weight.detach()
+
+
+def _no_matrix(name: str, why: str, mend: str) -> ValueError:
+    return ValueError(
+        f"model: its LM head ({name}) is not the plain linear map W h + b that the logit lens "
+        f"assumes: {why}. {mend}; or register an adapter whose class_weights tells the true map."
+    )

@@ -1,0 +1,66 @@
+"""Hooks on a user's model for as long as we run it, and the model put back as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def interpolated_positions(tower: nn.Module) -> Iterator[None]:
+    """Have a CLIP or SigLIP tower interpolate its position embeddings; a no-op at native size.
+
+    Args:
+        tower: the vision encoder.
+    """
+
+    def interpolate(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "interpolate_pos_encoding": True}
+
+    handle = tower.register_forward_pre_hook(interpolate, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back every module's plain attributes and forward hooks, whatever happens.
+
+    Not ours alone: transformers sets hooks of its own, and a flag that says so, in the first
+    forward that wants hidden states of the tower, and leaves them in the model; Qwen's models
+    keep the last prompt's offsets of positions (``rope_deltas``).
+
+    Args:
+        model: the user's model.
+    """
+    before = [(module, _plain(module), _hook_tables(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, plain, tables in before:
+            for name in _plain(module).keys() - plain.keys():
+                delattr(module, name)
+            vars(module).update(plain)
+            for name, table in tables.items():
+                now = vars(module)[name]
+                for key in now.keys() - table.keys():
+                    del now[key]
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Attributes that are no parameters, buffers, modules or tables: flags, numbers, tensors."""
+    kinds = (bool, int, float, str, Tensor, type(None))
+    return {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
+
+
+def _hook_tables(module: nn.Module) -> dict[str, dict[int, Any]]:
+    return {
+        name: dict(value)
+        for name, value in vars(module).items()
+        if name.startswith("_forward_") and isinstance(value, dict)
+    }

@@ -1,0 +1,74 @@
+"""What adapters share of making pixels: a picture as the processor would give it, windows."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from captum_mllm.functional import Box, resize_pixels
+from captum_mllm.geometry import ImageGrid
+
+
+def picture_pixels(
+    picture: Any, settings: Any, size: tuple[int, int]
+) -> Float[Tensor, "c height width"]:
+    """A picture stretched to a size, rescaled and normalised as the image processor is set to.
+
+    Args:
+        picture: PIL picture.
+        settings: the image processor.
+        size: (height, width) to stretch it to, pixels.
+
+    Returns:
+        (3, height, width), float32.
+    """
+    resized = picture.convert("RGB").resize((size[1], size[0]), settings.resample)
+    pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).float()
+    pixels = pixels.reshape(size[0], size[1], 3).permute(2, 0, 1)
+    if settings.do_rescale:
+        pixels = pixels * settings.rescale_factor
+    if settings.do_normalize:
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
+            for values in (settings.image_mean, settings.image_std)
+        )
+        pixels = (pixels - mean) / std
+    return pixels
+
+
+def enlarged(grid: ImageGrid, scale: float) -> ImageGrid:
+    """The grid that windows of an enlarged image make; the same grid for scales up to 1.
+
+    Args:
+        grid: the grid of a model that takes one size only.
+        scale: factor of height and width.
+    """
+    if scale <= 1:
+        return grid
+    rows, cols = round(grid.rows * scale), round(grid.cols * scale)
+    height, width = grid.height * rows // grid.rows, grid.width * cols // grid.cols
+    return replace(grid, rows=rows, cols=cols, height=height, width=width)
+
+
+def cut_window(
+    pixels: Float[Tensor, "c h w"], box: Box, size: tuple[int, int]
+) -> Float[Tensor, "c height width"]:
+    """A window of an image, enlarged to a size: the image is resized, then cut.
+
+    Args:
+        pixels: (c, h, w).
+        box: (left, upper, right, lower) of the window in fractions of the image.
+        size: (height, width) of the window, pixels.
+
+    Example:
+        >>> import torch
+        >>> cut_window(torch.ones(3, 8, 8), (0.5, 0.0, 1.0, 0.5), (8, 8)).shape
+        torch.Size([3, 8, 8])
+    """
+    left, upper, right, lower = box
+    height, width = round(size[0] / (lower - upper)), round(size[1] / (right - left))
+    large = resize_pixels(pixels[None], (height, width))[0]
+    top, start = round(upper * height), round(left * width)
+    return large[:, top : top + size[0], start : start + size[1]]

@@ -1,0 +1,270 @@
+"""Families that cut an image into square tiles and add an overview: InternVL, Idefics3, SmolVLM."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+from warnings import warn
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from typing_extensions import override
+
+from captum_mllm.adapters.base import Adapter, View
+from captum_mllm.adapters.pictures import picture_pixels
+from captum_mllm.adapters.registry import register_adapter
+from captum_mllm.functional import find_layout, join_tiles, resize_pixels, split_tiles
+from captum_mllm.geometry import ImageGrid
+
+
+class TileAdapter(Adapter):
+    """Tiles row by row, the overview last where there is more than one tile.
+
+    The overview is the whole picture at the size of one tile ("thumbnail", "global image").
+    """
+
+    unit: int
+    """Pixels along a side that make one token; tiles are multiples of it."""
+
+    # ---- what a subclass says ---------------------------------------------------------------
+
+    @abstractmethod
+    def tiles(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """All tiles of all images, overviews included, (tiles, channels, height, width)."""
+
+    @abstractmethod
+    def tiles_per_image(self, ids: Tensor, per_tile: int) -> list[int]:
+        """How many tiles each image has, overview included, as its placeholders tell.
+
+        Args:
+            ids: (tokens,): the prompt.
+            per_tile: placeholders of one tile.
+        """
+
+    @abstractmethod
+    def as_inputs(self, tiles: Tensor) -> dict[str, Tensor]:
+        """The model's pixel inputs made of all tiles."""
+
+    # ---- the contract -----------------------------------------------------------------------
+
+    @override
+    def grids(self, inputs: Mapping[str, Tensor]) -> tuple[ImageGrid, ...]:
+        tiles = self.tiles(inputs)
+        side = self._check_square(tiles)
+        cells = side // self.unit
+        counts = self.tiles_per_image(inputs["input_ids"][0], cells**2)
+        if sum(counts) != len(tiles):
+            raise ValueError(
+                f"input_ids hold image tokens of {sum(counts)} tiles ({cells} x {cells} tokens "
+                f"each), but pixel_values hold {len(tiles)}: text and images must come from the "
+                f"same processor call, and the processor's image_seq_len(gth) must be the "
+                f"model's. (A tile that is 0 everywhere counts as padding in Idefics3.)"
+            )
+        found = []
+        for own in tiles.split(counts):
+            down, across = self._layout(own)
+            rows, cols = down * cells, across * cells
+            found.append(ImageGrid(rows, cols, down * side, across * side, tiles=(down, across)))
+        return tuple(found)
+
+    def _check_square(self, tiles: Tensor) -> int:
+        height, width = tiles.shape[-2:]
+        if height != width or height % self.unit:
+            raise ValueError(
+                f"pixel_values hold tiles of {height} x {width} pixels, but this model takes "
+                f"square tiles whose side is a multiple of {self.unit} pixels: it would scramble "
+                f"others without a word. Let the processor cut the tiles."
+            )
+        return height
+
+    @staticmethod
+    def _layout(own: Tensor) -> tuple[int, int]:
+        """Tiles down and across of one image."""
+        if len(own) == 1:
+            return 1, 1
+        if len(own) == 2:
+            raise ValueError(
+                "pixel_values hold an image of 2 tiles: one tile needs no overview and two have "
+                "one, so it must be 1 tile, or 3 and more. Let the processor cut the tiles."
+            )
+        layout, certain = find_layout(own[:-1], own[-1])
+        if not certain:
+            warn(
+                f"pixel_values don't tell how the {len(own) - 1} tiles of an image lie (is it "
+                f"blank?): {layout[0]} down and {layout[1]} across is assumed.",
+                stacklevel=2,
+            )
+        return layout
+
+    @override
+    def views(self, grid: ImageGrid) -> tuple[View, ...]:
+        down, across = grid.tiles
+        side = grid.rows // down
+        tokens = rearrange(
+            torch.arange(grid.cells),
+            "(down across rows cols) -> (down rows) (across cols)",
+            down=down, across=across, rows=side,
+        )  # fmt: skip
+        if down * across == 1:
+            return (View(tokens),)
+        overview = torch.arange(grid.cells, grid.cells + side**2).reshape(side, side)
+        return View(tokens), View(overview)
+
+    @staticmethod
+    def count(grid: ImageGrid) -> int:
+        """Number of an image's tiles, overview included."""
+        n = grid.tiles[0] * grid.tiles[1]
+        return n if n == 1 else n + 1
+
+    @override
+    def runs(self, grid: ImageGrid) -> tuple[int, ...]:
+        return (grid.cells // (grid.tiles[0] * grid.tiles[1]),) * self.count(grid)
+
+    @override
+    def scaled_grid(self, grid: ImageGrid, scale: float) -> ImageGrid:
+        down, across = grid.tiles
+        cells = round(grid.rows // down * scale)
+        if cells < 1:
+            raise ValueError(
+                f"scales: {scale} makes tiles of {grid.height // down} pixels smaller than one "
+                f"token of {self.unit} px; use larger scales."
+            )
+        rows, cols = down * cells, across * cells
+        return ImageGrid(rows, cols, rows * self.unit, cols * self.unit, tiles=grid.tiles)
+
+    @override
+    def rescale_pixels(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
+    ) -> dict[str, Tensor]:
+        made = []
+        for own, grid in zip(
+            self.tiles(inputs).split([self.count(grid) for grid in grids]), grids, strict=True
+        ):
+            n = grid.tiles[0] * grid.tiles[1]
+            # Whole pictures are resized, so that nothing happens at the tiles' borders.
+            picture = join_tiles(own[:n], grid.tiles)
+            size, side = (grid.height, grid.width), grid.height // grid.tiles[0]
+            made.append(split_tiles(resize_pixels(picture[None], size)[0], grid.tiles))
+            if n > 1:
+                made.append(resize_pixels(own[n:], (side, side)))
+        return self.as_inputs(torch.cat(made))
+
+    @override
+    def pixels_from_pictures(
+        self, pictures: Sequence[Any], settings: Any, grids: Sequence[ImageGrid]
+    ) -> dict[str, Tensor]:
+        made = []
+        for picture, grid in zip(pictures, grids, strict=True):
+            side = grid.height // grid.tiles[0]
+            pixels = picture_pixels(picture, settings, (grid.height, grid.width))
+            made.append(split_tiles(pixels, grid.tiles))
+            if self.count(grid) > 1:
+                made.append(picture_pixels(picture, settings, (side, side))[None])
+        return self.as_inputs(torch.cat(made))
+
+
+@register_adapter("InternVLForConditionalGeneration")
+class InternVLAdapter(TileAdapter):
+    """Adapter of InternVL 2.5 and 3 in their native form: ``pixel_values`` (tiles, 3, s, s)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        patch = self.config.vision_config.patch_size
+        self.patch = int(patch if isinstance(patch, int) else patch[0])
+        self.unit = round(self.patch / self.config.downsample_ratio)
+        self.drops_class = self.config.vision_feature_select_strategy == "default"
+        if not self.drops_class:
+            raise ValueError(
+                "model: InternVL with vision_feature_select_strategy 'full' has no square grid of "
+                "image tokens; 'default' is supported."
+            )
+
+    @override
+    def tiles(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        pixels = inputs["pixel_values"]
+        if pixels.ndim != 4 or not len(pixels):
+            raise ValueError(
+                f"pixel_values must be (tiles, channels, height, width), got shape "
+                f"{tuple(pixels.shape)}; pass what the processor returns."
+            )
+        return pixels
+
+    @override
+    def tiles_per_image(self, ids: Tensor, per_tile: int) -> list[int]:
+        is_image = (ids == self.visual_ids[0]).tolist()
+        runs = [len(list(run)) for visual, run in groupby(is_image) if visual]
+        # A run that is no whole number of tiles shows in the sum.
+        return [max(1, round(run / per_tile)) for run in runs]
+
+    @override
+    def runs(self, grid: ImageGrid) -> tuple[int, ...]:
+        return (sum(super().runs(grid)),)
+
+    @override
+    def as_inputs(self, tiles: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values": tiles}
+
+    @override
+    def features_shape(self, grids: Sequence[ImageGrid]) -> tuple[int, ...]:
+        side = grids[0].height // grids[0].tiles[0] // self.patch
+        return (sum(self.count(grid) for grid in grids), 1 + side**2)
+
+
+@register_adapter("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
+class IdeficsAdapter(TileAdapter):
+    """Adapter of Idefics3 and SmolVLM: pixels (1, tiles, 3, s, s), tiles named in the text."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.patch = int(self.config.vision_config.patch_size)
+        self.unit = self.patch * int(self.config.scale_factor)
+
+    @override
+    def tiles(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        pixels, mask = inputs["pixel_values"], inputs.get("pixel_attention_mask")
+        if pixels.ndim != 5 or pixels.shape[0] != 1 or not pixels.shape[1]:
+            raise ValueError(
+                f"pixel_values must be (1, tiles, channels, height, width), got shape "
+                f"{tuple(pixels.shape)}; pass what the processor returns for one sample."
+            )
+        real = (pixels[0] != 0).flatten(1).any(1)  # as the model tells padding
+        if mask is not None and not bool(mask[0][real].bool().all()):
+            raise ValueError(
+                "pixel_attention_mask has zeros inside a tile, whose padded part has no place in "
+                "the map. Let the processor cut the image into tiles of one size."
+            )
+        return pixels[0][real]
+
+    @override
+    def tiles_per_image(self, ids: Tensor, per_tile: int) -> list[int]:
+        """Counts by the words before each run: the overview's are those of the last run."""
+        where = (ids == self.visual_ids[0]).nonzero()[:, 0].tolist()
+        starts, ends = where[::per_tile], where[per_tile - 1 :: per_tile]
+        if not ends or ends[-1] + 1 >= len(ids):
+            return [len(starts)]
+        fence = int(ids[ends[-1] + 1])  # stands around every image and tile
+        names = [self._name(ids, start, fence) for start in starts]
+        counts = [0]
+        for name in names:
+            counts[-1] += 1
+            if name == names[-1]:
+                counts.append(0)
+        return counts[:-1]
+
+    @staticmethod
+    def _name(ids: Tensor, start: int, fence: int) -> tuple[int, ...]:
+        """The ids between the last fence and a run: what the tile is called in the text."""
+        fences = (ids[:start] == fence).nonzero()[:, 0]
+        return tuple(ids[int(fences[-1]) + 1 : start].tolist()) if len(fences) else ()
+
+    @override
+    def as_inputs(self, tiles: Tensor) -> dict[str, Tensor]:
+        shape = (1, len(tiles), *tiles.shape[-2:])
+        mask = torch.ones(shape, dtype=torch.int64, device=tiles.device)
+        return {"pixel_values": tiles[None], "pixel_attention_mask": mask}
+
+    @override
+    def features_shape(self, grids: Sequence[ImageGrid]) -> tuple[int, ...]:
+        side = grids[0].height // grids[0].tiles[0] // self.patch
+        return (sum(self.count(grid) for grid in grids), side**2)
