@@ -42,6 +42,7 @@ class Family(ABC):
     kind: ClassVar[str]  # of the models of transformers: `kind`ForConditionalGeneration
     tokens: ClassVar[Mapping[str, str]]  # see `tokenizer.special_tokens`
     around: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = ((), ())  # tokens about an image
+    video: ClassVar[Mapping[str, Any] | None] = None  # settings of the full processor's third part
     sizes: ClassVar[Mapping[str, Mapping[str, Width]]]
     cell: ClassVar[int] = 8  # side in pixels of what one image position stands for
     layouts: ClassVar[tuple[Layout, ...]]  # one is drawn for every training step

@@ -55,6 +55,10 @@ class InternVL(Family):
         "video_token": "<video>",
     }
     around = (("<img>",), ("</img>",))
+    video = {  # noqa: RUF012
+        "video_processor_type": "InternVLVideoProcessor",
+        "size": {"height": NATIVE, "width": NATIVE},
+    }
     sizes = {  # noqa: RUF012
         "small": {"vision": (160, 4, 5, 640), "text": (192, 5, 6, 440)},
         "tiny": {"vision": (32, 1, 2, 64), "text": (32, 1, 2, 64)},

@@ -115,4 +115,4 @@ class Llava(Family):
         tower at random weights.
         """
         short, long = "vision_tower.", "vision_tower.vision_model."
-        return name if name.startswith(long) else name.replace(short, long, 1)
+        return name if long in name else name.replace(short, long, 1)

@@ -45,6 +45,12 @@ class Qwen2VL(Family):
         "vision_end_token": "<|vision_end|>",
     }
     around = (("<|vision_start|>",), ("<|vision_end|>",))
+    video = {  # noqa: RUF012
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+        "temporal_patch_size": 2,
+    }
     sizes = {  # noqa: RUF012
         "small": {"vision": (160, 4, 5, 640), "text": (192, 5, 6, 440)},
         "tiny": {"vision": (32, 1, 2, 64), "text": (32, 1, 2, 64)},

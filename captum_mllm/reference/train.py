@@ -237,14 +237,14 @@ def save(model, family: Family, config: str, out: Path) -> None:
     tensors = {family.weight_name(name): tensor for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     family.build_processor().save_pretrained(out)
-    _tidy(out)
+    _tidy(out, family)
 
 
-def _tidy(out: Path) -> None:
-    """Settle what versions of transformers write differently.
+def _tidy(out: Path, family: Family) -> None:
+    """Settle what versions of transformers write or need differently.
 
-    Only some know the name of the tower's rotary positions, which are the same in all; and
-    `AutoProcessor` knows a processor by the name of its full class.
+    Only some know the name of the tower's rotary positions, which are the same in all; and where
+    torchvision is installed, `AutoProcessor` wants a processor's full class and all its parts.
     """
     for file in ("config.json", "tokenizer_config.json"):
         settings = json.loads((out / file).read_text())
@@ -252,6 +252,10 @@ def _tidy(out: Path) -> None:
         if "processor_class" in settings:
             settings["processor_class"] = settings["processor_class"].removeprefix("ImageOnly")
         (out / file).write_text(json.dumps(settings, indent=2) + "\n")
+    if family.video:
+        settings = json.loads((out / "processor_config.json").read_text())
+        settings["video_processor"] = dict(family.video)
+        (out / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
