@@ -2,12 +2,14 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OLDEST ?= transformers==5.5.0
+TORCHVISION ?= torchvision==0.28.0
 BIN := .venv/bin
 OLD := .venv-oldest/bin
+WITH_TORCHVISION := --confcutdir=tests/with_torchvision tests/with_torchvision
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint notebooks oldest wheel clean
+.PHONY: demo test check lint notebooks oldest video wheel clean
 
 demo: .venv/ready
 	$(BIN)/captum-mllm explain --demo --out demo
@@ -15,7 +17,7 @@ demo: .venv/ready
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term:skip-covered
 
-check: .venv/ready notebooks wheel oldest
+check: .venv/ready notebooks wheel oldest video
 	$(BIN)/python -m pytest -q -m slow tests
 
 lint: .venv/ready
@@ -28,6 +30,12 @@ notebooks: .venv/ready
 
 oldest: .venv-oldest/ready
 	$(OLD)/python -m pytest -q -m "not slow" tests
+
+# Real video processors, which need torchvision: it is kept out of the environments, where the
+# package must do without.
+video: .venv/ready .venv-oldest/ready .torchvision/ready
+	PYTHONPATH=.torchvision $(BIN)/python -m pytest -q $(WITH_TORCHVISION)
+	PYTHONPATH=.torchvision $(OLD)/python -m pytest -q $(WITH_TORCHVISION)
 
 wheel: .venv/ready
 	rm -rf dist && $(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
@@ -46,5 +54,10 @@ wheel: .venv/ready
 	$(OLD)/pip install -q --disable-pip-version-check "$(OLDEST)" -e ".[dev]"
 	touch $@
 
+.torchvision/ready: .venv/ready
+	rm -rf .torchvision
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .torchvision $(TORCHVISION)
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest demo dist build .coverage
+	rm -rf .venv .venv-oldest .torchvision demo dist build .coverage

@@ -34,3 +34,22 @@ def check_alpha_max(value: Any) -> float | None:
     if value is None:
         return None
     return check_number("alpha_max", value, "above 0 (or be None)", lambda a: a > 0)
+
+
+def picture_size(size: Any) -> tuple[int, int]:
+    """(height, width) as given, or of a PIL picture.
+
+    Args:
+        size: (height, width) in pixels, or the picture.
+
+    Raises:
+        TypeError: neither of them.
+        ValueError: no whole numbers of pixels.
+    """
+    if hasattr(size, "height") and hasattr(size, "width"):
+        size = (size.height, size.width)
+    if not isinstance(size, tuple | list):
+        raise TypeError(f"size must be (height, width) in pixels or a PIL picture, got {size!r}.")
+    if len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size):
+        raise ValueError(f"size must be (height, width), whole pixels >= 1, got {size!r}.")
+    return size[0], size[1]

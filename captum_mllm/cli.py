@@ -8,6 +8,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -76,7 +77,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--image", type=Path, metavar="FILE", help="the picture")
+    add(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        nargs="+",
+        action="extend",
+        help="the picture, or several",
+    )
     add(
         "--prompt",
         type=_text,
@@ -167,39 +175,58 @@ def _explain(args: argparse.Namespace) -> None:
         check_folder(args.out)
     except OSError as error:
         raise UsageError(f"argument --out: {error}; choose another folder") from error
-    picture, prompt = _demo_scene() if args.demo else (_picture(args.image), args.prompt)
+    if args.demo:
+        picture, prompt = _demo_scene()
+        pictures = [picture]
+    else:
+        pictures, prompt = [_picture(path) for path in args.image], args.prompt
     _say(f"loading {args.model or SHIPPED} ...")
-    model, processor = load_model(args.model, args.dtype, args.device)
-    inputs, assumed = prepare_inputs(processor, picture, prompt)
-    _say(assumed)
+    model, processor, note = load_model(args.model, args.dtype, args.device)
+    inputs, assumed = prepare_inputs(processor, pictures, prompt)
+    notes = [line for line in (note, assumed) if line]
+    for line in notes:
+        _say(line)
     result = _attribute(args, model, processor, inputs)
-    model_name = args.model or SHIPPED
-    _write(args, result, picture, prompt, (f"Model: {model_name}.", assumed))
+    _write(args, result, pictures, prompt, [f"Model: {args.model or SHIPPED}.", *notes])
 
 
 def _write(
     args: argparse.Namespace,
     result: "MLLMAttributionResult",
-    picture: "Image",
+    pictures: "Sequence[Image]",
     prompt: str,
-    notes: tuple[str, ...],
+    notes: Sequence[str],
 ) -> None:
+    """One picture: a report in the folder. Several: one each in image-1, image-2, ..."""
     from captum_mllm.visualization import answer_text, format_table, write_report
     from captum_mllm.visualization.folder import filled_folder
 
+    several = len(pictures) > 1
     _say("drawing ...")
+    summaries = []
     try:
         with filled_folder(args.out) as folder:
-            summary = write_report(folder, result, picture, prompt=prompt, notes=notes)
+            for n, picture in enumerate(pictures):
+                own = folder / f"image-{n + 1}" if several else folder
+                own.mkdir(exist_ok=True)
+                about = [f"Picture {n + 1} of {len(pictures)}: {args.image[n]}."] if several else []
+                lines = [*about, *notes]
+                seen = replace(result, grid_attr=(result.grid_attr[n],), grids=(result.grids[n],))
+                summaries.append(write_report(own, seen, picture, prompt=prompt, notes=lines))
             if args.save_result:
                 result.save(folder / "result.safetensors")
     except OSError as error:
         raise UsageError(f"argument --out: can't write there ({error})") from error
-    text = f"prompt: {prompt}\nanswer: {answer_text(result)}\n\n{format_table(summary)}\n"
+    text = f"prompt: {prompt}\nanswer: {answer_text(result)}\n"
+    for n, summary in enumerate(summaries):
+        title = f"image {n + 1}: {args.image[n]}\n" if several else ""
+        text += f"\n{title}{format_table(summary)}\n"
     print(_printable(text, sys.stdout))
-    if summary.assumed:
+    if any(summary.assumed for summary in summaries):
         _say("assumed: the model saw the whole picture (the processor's crop is not known)")
-    _say(f"wrote {args.out / 'index.html'} and {len(list(args.out.iterdir())) - 1} files beside it")
+    files = sum(path.is_file() for path in args.out.rglob("*"))
+    pages = args.out / ("image-1" if several else "") / "index.html"
+    _say(f"wrote {pages} and {files - 1} files beside it")
 
 
 def _demo_scene() -> "tuple[Image, str]":

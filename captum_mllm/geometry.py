@@ -147,6 +147,11 @@ class Preprocessing:
                 f"processor {name} pads each picture in its own way; the box is known from the "
                 f"inputs' image_sizes. Pass geometry= instead."
             )
+        if getattr(settings, "do_pan_and_scan", False):
+            raise ValueError(
+                f"processor {name} has do_pan_and_scan=True: it adds crops of a picture as images "
+                f"of their own, and nothing tells which part each shows. Pass geometry= instead."
+            )
         shortest_edge = resize = crop = None
         if settings.do_resize:
             size = dict(settings.size)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from captum_mllm.checks import picture_size
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGeometry, ImageGrid, Preprocessing, maps_to_picture
 from captum_mllm.storage import read_tensors, write_tensors
@@ -129,7 +130,7 @@ class MLLMAttributionResult:
                 settings don't give the frame that the model saw.
             IndexError: no such image.
         """
-        size = _picture_size(size)
+        size = picture_size(size)
         geometry = self.geometry(i, size, geometry=geometry, processor=processor)
         return maps_to_picture(self._image(i)[1], geometry, size)
 
@@ -289,11 +290,7 @@ class MLLMAttributionResult:
         return plot_token_attr(self, show=show)
 
     def plot_seq_attr(self, show: bool = False) -> "tuple[Figure, Axes] | None":
-        """Bars of ``seq_attr``, one per text token.
-
-        Args:
-            show: show the plot and return None; default False returns (figure, axes).
-        """
+        """Bars of ``seq_attr``, one per text token; ``show`` as for :meth:`plot_token_attr`."""
         from captum_mllm.visualization import plot_seq_attr
 
         return plot_seq_attr(self, show=show)
@@ -303,9 +300,10 @@ class MLLMAttributionResult:
         show: bool = False,
         target_token_pos: int | tuple[int, int] | None = None,
         image: int = 0,
-        picture: "Image | None" = None,
-    ) -> "tuple[Figure, Axes] | None":
-        """Heat map of one image, over the picture if it is given.
+        picture: "Image | Sequence[Image] | None" = None,
+        frame: int | None = None,
+    ) -> "tuple[Figure, Any] | None":
+        """Heat map of one image, over the picture if it is given; of a video, of 8 of its frames.
 
         Args:
             show: show the plot and return None; default False returns (figure, axes).
@@ -313,11 +311,24 @@ class MLLMAttributionResult:
                 None (default) for the sum of all.
             image: which image, default the first.
             picture: PIL picture to draw on: the original picture; where the geometry is not
-                known (see :meth:`to_image`), the image as the model saw it.
+                known (see :meth:`to_image`), the image as the model saw it. Of a video the frame;
+                without ``frame``, all frames.
+            frame: draw this frame of a video only; negative counts from the end.
         """
         from captum_mllm.visualization import plot_image_heatmap
 
-        return plot_image_heatmap(self, show, target_token_pos, image, picture)
+        return plot_image_heatmap(self, show, target_token_pos, image, picture, frame)
+
+    def plot_time_profile(
+        self,
+        show: bool = False,
+        target_token_pos: int | tuple[int, int] | None = None,
+        image: int = 0,
+    ) -> "tuple[Figure, Axes] | None":
+        """When each token looked at a video; arguments as for :meth:`plot_image_heatmap`."""
+        from captum_mllm.visualization import plot_time_profile
+
+        return plot_time_profile(self, show, target_token_pos, image)
 
     def select(self, targets: Sequence[int]) -> "MLLMAttributionResult":
         """The same result with only some of its rows.
@@ -335,14 +346,3 @@ class MLLMAttributionResult:
             output_probs=self.output_probs[rows],
             relevance=None if self.relevance is None else self.relevance[rows],
         )
-
-
-def _picture_size(size: Any) -> tuple[int, int]:
-    """(height, width) as given, or of a PIL picture."""
-    if hasattr(size, "height") and hasattr(size, "width"):
-        size = (size.height, size.width)
-    if not isinstance(size, tuple | list):
-        raise TypeError(f"size must be (height, width) in pixels or a PIL picture, got {size!r}.")
-    if len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size):
-        raise ValueError(f"size must be (height, width), whole pixels >= 1, got {size!r}.")
-    return size[0], size[1]

@@ -30,14 +30,8 @@ from captum_mllm.inputs import (
 )
 from captum_mllm.labels import token_labels, tokenizer_of
 from captum_mllm.rescale import scaled_inputs, window_inputs
+from captum_mllm.targets import Explain, explained_columns, text_positions
 from captum_mllm.trace import ReleasedQuirks, TokenTrace
-
-Explain = str | Sequence[int] | Tensor
-
-_SEES_AHEAD = (
-    "this model's prompt sees itself whole (prefix LM): none of its tokens is predicted from "
-    "those before it. Use explain='answer'."
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +102,8 @@ class Runner:
                 answer = generate_answer(sample, adapter, gen_args)
             else:
                 answer = read_target(target, sample, adapter, self.tokenizer)
-            text = self._text_positions(sample, len(answer))
-            targets = _explained(explain, text, sample, adapter)
+            text = text_positions(sample, len(answer), adapter, self.tokenizer, self.context)
+            targets = explained_columns(explain, text, sample, adapter)
             full = append_answer(sample, answer, adapter)
             captured = captured_forward(
                 adapter, full, sample.grids, rows=text - 1, layer=self.layer
@@ -273,18 +267,6 @@ class Runner:
         )
         return trace, log_probs
 
-    def _text_positions(self, sample: Sample, n_answer: int) -> Int64[Tensor, " tokens"]:
-        """Positions of the prompt's text and of the answer (without the sequence's first)."""
-        ids = sample.prompt_ids
-        special = set(self.adapter.special_ids)
-        special.update(getattr(self.tokenizer, "all_special_ids", []))
-        start = sample.prefix_length if self.context == "after_image" else 1
-        prompt = [p for p in sample.text_positions if p >= start and int(ids[p]) not in special]
-        if self.adapter.prompt_sees_ahead:
-            prompt = []  # it predicts nothing: each of its tokens sees those after it
-        answer = range(len(ids), len(ids) + n_answer)
-        return torch.tensor([*prompt, *answer], dtype=torch.int64, device=ids.device)
-
     def _preprocessing(self) -> Preprocessing | None:
         """The processor's settings, where to_image can undo them."""
         if not hasattr(self.processor, "image_processor"):
@@ -293,46 +275,3 @@ class Runner:
             return Preprocessing.of(self.processor)
         except ValueError:
             return None  # to_image says so when it is called
-
-
-def _explained(
-    explain: Explain, text: Tensor, sample: Sample, adapter: Adapter
-) -> Int64[Tensor, " targets"]:
-    """Columns that are explained.
-
-    Raises:
-        ValueError: an unknown word, or positions that are no text tokens.
-        TypeError: neither a word nor positions.
-    """
-    columns = torch.arange(len(text), device=text.device)
-    if isinstance(explain, str):
-        in_prompt = text < len(sample.prompt_ids)
-        choices = {"answer": columns[~in_prompt], "prompt": columns[in_prompt], "all": columns}
-        if explain not in choices:
-            raise ValueError(
-                f"explain must be 'answer', 'prompt', 'all' or positions, got {explain!r}."
-            )
-        if adapter.prompt_sees_ahead and explain != "answer":
-            raise ValueError(f"explain={explain!r} asks for prompt tokens, but {_SEES_AHEAD}")
-        if not len(choices[explain]):
-            raise ValueError("explain='prompt', but the prompt has no text tokens to explain.")
-        return choices[explain]
-    try:
-        wanted = torch.as_tensor(explain, device=text.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"explain must be 'answer', 'prompt', 'all' or positions, got {explain!r}."
-        ) from error
-    if wanted.ndim != 1 or not wanted.numel() or wanted.is_floating_point():
-        raise ValueError(f"explain must hold at least one position (1-D ints), got {explain!r}.")
-    at = {int(p) + sample.padding: column for column, p in enumerate(text)}
-    unknown = [int(p) for p in wanted if int(p) not in at]
-    if unknown and adapter.prompt_sees_ahead and min(unknown) < len(sample.prompt_ids):
-        raise ValueError(f"explain holds prompt positions {unknown}, but {_SEES_AHEAD}")
-    if unknown:
-        raise ValueError(
-            f"explain holds positions {unknown} that are no text tokens; text tokens stand at "
-            f"{sorted(at)} of input_ids + answer. Tokens before the image count with "
-            f"context='all'; special tokens and image tokens can't be explained."
-        )
-    return torch.tensor([at[int(p)] for p in wanted], dtype=torch.int64, device=text.device)

@@ -6,6 +6,7 @@ are only Python numbers and lists, so that each line can be checked against the 
 
 import math
 import statistics
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -262,3 +263,133 @@ def resize_attributions(
                         for u in range(w)
                     )
     return result
+
+
+# --- views ------------------------------------------------------------------------------------
+
+Exact = tuple[Fraction, Fraction, Fraction, Fraction]
+
+
+def exact_box(box: tuple[float, float, float, float]) -> Exact:
+    """The ratios of small whole numbers that a box's floats were rounded from."""
+    left, upper, right, lower = (Fraction(edge).limit_denominator(1000) for edge in box)
+    return left, upper, right, lower
+
+
+def _shared(start: Fraction, end: Fraction, low: Fraction, high: Fraction) -> Fraction:
+    return max(min(end, high) - max(start, low), Fraction(0))
+
+
+def join_windows(maps: list[Tensor], boxes: list, size: tuple[int, int]) -> Tensor:
+    """Maps (rows, cols) of windows: every cell's rectangle against every frame cell's, exactly."""
+    result = []
+    for y in range(size[0]):
+        line = []
+        for x in range(size[1]):
+            total, covered = 0.0, Fraction(0)
+            for window, box in zip(maps, boxes, strict=True):
+                left, upper, right, lower = exact_box(box)
+                rows, cols = window.shape
+                for v in range(rows):
+                    high = _shared(
+                        upper + (lower - upper) * v / rows,
+                        upper + (lower - upper) * (v + 1) / rows,
+                        Fraction(y, size[0]),
+                        Fraction(y + 1, size[0]),
+                    )
+                    for u in range(cols):
+                        area = high * _shared(
+                            left + (right - left) * u / cols,
+                            left + (right - left) * (u + 1) / cols,
+                            Fraction(x, size[1]),
+                            Fraction(x + 1, size[1]),
+                        )
+                        total += float(area) * float(window[v, u])
+                        covered += area
+            line.append(total / float(covered) if covered else 0.0)
+        result.append(line)
+    return _f64(result)
+
+
+def resample_cells(cells: Tensor, box, size: tuple[int, int]) -> Tensor:
+    return join_windows([cells], [box], size)
+
+
+def merge_views(views: list[Tensor], boxes: list, size: tuple[int, int]) -> Tensor:
+    placed = [
+        resample_cells(cells, box, size).tolist() for cells, box in zip(views, boxes, strict=True)
+    ]
+    return _f64(
+        [
+            [statistics.fmean(view[y][x] for view in placed) for x in range(size[1])]
+            for y in range(size[0])
+        ]
+    )
+
+
+def window_boxes(cells: tuple[int, int], enlarged: tuple[int, int], n: int) -> list[Exact]:
+    """Whole cells nearest to evenly spaced places, row by row."""
+    boxes = []
+    for i in range(n):
+        for j in range(n):
+            top = round(Fraction(i * (enlarged[0] - cells[0]), max(n - 1, 1)))
+            left = round(Fraction(j * (enlarged[1] - cells[1]), max(n - 1, 1)))
+            boxes.append(
+                (
+                    Fraction(left, enlarged[1]),
+                    Fraction(top, enlarged[0]),
+                    Fraction(left + cells[1], enlarged[1]),
+                    Fraction(top + cells[0], enlarged[0]),
+                )
+            )
+    return boxes
+
+
+# --- pixels -----------------------------------------------------------------------------------
+
+
+def join_tiles(tiles: Tensor, layout: tuple[int, int]) -> Tensor:
+    """Pixel by pixel: which tile it lies in, and where there."""
+    _, channels, h, w = tiles.shape
+    picture = torch.zeros(channels, layout[0] * h, layout[1] * w, dtype=tiles.dtype)
+    for y in range(layout[0] * h):
+        for x in range(layout[1] * w):
+            picture[:, y, x] = tiles[(y // h) * layout[1] + x // w, :, y % h, x % w]
+    return picture
+
+
+def shrink(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mean of the whole pixels under each new pixel, any part of a pixel counting as whole."""
+    channels, h, w = picture.shape
+    small = torch.zeros(channels, *size, dtype=torch.float64)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            rows = slice(y * h // size[0], math.ceil((y + 1) * h / size[0]))
+            cols = slice(x * w // size[1], math.ceil((x + 1) * w / size[1]))
+            small[:, y, x] = picture[:, rows, cols].double().mean((1, 2))
+    return small
+
+
+def layout_error(tiles: Tensor, overview: Tensor, layout: tuple[int, int]) -> float:
+    small = shrink(join_tiles(tiles, layout), (overview.shape[1], overview.shape[2]))
+    return statistics.fmean((a - b) ** 2 for a, b in zip(
+        small.flatten().tolist(), overview.double().flatten().tolist(), strict=True
+    ))  # fmt: skip
+
+
+def frames_to_patches(frames: Tensor, patch: int, temporal: int, merge: int) -> Tensor:
+    """Row by row: step, block down, block across, patch down and across in the block."""
+    count, channels, height, width = frames.shape
+    side = patch * merge
+    rows = []
+    for step in range(count // temporal):
+        for top in range(0, height, side):
+            for left in range(0, width, side):
+                for y in range(top, top + side, patch):
+                    for x in range(left, left + side, patch):
+                        row = []
+                        for c in range(channels):
+                            for t in range(step * temporal, (step + 1) * temporal):
+                                row += frames[t, c, y : y + patch, x : x + patch].flatten().tolist()
+                        rows.append(row)
+    return _f64(rows)

@@ -1,5 +1,6 @@
 """The command line on a tiny model saved to disk; `main` runs in this process."""
 
+import functools
 import json
 import re
 import subprocess
@@ -7,9 +8,12 @@ import sys
 
 import pytest
 import torch
+from families import NAMES, PLACEHOLDER, family
 from PIL import Image
+from test_families_models import as_full_processor
 
-from captum_mllm import MLLMAttributionResult, cli
+from captum_mllm import MLLMAttributionResult, cli, cli_model
+from captum_mllm.adapters import registered_classes
 from captum_mllm.visualization.pictures import open_picture
 
 MADE_BY = {  # method: name and number of scales in its result
@@ -112,7 +116,7 @@ def test_prompt_with_image_token_is_used_as_it_is(base, capsys):
 
 def test_image_token_is_put_before_a_prompt_without_template(processor, picture):
     assert processor.chat_template is None
-    inputs, assumed = cli.prepare_inputs(processor, picture, "what is here ?")
+    inputs, assumed = cli.prepare_inputs(processor, [picture], "what is here ?")
     assert "no chat template" in assumed
     ids = inputs["input_ids"][0].tolist()
     placeholders = [n for n, i in enumerate(ids) if i == processor.image_token_id]
@@ -126,7 +130,7 @@ def test_chat_template_is_used_with_one_start_token(start, picture):
 
     processor = build_processor(16, 8)  # its tokenizer puts <s> before every text
     processor.chat_template = start + processor.chat_template
-    inputs, assumed = cli.prepare_inputs(processor, picture, "what is this?")
+    inputs, assumed = cli.prepare_inputs(processor, [picture], "what is this?")
     assert "chat template" in assumed
     ids = inputs["input_ids"][0].tolist()
     assert ids.count(processor.tokenizer.bos_token_id) == 1
@@ -178,14 +182,15 @@ def test_broken_picture(base, image, capsys):
 
 
 def test_model_without_pictures_is_refused_before_its_weights_are_read(base, tmp_path, capsys):
-    from transformers import LlamaConfig, LlavaNextConfig
+    from transformers import LlamaConfig, VipLlavaConfig
 
-    for config, words in ((LlamaConfig(), "reads no pictures"), (LlavaNextConfig(), "no adapter")):
+    for config, words in ((LlamaConfig(), "reads no pictures"), (VipLlavaConfig(), "no adapter")):
         folder = tmp_path / type(config).__name__
         config.save_pretrained(folder)  # there are no weights at all
         line = failing(capsys, {**base, "--model": str(folder)})
         assert "argument --model" in line
         assert words in line
+        assert all(f"{name}ForConditionalGeneration" in line for name in NAMES)
 
 
 def test_missing_torchvision_is_named(base, capsys, monkeypatch):
@@ -272,3 +277,165 @@ def test_alpha_max_reaches_the_method(base, tmp_path):
         assert run({**arguments, **more}, "--save-result") == 0
         maps.append(MLLMAttributionResult.load(f"{out}/result.safetensors").grid_attr[0])
     assert not torch.equal(*maps)
+
+
+# ---- every family -------------------------------------------------------------------------------
+
+VIDEO_PART = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "InternVL", "SmolVLM")
+WITHOUT_VIDEO = "read without its video part, as torchvision is not installed"
+TEMPLATE = (
+    "{% for m in messages %}USER: {% for c in m['content'] %}"
+    "{{ PICTURE if c['type'] == 'image' else c['text'] }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+WITH_BREAK = ("Llava", "LlavaNext", "InternVL", "Idefics3", "SmolVLM", "Gemma3")
+as_processors_do = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+kin_of = functools.cache(family)
+
+
+@functools.cache
+def template(name):
+    """A chat template of that family, in which each picture has its placeholder."""
+    return TEMPLATE.replace("PICTURE", repr(PLACEHOLDER.get(name, "<image>")))
+
+
+@pytest.fixture(params=NAMES)
+def kin(request):
+    return kin_of(request.param)
+
+
+@pytest.fixture
+def kin_saved(kin, tmp_path):
+    """A folder that model and processor were saved to, as where torchvision is installed."""
+    folder = tmp_path / "model"
+    kin.model.save_pretrained(folder)
+    (as_full_processor if kin.name in VIDEO_PART else as_saved)(folder, kin.processor)
+    return folder
+
+
+def as_saved(folder, processor):
+    processor.save_pretrained(folder)
+
+
+@as_processors_do
+def test_every_family_is_explained_from_its_folder(kin, kin_saved, base, tmp_path, capsys):
+    pictures = {"one": kin.wide_picture, "other": kin.picture}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / f"{name}.png")
+    images = [str(tmp_path / f"{name}.png") for name in pictures]
+    arguments = {**base, "--model": str(kin_saved), "--method": "lens", "--target": "dog left"}
+    arguments["--image"] = images[0]
+    assert run(arguments, "--save-result") == 0
+    alone = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
+    assert len(alone.grids) == 1
+    page = (tmp_path / "out" / "index.html").read_text()
+    err = capsys.readouterr().err
+    assert (WITHOUT_VIDEO in err) == (WITHOUT_VIDEO in page) == (kin.name in VIDEO_PART)
+
+    assert run(arguments, "--image", images[1], "--save-result") == 0
+    both = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
+    assert both.grids[0] == alone.grids[0]
+    assert len(both.grids) == 2
+    out, err = capsys.readouterr()
+    assert "assumed: the model saw the whole picture" not in err  # where the pictures lie is known
+    assert out.count("answer: dog left") == 1
+    assert out.index(f"image 1: {images[0]}") < out.index(f"image 2: {images[1]}")
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"result.safetensors", "image-1", "image-2"}  # nothing of the earlier report
+    for n, picture in enumerate(pictures.values(), 1):
+        folder = tmp_path / "out" / f"image-{n}"
+        assert {"index.html", "word-01-dog.png", "words.json"} <= {p.name for p in folder.iterdir()}
+        with Image.open(folder / "picture.png") as written:
+            assert written.size == picture.size
+        assert f"Picture {n} of 2" in (folder / "index.html").read_text()
+
+
+@as_processors_do
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_picture_has_its_placeholder(kin, count):
+    pictures = [kin.picture, kin.wide_picture][:count]
+    inputs, assumed = cli.prepare_inputs(kin.processor, pictures, "what is here ?")
+    assert "no chat template" in assumed
+    tokenizer, ids = kin.processor.tokenizer, inputs["input_ids"]
+    assert "USER:" not in tokenizer.decode(ids[0])
+    expected = kin.encode(*pictures)["input_ids"]
+    visual = torch.tensor(kin.model.config.image_token_id)
+    assert (ids == visual).sum() == (expected == visual).sum()
+    if kin.name.startswith("Qwen"):
+        start, end = (tokenizer.convert_tokens_to_ids(f"<|vision_{n}|>") for n in ("start", "end"))
+        assert (ids == start).sum() == (ids == end).sum() == count
+    before = PLACEHOLDER.get(kin.name, "<image>") + ("\n" if kin.name in WITH_BREAK else "")
+    assert assumed == f"Assumed: {before * count!r} before the prompt (no chat template)."
+    question = ids[0].tolist().index(tokenizer.convert_tokens_to_ids("what"))
+    assert question > (ids[0] == visual).nonzero().max()
+    if kin.name == "PaliGemma" and count == 1:  # as its processor does, where a prompt has none
+        bare = kin.processor(images=pictures, text="what is here ?", return_tensors="pt")
+        assert ids.tolist() == bare["input_ids"].tolist()
+
+
+@as_processors_do
+def test_chat_template_of_every_family(kin, monkeypatch):
+    monkeypatch.setattr(kin.processor, "chat_template", template(kin.name))
+    inputs, assumed = cli.prepare_inputs(kin.processor, [kin.picture] * 2, "what is here ?")
+    assert "chat template" in assumed
+    expected = kin.encode(
+        kin.picture,
+        kin.picture,
+        prompt=f"USER: {kin.placeholder} {kin.placeholder} what is here ? ASSISTANT:",
+    )
+    assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
+
+
+@as_processors_do
+def test_prompt_with_another_number_of_placeholders_is_refused(kin):
+    with pytest.raises(cli.UsageError, match=r"--prompt: holds 1 image tokens .* 2 picture"):
+        cli.prepare_inputs(kin.processor, [kin.picture] * 2, f"{kin.placeholder} what ?")
+    inputs, assumed = cli.prepare_inputs(kin.processor, [kin.picture], kin.prompt)
+    assert inputs["input_ids"].tolist() == kin.inputs["input_ids"].tolist()
+    assert "used as it is" in assumed
+
+
+def test_every_family_is_known_without_its_weights(kin, tmp_path):
+    kin.model.config.architectures = None
+    kin.model.config.save_pretrained(tmp_path)  # there are no weights
+    cli_model._check_class(str(tmp_path))
+    assert type(kin.model).__name__ in registered_classes()
+
+
+def test_hub_ids_are_read_without_a_video_part_too(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    kin_of("Qwen3VL").processor.save_pretrained(tmp_path)
+    asked = {}
+
+    def snapshot(name, allow_patterns):
+        asked[name] = allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    processor = cli_model._without_torchvision("someone/model", AttributeError())
+    assert type(processor) is type(kin_of("Qwen3VL").processor)
+    assert not any(pattern.endswith("safetensors") for pattern in asked["someone/model"])
+
+
+def test_package_that_a_processor_needs_is_named(monkeypatch, tmp_path):
+    from captum_mllm.reference import image_only
+
+    def fail(path):
+        raise ImportError("Package `num2words` is required")
+
+    monkeypatch.setattr(image_only, "load_image_only", fail)
+    with pytest.raises(ImportError, match="num2words"):
+        cli_model._without_torchvision(str(tmp_path), AttributeError("no video_processor"))
+
+
+def test_report_of_one_picture_replaces_that_of_several(base, image, tmp_path):
+    arguments = {**base, "--method": "lens", "--target": "a dog"}
+    assert run(arguments, "--image", str(image), str(image)) == 0
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"image-1", "image-2", "image-3"}
+    (out / "image-2" / "notes.txt").write_text("the user's own")
+    assert run(arguments) == 0
+    assert (out / "index.html").is_file()
+    assert [path.name for path in out.glob("image-*")] == ["image-2"]
+    assert [path.name for path in (out / "image-2").iterdir()] == ["notes.txt"]

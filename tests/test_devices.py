@@ -36,8 +36,7 @@ PLACES = {  # what is on disk; the rest stays where it is
     "embeddings": [f"{LM}.embed_tokens"],
     "all": list(PARTS),
 }
-FAMILIES = ("Llava", "Qwen2_5_VL", "Gemma3")
-ONE_SIZE = ("Gemma3",)  # takes images of one size only
+FAMILIES = families.NAMES
 
 
 def raises(*parts):
@@ -61,11 +60,9 @@ def check_close(result, expected, tolerance=1e-4):
 
 
 def explained(subject, model=None):
-    """What the method of most scales makes of a subject, or of its model in another form."""
-    model = subject.model if model is None else model
-    one_size = subject.name in ONE_SIZE
-    method = LogitLens(model) if one_size else MSEA(model, scales=(0.5, 1.0))
-    return method.attribute(subject.inputs, subject.answer)
+    """What ARC over two scales makes of a subject, or of its model in another form."""
+    method = ARC(MSEA(subject.model if model is None else model, scales=(1.0, 1.5)))
+    return method.attribute(subject.encode(subject.wide_picture), subject.answer)
 
 
 def differ(result, other):
@@ -151,9 +148,14 @@ def test_offloaded_generates(plain, fresh, inputs, where, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_offloaded_families(name, tmp_path):
     subject = families.family(name)
-    model = accelerate.disk_offload(
-        copy.deepcopy(subject.model), str(tmp_path), execution_device="cpu"
-    )
+    fresh = copy.deepcopy(subject.model)
+    if name == "Idefics3":  # transformers' own forward fails where its vision encoder is offloaded
+        places = {"model.vision_model": "cpu", "model.connector": "cpu"}
+        places |= {"model.text_model": "disk", "lm_head": "disk"}
+        settings = {"main_device": "cpu", "offload_dir": str(tmp_path), "force_hooks": True}
+        model = accelerate.dispatch_model(fresh, places, **settings)
+    else:
+        model = accelerate.disk_offload(fresh, str(tmp_path), execution_device="cpu")
     before = placement(model)
     check_equal(explained(subject, model), explained(subject))
     assert placement(model) == before
@@ -267,6 +269,16 @@ def test_lora_like_merged(plain, expected_of, inputs, answer, targets, method):
     check_close(result, METHODS[method](merged).attribute(inputs, answer))
     assert differ(result, expected_of(method, inputs, answer))
     assert placement(model) == before
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_like_merged_in_every_family(name):
+    subject = families.family(name)
+    model = adapted(subject.model, target_modules=r".*(language_model|text_model).*\.(q|v)_proj")
+    merged = copy.deepcopy(model).merge_and_unload()
+    result = explained(subject, model)
+    check_close(result, explained(subject, merged))
+    assert differ(result, explained(subject))
 
 
 def test_lora_on_half_precision(inputs, answer):
@@ -545,7 +557,9 @@ def test_dispatched_over_two_gpus(expected_of, fresh, inputs, answer, second):
 
 @needs_gpu
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families_on_a_gpu(name):
+def test_families_on_a_gpu(name, monkeypatch):
+    # TF32, the default of convolutions, has 10 bits only.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     subject = families.family(name)
     on_gpu = copy.deepcopy(subject.model).cuda()
     check_close(explained(subject, on_gpu), explained(subject), 1e-3)

@@ -298,7 +298,8 @@ def test_image_only_processors_round_trip(name, save, tmp_path):
     one, other = dict(processor(**asked)), dict(loaded(**asked))
     assert one.keys() == other.keys()
     for key, value in one.items():
-        torch.testing.assert_close(value, other[key], rtol=0, atol=0)
+        # Where torchvision is there, the loaded one resizes by it.
+        torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-5)
     assert ("mm_token_type_ids" in one) == (name in QWEN)
     talk = [{"role": "user", "content": kin.placeholder + " what is here ?"}]
     assert loaded.apply_chat_template(talk) == f"USER: {kin.placeholder} what is here ?"

@@ -6,9 +6,22 @@ import tiny
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from captum_mllm import ARC, MSEA, ImageGeometry, LogitLens
+from captum_mllm.functional import find_layout, join_tiles, patches_to_frames
 from captum_mllm.geometry import ImageGrid, Preprocessing, maps_to_picture
 from captum_mllm.result import MLLMAttributionResult
 
@@ -36,6 +49,8 @@ def processors(side=112):
         "pad, crop": LlavaImageProcessorPil(do_pad=True, size=edge, crop_size=square, **NORM),
         "pad": LlavaImageProcessorPil(do_pad=True, size=square, do_center_crop=False, **NORM),
         "no pad": LlavaImageProcessorPil(do_pad=False, size=edge, crop_size=square, **NORM),
+        "stretch, SigLIP": SiglipImageProcessorPil(size=square, **NORM),
+        "stretch, Gemma 3": Gemma3ImageProcessorPil(size=square, **NORM),
     }
 
 
@@ -69,7 +84,13 @@ def test_geometry_is_what_the_processor_does(by_name, name, size):
     rule = Preprocessing.of(processor)
     pixels = seen(processor, ramp(height, width))
     assert pixels.shape[1:] == rule.frame(height, width)
-    left, upper, right, lower = rule.geometry(height, width).box
+    rule.check(height, width, ImageGrid(1, 1, *rule.frame(height, width)))
+    assert_ramp_lies_in(pixels, rule.geometry(height, width).box, size)
+
+
+def assert_ramp_lies_in(pixels, box, size):
+    """Where a ramp picture of that size lies in the frame, read off its colours (0 to 250)."""
+    (height, width), (left, upper, right, lower) = size, box
     rows, cols = pixels.shape[1:]
     x = left + (torch.arange(cols) + 0.5) * (right - left) / cols
     y = upper + (torch.arange(rows) + 0.5) * (lower - upper) / rows
@@ -281,3 +302,180 @@ def test_settings_survive_json(by_name, name):
 
     rule = Preprocessing.of(by_name[name])
     assert Preprocessing.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+
+
+# ---- families that show the whole picture ---------------------------------------------------
+
+QWEN = {
+    "Qwen's own sizes": {},
+    "tiny": {"patch_size": 4, "size": {"shortest_edge": 16 * 16, "longest_edge": 96 * 96}},
+    "wide range": {"patch_size": 7, "size": {"shortest_edge": 1, "longest_edge": 10**9}},
+}
+
+
+def frame_of(processor, size):
+    """The frame that Qwen's processor makes of a picture (height, width), as a grid."""
+    cell = processor.patch_size * processor.merge_size
+    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+    height, width = smart_resize(*size, cell, least, most)
+    return ImageGrid(height // cell, width // cell, height, width)
+
+
+def fits(rule, size, grid):
+    try:
+        rule.check(*size, grid)
+    except ValueError:
+        return False
+    return True
+
+
+def random_sizes(count):
+    """Sizes from 1 to 5000 pixels, evenly in their logarithm, of the aspects that Qwen takes."""
+    generator = torch.Generator().manual_seed(0)
+    sides = (5000 ** torch.rand(count, 2, generator=generator)).int().tolist()
+    return [(h, w) for h, w in sides if max(h, w) <= 200 * min(h, w)]
+
+
+@pytest.mark.parametrize("settings", QWEN.values(), ids=QWEN)
+def test_check_takes_every_size_that_qwen_resizes(settings):
+    processor = Qwen2VLImageProcessorPil(**settings)
+    rule = Preprocessing.of(processor)
+    sizes = random_sizes(3000)
+    assert len(sizes) > 2000
+    assert [size for size in sizes if not fits(rule, size, frame_of(processor, size))] == []
+
+
+@pytest.mark.parametrize("settings", QWEN.values(), ids=QWEN)
+def test_check_refuses_width_for_height(settings):
+    """Where the two sides differ by a factor of 2, if the frame has cells enough to tell."""
+    processor = Qwen2VLImageProcessorPil(**settings)
+    rule = Preprocessing.of(processor)
+    told = 0
+    for height, width in random_sizes(3000):
+        grid = frame_of(processor, (height, width))
+        if max(height, width) >= 2 * min(height, width) and max(grid.shape) > 2:
+            told += 1
+            assert not fits(rule, (width, height), grid), (height, width, grid)
+    assert told > 1000
+
+
+@pytest.mark.parametrize("size", [(32, 32), (50, 41), (24, 56), (200, 120), (30, 200)], ids=str)
+def test_qwens_frame_is_the_whole_picture_in_the_real_processor(size):
+    processor = Qwen2VLImageProcessorPil(**QWEN["tiny"], do_normalize=False)
+    made = processor(images=Image.fromarray(ramp(*size)), return_tensors="pt", do_rescale=False)
+    grid = frame_of(processor, size)
+    shape = (1, 2 * grid.rows, 2 * grid.cols)
+    assert made["image_grid_thw"].tolist() == [list(shape)]
+    frames = patches_to_frames(
+        made["pixel_values"], shape, channels=3, patch=4, temporal=2, merge=2
+    )
+    rule = Preprocessing.of(processor)
+    assert rule == Preprocessing(whole=True, keeps_aspect=8)
+    assert_ramp_lies_in(frames[0].float(), rule.geometry(*size).box, size)
+
+
+@pytest.mark.parametrize("size", [(120, 360), (360, 120), (97, 251), (64, 64)], ids=str)
+@pytest.mark.parametrize("name", ["GotOcr2", "Idefics3", "SmolVLM"])
+def test_tiles_put_together_are_the_whole_picture(name, size):
+    sizes = {"size": {"longest_edge": 192}, "max_image_size": {"longest_edge": 64}, **NORM}
+    processor = {
+        "GotOcr2": lambda: GotOcr2ImageProcessorPil(
+            size={"height": 64, "width": 64}, crop_to_patches=True, max_patches=6, **NORM
+        ),
+        "Idefics3": lambda: Idefics3ImageProcessorPil(**sizes),
+        "SmolVLM": lambda: SmolVLMImageProcessorPil(**sizes),
+    }[name]()
+    tiles = processor(images=Image.fromarray(ramp(*size)), return_tensors="pt")["pixel_values"]
+    tiles = (tiles[0] if tiles.ndim == 5 else tiles).float()
+    frame = tiles[0]
+    if len(tiles) > 1:
+        layout, certain = find_layout(tiles[:-1], tiles[-1])
+        assert certain
+        frame = join_tiles(tiles[:-1], layout)
+    rule = Preprocessing.of(processor)
+    assert rule == Preprocessing(whole=True)
+    box = rule.geometry(*size).box
+    assert_ramp_lies_in(frame, box, size)
+    assert_ramp_lies_in(tiles[-1], box, size)  # the overview
+    rule.check(*size, ImageGrid(1, 1, *frame.shape[1:]))  # tiles allow any aspect
+
+
+@pytest.mark.parametrize("cls", [SiglipImageProcessorPil, Gemma3ImageProcessorPil])
+def test_one_frame_of_a_fixed_size(cls):
+    rule = Preprocessing.of(cls(size={"height": 32, "width": 48}))
+    assert rule == Preprocessing(resize=(32, 48))
+    rule.check(10, 500, ImageGrid(4, 4, 32, 48))
+    with pytest.raises(ValueError, match=r"(?s)gives a frame of \(32, 48\).*saw \(48, 32\)"):
+        rule.check(10, 500, ImageGrid(4, 4, 48, 32))
+
+
+def test_crops_of_pan_and_scan_are_not_the_whole_picture():
+    square = {"height": 32, "width": 32}
+    with pytest.raises(ValueError, match=r"do_pan_and_scan.*geometry="):
+        Preprocessing.of(Gemma3ImageProcessorPil(size=square, do_pan_and_scan=True))
+
+
+def test_llava_next_tells_the_box_itself():
+    with pytest.raises(ValueError, match=r"(?s)image_sizes.*geometry="):
+        Preprocessing.of(LlavaNextImageProcessorPil())
+
+
+def test_a_box_in_the_grid_that_sticks_out_of_the_picture():
+    """A frame that begins 6 pixels above the picture and ends 4 below it; of rows 8 px high."""
+    box = (0.0, -6.0, 40.0, 34.0)
+    grid = ImageGrid(5, 4, 20, 16, picture=(30, 40), box=box)
+    cells = torch.arange(20.0).reshape(5, 4)
+    one = torch.zeros(1, 1)
+    result = MLLMAttributionResult(
+        grid_attr=(cells[None],),
+        token_attr=one,
+        input_tokens=("a",),
+        output_tokens=("a",),
+        output_ids=torch.tensor([5]),
+        output_probs=torch.ones(1),
+        units="logits",
+        grids=(grid,),
+    )
+    assert result.geometry(0, (30, 40)) == ImageGeometry(box)
+    placed = result.to_image(0, (30, 40))[0]
+    whole = maps_to_picture(cells[None], ImageGeometry((0.0, 0.0, 40.0, 40.0)), (40, 40))[0]
+    torch.testing.assert_close(placed, whole[6:36])
+    with pytest.raises(ValueError, match=r"\(height, width\) = \(30, 40\), got \(40, 30\)"):
+        result.to_image(0, (40, 30))
+
+
+# ---- grids and videos -----------------------------------------------------------------------
+
+GRIDS = {
+    "still": ImageGrid(3, 4, 12, 16),
+    "tiles": ImageGrid(6, 4, 24, 16, tiles=(3, 2)),
+    "video": ImageGrid(3, 4, 24, 32, steps=5, frames=10),
+    "box": ImageGrid(3, 4, 12, 16, picture=(30, 40), box=(0.0, -6.0, 40.0, 34.0)),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_grids_survive_json(grid):
+    import json
+
+    again = ImageGrid.from_dict(json.loads(json.dumps(grid.to_dict())))
+    assert again == grid
+    assert hash(again) == hash(grid)  # tuples, not lists
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "cells"),
+    [("still", (3, 4), 12), ("tiles", (6, 4), 24), ("video", (5, 3, 4), 60), ("box", (3, 4), 12)],
+)
+def test_shape_and_cells_of_grids(name, shape, cells):
+    assert (GRIDS[name].shape, GRIDS[name].cells) == (shape, cells)
+
+
+@pytest.mark.parametrize("lead", [(2, 5), (3, 1), (2, 3, 4)], ids=str)
+def test_maps_to_picture_of_a_video_equals_frame_by_frame(lead):
+    maps = torch.rand(*lead, 3, 4, dtype=torch.float64)
+    geometry = ImageGeometry((2.0, -1.0, 8.0, 5.0))
+    placed = maps_to_picture(maps, geometry, (6, 10))
+    assert placed.shape == (*lead, 6, 10)
+    for ours, one in zip(placed.reshape(-1, 6, 10), maps.reshape(-1, 3, 4), strict=True):
+        torch.testing.assert_close(ours, maps_to_picture(one[None], geometry, (6, 10))[0])

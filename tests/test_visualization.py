@@ -442,3 +442,218 @@ def test_import_of_visualization_modules_draws_nothing():
         "sys.exit('matplotlib.figure' in sys.modules and 'captum' not in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- videos ----------------------------------------------------------------------------------
+
+
+def of_video(steps=3, each=2, **changes):
+    """Tokens that look at one cell each; " zeb" and "ra" at different times."""
+    maps = torch.zeros(5, steps, 2, 4)
+    maps[1, 0, 0, 0], maps[2, steps - 1, 1, 3], maps[3, steps // 2, 0, 3] = 0.5, 0.8, 0.4
+    grid = ImageGrid(2, 4, 16, 32, steps=steps, frames=steps * each)
+    maps = maps.repeat_interleave(each, 1)
+    fields = {"grid_attr": (maps,), "grids": (grid,), "preprocessing": Preprocessing(whole=True)}
+    return hand_made(**(fields | changes))
+
+
+def frame_pictures(count, size=(64, 32)):
+    return [Image.new("RGB", size, (20 * n, 100, 100)) for n in range(count)]
+
+
+def shown(ax):
+    return torch.from_numpy(np.asarray(ax.images[0].get_array()))
+
+
+@pytest.mark.parametrize(("position", "row"), [(2, 2), (-3, 2), (3, 3)])
+@pytest.mark.parametrize("frame", [0, 3, 5, -1])
+def test_one_frame_of_a_video(position, row, frame):
+    result = of_video()
+    fig, ax = result.plot_image_heatmap(target_token_pos=position, frame=frame)
+    torch.testing.assert_close(shown(ax), result.image_map(row)[frame])
+    assert ax.get_title().splitlines()[-1] == f"frame {frame % 6}"
+    # The scale is the video's, whatever the frame.
+    assert ax.images[0].get_clim() == (0, pytest.approx(float(result.grid_attr[0][row].max())))
+    drawn(fig)
+
+
+def test_frames_of_a_video_side_by_side():
+    result = of_video()
+    fig, axes = result.plot_image_heatmap()
+    assert [ax.get_title() for ax in axes] == ["frames 0-1", "frames 2-3", "frames 4-5"]
+    whole = result.image_attr[0].sum(0)
+    for n, ax in enumerate(axes):
+        torch.testing.assert_close(shown(ax), whole[2 * n])
+        assert ax.images[0].get_clim() == (0, pytest.approx(0.8))
+    drawn(fig)
+
+
+@pytest.mark.parametrize(
+    ("steps", "each", "titles"),
+    [
+        (1, 2, ["frames 0-1"]),
+        (5, 1, [f"frame {n}" for n in range(5)]),
+        (15, 2, [f"frames {2 * n}-{2 * n + 1}" for n in (0, 2, 4, 6, 8, 10, 12, 14)]),
+    ],
+)
+def test_at_most_8_frames_from_the_first_to_the_last(steps, each, titles):
+    maps = torch.rand(5, steps, 2, 4).repeat_interleave(each, 1)
+    fig, axes = of_video(steps, each, grid_attr=(maps,)).plot_image_heatmap()
+    assert [ax.get_title() for ax in axes] == titles
+    assert len(fig.axes) == len(titles) + 1  # and the colour bar
+    drawn(fig)
+
+
+def test_pictures_of_a_video_lie_under_their_own_frames():
+    result, pictures = of_video(), frame_pictures(6)
+    _, axes = result.plot_image_heatmap(picture=pictures, target_token_pos=2)
+    heat, vmax = result.to_image(0, (32, 64))[2], float(result.grid_attr[0][2].max())
+    for n, ax in enumerate(axes):
+        expected = np.asarray(overlay(pictures[2 * n], heat[2 * n], vmax=vmax))
+        np.testing.assert_array_equal(shown(ax).numpy(), expected)
+    for given in (pictures, pictures[5]):
+        _, ax = result.plot_image_heatmap(picture=given, target_token_pos=2, frame=5)
+        expected = np.asarray(overlay(pictures[5], heat[5], vmax=vmax))
+        np.testing.assert_array_equal(shown(ax).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"frame": 6}, IndexError, "frame 6 .* 6 frames"),
+        ({"frame": -7}, IndexError, "frame -7"),
+        ({"picture": frame_pictures(1)[0]}, ValueError, "single one.*frame="),
+        ({"picture": frame_pictures(5)}, ValueError, "must be 6 pictures"),
+        ({"picture": frame_pictures(5) + frame_pictures(1, (9, 9))}, ValueError, "of one size"),
+        ({"frame": 1, "picture": frame_pictures(5)}, ValueError, "must be 6 pictures"),
+    ],
+)
+def test_frames_that_are_none(options, error, words):
+    with pytest.raises(error, match=words):
+        of_video().plot_image_heatmap(**options)
+
+
+def test_a_still_image_has_no_frames(result, wide, tmp_path):
+    for refused in (
+        lambda: result.plot_image_heatmap(frame=0),
+        lambda: result.plot_image_heatmap(picture=[wide]),
+        lambda: result.plot_time_profile(),
+        lambda: summarise(result, (40, 80), frame=0),
+        lambda: write_report(tmp_path, result, wide, frame=0),
+    ):
+        with pytest.raises(ValueError, match="image 0 is a still image"):
+            refused()
+
+
+def test_a_picture_of_the_frames_size_is_placed_by_a_box_that_is_known():
+    """A frame that shows more than the picture, though both have the same size."""
+    grid = ImageGrid(4, 4, 16, 16, picture=(16, 16), box=(0.0, -8.0, 16.0, 24.0))
+    result = hand_made(grids=(grid,), preprocessing=None)
+    picture = Image.new("RGB", (16, 16))
+    _, ax = result.plot_image_heatmap(picture=picture, target_token_pos=3)
+    heat = result.to_image(0, picture)[3]
+    expected = overlay(picture, heat, vmax=float(heat.max()) or 1.0)
+    np.testing.assert_array_equal(shown(ax).numpy(), np.asarray(expected))
+
+
+def test_time_profile_has_a_row_per_token_and_a_column_per_step():
+    result = of_video()
+    fig, ax = result.plot_time_profile()
+    torch.testing.assert_close(shown(ax), result.time_profile()[:, ::2])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "zeb", "ra", "& dog", "."]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0-1", "2-3", "4-5"]
+    drawn(fig)
+    _, ax = result.plot_time_profile(target_token_pos=(1, 3))
+    torch.testing.assert_close(shown(ax), result.time_profile()[1:3, ::2])
+
+
+def test_time_profile_of_one_token_is_a_line():
+    result = of_video(each=1)
+    fig, ax = result.plot_time_profile(target_token_pos=2)
+    (line,) = ax.lines
+    assert line.get_ydata() == pytest.approx([0, 0, 0.1])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "2"]
+    assert ax.get_title() == "ra"
+    drawn(fig)
+
+
+def test_time_profile_of_a_long_video_has_labels_that_do_not_touch():
+    steps = 150
+    maps = torch.rand(5, steps, 2, 4).repeat_interleave(2, 1)
+    long = of_video(steps, grid_attr=(maps,))
+    for position in (None, 0):
+        fig, ax = long.plot_time_profile(target_token_pos=position)
+        drawn(fig)
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+        assert 10 < len(boxes) <= 24
+        assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("position", [None, 0])
+def test_a_video_of_zeros_draws(position):
+    nothing = of_video(grid_attr=(torch.zeros(5, 6, 2, 4),))
+    for fig, _ in (
+        nothing.plot_image_heatmap(target_token_pos=position),
+        nothing.plot_image_heatmap(target_token_pos=position, frame=1),
+        nothing.plot_time_profile(target_token_pos=position),
+    ):
+        drawn(fig)
+
+
+def test_show_of_a_video_leaves_nothing(monkeypatch):
+    seen = []
+    monkeypatch.setattr(plt, "show", lambda: seen.append(len(plt.get_fignums())))
+    result = of_video()
+    assert result.plot_image_heatmap(show=True) is None
+    assert result.plot_image_heatmap(show=True, frame=1) is None
+    assert result.plot_time_profile(show=True) is None
+    assert seen == [1, 1, 1]
+    assert plt.get_fignums() == []
+
+
+def test_labels_of_a_video_fit_into_the_figure():
+    """The colour bar's label is the longest text beside a low figure."""
+    for fig, _ in (of_video(2).plot_image_heatmap(), of_video().plot_time_profile()):
+        drawn(fig)
+        label = fig.axes[-1].yaxis.label.get_window_extent()
+        assert label.y0 >= 0
+        assert label.y1 <= fig.bbox.y1
+
+
+def test_summary_of_a_video_takes_each_word_where_it_looked_hardest():
+    summary = summarise(of_video(), (32, 64))
+    frames = [(entry.word.text, entry.frame, entry.peak and entry.peak.value) for entry in
+              summary.words]  # fmt: skip
+    assert frames == [
+        ("a", 0, None),
+        ("zebra", 4, pytest.approx(0.8)),
+        ("& dog", 2, pytest.approx(0.4)),
+        (".", 0, None),
+    ]
+    assert summary.words[1].where == "frame 4: bottom right (56, 24)"
+    assert summary.map_of(1, (32, 64)).argmax() >= 16 * 64  # in the lower half
+    assert "frame 4: bottom right (56, 24)" in format_table(summary)
+    assert "frame 4: bottom right (28, 12)" in text_heatmap_html(of_video())  # as the model saw
+
+
+def test_summary_of_one_frame():
+    summary = summarise(of_video(), (32, 64), frame=-6)
+    assert [entry.frame for entry in summary.words] == [0] * 4
+    assert summary.words[1].where == "frame 0: top left (8, 8)"
+    assert summary.words[2].where == "nowhere"
+    assert summary.vmax == pytest.approx(0.5)
+    with pytest.raises(IndexError, match="6 frames"):
+        summarise(of_video(), (32, 64), frame=6)
+
+
+def test_report_of_a_video_is_of_a_frame(tmp_path):
+    result, picture = of_video(), frame_pictures(6)[5]
+    with pytest.raises(ValueError, match=r"(?s)6 frames.*frame=.*plot_time_profile"):
+        write_report(tmp_path, result, picture)
+    assert list(tmp_path.iterdir()) == []
+    write_report(tmp_path, result, picture, frame=-1)
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "Frame 5 of a video of 6 frames." in page
+    words = json.loads((tmp_path / "words.json").read_text())["words"]
+    assert words[1]["frame"] == 5
+    assert words[1]["peak"]["region"] == "bottom right"

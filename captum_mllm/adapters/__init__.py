@@ -5,7 +5,12 @@ from captum_mllm.adapters.frames import FrameAdapter, Gemma3Adapter, LlavaAdapte
 from captum_mllm.adapters.hooks import interpolated_positions
 from captum_mllm.adapters.llava_next import LlavaNextAdapter
 from captum_mllm.adapters.qwen import Qwen3VLAdapter, QwenVLAdapter
-from captum_mllm.adapters.registry import find_adapter, refuse_compiled, register_adapter
+from captum_mllm.adapters.registry import (
+    find_adapter,
+    refuse_compiled,
+    register_adapter,
+    registered_classes,
+)
 from captum_mllm.adapters.tiles import IdeficsAdapter, InternVLAdapter, TileAdapter
 
 __all__ = [
@@ -25,4 +30,5 @@ __all__ = [
     "interpolated_positions",
     "refuse_compiled",
     "register_adapter",
+    "registered_classes",
 ]

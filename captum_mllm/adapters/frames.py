@@ -145,6 +145,16 @@ class PaliGemmaAdapter(FrameAdapter):
     suffix_fill: ClassVar[Mapping[str, int]] = {"attention_mask": 1, "token_type_ids": 1}
     prompt_sees_ahead = True
 
+    @override
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        super().check_inputs(inputs)
+        if bool((inputs["token_type_ids"] != 0).any()):
+            raise ValueError(
+                "token_type_ids must be 0 throughout the prompt (1 marks an answer, which is "
+                "masked causally): call the processor without suffix=, and pass the answer as "
+                "target."
+            )
+
 
 @register_adapter("Gemma3ForConditionalGeneration")
 class Gemma3Adapter(FrameAdapter):

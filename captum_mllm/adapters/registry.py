@@ -32,6 +32,11 @@ def register_adapter(*model_classes: str) -> Callable[[_A], _A]:
     return register
 
 
+def registered_classes() -> tuple[str, ...]:
+    """Names of the model classes that have an adapter, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
 def find_adapter(model: nn.Module) -> Adapter:
     """The adapter for a model, by its class or the nearest registered base class.
 
@@ -54,7 +59,7 @@ def find_adapter(model: nn.Module) -> Adapter:
             return _REGISTRY[cls.__name__](model)
     raise ValueError(
         f"model: no adapter for {type(model).__name__}. Registered: "
-        f"{', '.join(sorted(_REGISTRY))}. To add one, subclass captum_mllm.adapters.Adapter and "
+        f"{', '.join(registered_classes())}. To add one, subclass captum_mllm.adapters.Adapter and "
         f"decorate it with @register_adapter({type(model).__name__!r})."
     )
 

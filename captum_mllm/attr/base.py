@@ -13,7 +13,8 @@ from captum_mllm._captum import log_usage
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.result import LOGITS, MLLMAttributionResult
-from captum_mllm.runner import Explain, Runner
+from captum_mllm.runner import Runner
+from captum_mllm.targets import Explain
 from captum_mllm.trace import TokenTrace
 
 

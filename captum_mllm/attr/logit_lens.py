@@ -11,7 +11,8 @@ from captum_mllm.adapters import find_adapter
 from captum_mllm.attr.base import TokenAttribution, raw_result
 from captum_mllm.labels import tokenizer_of
 from captum_mllm.result import MLLMAttributionResult
-from captum_mllm.runner import Explain, Runner
+from captum_mllm.runner import Runner
+from captum_mllm.targets import Explain
 from captum_mllm.trace import TokenTrace
 
 

@@ -18,7 +18,8 @@ from captum_mllm.attr.tensor_scales import attribute_at_scales, distinct_scales
 from captum_mllm.functional import AGGREGATIONS, Aggregation, aggregate, upsample
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.result import MLLMAttributionResult
-from captum_mllm.runner import Explain, Runner
+from captum_mllm.runner import Runner
+from captum_mllm.targets import Explain
 from captum_mllm.trace import TokenTrace
 
 DEFAULT_SCALES = (1.0, 1.25, 1.5)

@@ -21,7 +21,8 @@ from captum_mllm.functional import (
     rank_gaussian_filter,
 )
 from captum_mllm.result import UNIT, MLLMAttributionResult
-from captum_mllm.runner import Explain, Runner
+from captum_mllm.runner import Runner
+from captum_mllm.targets import Explain
 from captum_mllm.trace import TokenTrace
 
 

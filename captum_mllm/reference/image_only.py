@@ -7,9 +7,9 @@ alone never use it. The subclasses here leave the video processor out and are ot
 inherit: the same ids, the same pixels, the same `mm_token_type_ids` (which say, token by token,
 whether it is text, 0, or image, 1).
 
-The tests and the demo rely on them; no method of this library does. They stand on one habit of
-transformers (checked with 5.5 and 5.23): which parts a processor has, is read from the names of
-its constructor's arguments.
+The tests, the demo and the command line rely on them; no method of this library does. They stand
+on one habit of transformers (checked with 5.5 and 5.23): which parts a processor has, is read from
+the names of its constructor's arguments.
 
     image_only_processor(name, image_processor, tokenizer, chat_template=None) -> processor
     load_image_only(path) -> processor      from the folder of a saved model
@@ -23,6 +23,7 @@ from typing import Any
 
 from transformers import (
     AutoTokenizer,
+    Idefics3Processor,
     InternVLProcessor,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
@@ -31,6 +32,7 @@ from transformers import (
     SmolVLMProcessor,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 __all__ = ["image_only_processor", "load_image_only"]
@@ -143,12 +145,17 @@ _CLASSES: dict[str, type[Any]] = {
     "InternVL": ImageOnlyInternVLProcessor,
     "SmolVLM": ImageOnlySmolVLMProcessor,
 }
+# Idefics3 has no video part, but AutoProcessor of transformers 5.5 does not read it without
+# torchvision either.
+_LOADED: dict[str, type[Any]] = {**_CLASSES, "Idefics3": Idefics3Processor}
+_LOADERS = {"SmolVLM": SmolVLMImageProcessorPil, "Idefics3": Idefics3ImageProcessorPil}
 _MODEL_TYPES = {  # `model_type` in a model's config.json -> family
     "qwen2_vl": "Qwen2VL",
     "qwen2_5_vl": "Qwen2_5_VL",
     "qwen3_vl": "Qwen3VL",
     "internvl": "InternVL",
     "smolvlm": "SmolVLM",
+    "idefics3": "Idefics3",
 }
 
 
@@ -200,27 +207,28 @@ def load_image_only(path: str | Path) -> Any:
         path: Folder with the files of the image processor and the tokenizer.
 
     Returns:
-        The processor, with the folder's settings and chat template.
+        The processor, with the folder's settings and chat template; of Idefics3, which has no
+        video part, the full one.
 
     Raises:
         FileNotFoundError: If `path` is no folder.
-        ValueError: If the folder's family is none of the five.
+        ValueError: If the folder's family is none of the five, nor Idefics3.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"path: {str(folder)!r} is no folder.")
     name = _family_of(folder)
     # Without torchvision, transformers 5.5 has AutoImageProcessor only in its own module, and
-    # that does not find SmolVLM's image processor.
-    loader: Any = SmolVLMImageProcessorPil if name == "SmolVLM" else AutoImageProcessor
+    # that does not find all image processors.
+    loader: Any = _LOADERS.get(name, AutoImageProcessor)
     images = loader.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    settings, _ = _CLASSES[name].get_processor_dict(folder, local_files_only=True)
-    return _CLASSES[name].from_args_and_dict([images, tokenizer], settings)
+    settings, _ = _LOADED[name].get_processor_dict(folder, local_files_only=True)
+    return _LOADED[name].from_args_and_dict([images, tokenizer], settings)
 
 
 def _family_of(folder: Path) -> str:
-    """Which of the five families a folder was saved for, from the class names in its files."""
+    """Which of the families a folder was saved for, from the class names in its files."""
     seen: list[str] = []
     for file in ("processor_config", "preprocessor_config", "tokenizer_config", "config"):
         if (folder / f"{file}.json").is_file():
@@ -228,11 +236,11 @@ def _family_of(folder: Path) -> str:
             named = saved.get("processor_class") or ""
             name = named.removeprefix("ImageOnly").removesuffix("Processor")
             name = _MODEL_TYPES.get(saved.get("model_type"), name)
-            if name in _CLASSES:
+            if name in _LOADED:
                 return name
             seen += [found for found in (named, saved.get("model_type")) if found]
     raise ValueError(
         f"path: {str(folder)!r} holds {', '.join(seen) or 'no processor'}. Image-only processors, "
-        f"for places without torchvision, exist for {', '.join(_CLASSES)}; for other families "
+        f"for places without torchvision, exist for {', '.join(_LOADED)}; for other families "
         "use transformers.AutoProcessor, with torchvision installed if it asks for it."
     )

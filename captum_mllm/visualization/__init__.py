@@ -4,13 +4,9 @@ Nothing here needs a display, LaTeX or a network. Matplotlib is imported on firs
 backend is never switched.
 """
 
+from captum_mllm.visualization.heatmaps import plot_image_heatmap, plot_time_profile
 from captum_mllm.visualization.overlays import colour_stops, overlay
-from captum_mllm.visualization.plots import (
-    plot_image_heatmap,
-    plot_seq_attr,
-    plot_text_heatmap,
-    plot_token_attr,
-)
+from captum_mllm.visualization.plots import plot_seq_attr, plot_text_heatmap, plot_token_attr
 from captum_mllm.visualization.report import write_report
 from captum_mllm.visualization.summary import (
     AnswerSummary,
@@ -31,6 +27,7 @@ __all__ = [
     "plot_image_heatmap",
     "plot_seq_attr",
     "plot_text_heatmap",
+    "plot_time_profile",
     "plot_token_attr",
     "summarise",
     "text_heatmap_html",

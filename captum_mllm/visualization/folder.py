@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _OWN = re.compile(r"word-\d{2,}-[a-z0-9]+\.png")
+_REPORT = ("index.html", "picture.png", "text-heatmap.png", "text-heatmap.html", "table.txt")
 
 
 @contextmanager
 def filled_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder; what was written there moves to ``folder`` if nothing failed.
 
-    Other files in ``folder`` stay; overlays of an earlier report there are taken away, so that
-    two answers don't mix.
+    Other files in ``folder`` stay; an earlier report there (or one per image, in its folders
+    ``image-1``, ``image-2``, ...) is taken away, so that two answers don't mix.
 
     Args:
         folder: where the files are to appear; made if missing.
@@ -43,8 +44,16 @@ def filled_folder(folder: Path) -> Iterator[Path]:
         yield partial
         folder.mkdir(exist_ok=True)
         _remove_earlier(folder)
-        for path in sorted(partial.iterdir()):
-            path.replace(folder / path.name)
+        for earlier in list(folder.glob("image-*")):  # one report per image
+            _remove_earlier(earlier)
+            if earlier.is_dir() and not any(earlier.iterdir()):
+                earlier.rmdir()
+        for path in sorted(partial.rglob("*")):
+            target = folder / path.relative_to(partial)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                path.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -69,7 +78,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _remove_earlier(folder: Path) -> None:
-    """Take away the overlays of an earlier report of ours, and nothing else."""
+    """Take away an earlier report of ours, and nothing else."""
     try:
         head = json.loads((folder / "words.json").read_text(encoding="utf-8"))
         ours = head["written_by"] == "captum_mllm"
@@ -77,5 +86,5 @@ def _remove_earlier(folder: Path) -> None:
         return
     if ours:
         for path in folder.iterdir():
-            if _OWN.fullmatch(path.name):
+            if _OWN.fullmatch(path.name) or path.name in (*_REPORT, "words.json"):
                 path.unlink()

@@ -13,7 +13,6 @@ from captum_mllm.visualization.overlays import colour_stops, overlay
 from captum_mllm.visualization.plots import plot_text_heatmap
 from captum_mllm.visualization.summary import (
     AnswerSummary,
-    WordSummary,
     answer_text,
     format_table,
     summarise,
@@ -67,6 +66,7 @@ def write_report(
     *,
     prompt: str = "",
     notes: Sequence[str] = (),
+    frame: int | None = None,
 ) -> AnswerSummary:
     """Write picture, overlays, text heat map, table and page into a folder.
 
@@ -76,16 +76,30 @@ def write_report(
 
     Args:
         folder: an existing folder.
-        result: what ``attribute`` returned, of one image.
-        picture: the original picture.
+        result: what ``attribute`` returned, of one image or video.
+        picture: the original picture; of a video, the frame.
         prompt: the user's prompt, to be shown.
         notes: sentences on model, method and assumptions, to be shown.
+        frame: which frame of a video the picture is, as the model was given them.
 
     Returns:
         The answer word by word.
+
+    Raises:
+        IndexError: no such frame.
+        ValueError: a video without ``frame``, or a still image with one.
     """
+    grid = result.grids[0]
+    if grid.steps and frame is None:
+        raise ValueError(
+            f"result is of a video of {grid.frames} frames, but a report is of one picture: say "
+            f"which frame it is with frame=. result.plot_image_heatmap() and "
+            f"result.plot_time_profile() show the whole video."
+        )
     picture = picture.convert("RGB")
-    summary = summarise(result, (picture.height, picture.width))
+    summary = summarise(result, (picture.height, picture.width), frame=frame)
+    if frame is not None:
+        notes = [*notes, f"Frame {frame % grid.frames} of a video of {grid.frames} frames."]
     picture.save(folder / "picture.png")
     names = _write_overlays(folder, summary, picture)
     small = _sized(picture, PAGE_SIDE)
@@ -209,7 +223,7 @@ def _gallery(summary: AnswerSummary, overlays: Sequence[str]) -> str:
     figures = [
         f'<figure><img src="{overlays[n]}" alt="overlay of {escape(entry.word.text)}">'
         f"<figcaption><b>{escape(entry.word.text)}</b><br>"
-        f'<span class="soft">{_where(entry)}</span></figcaption></figure>'
+        f'<span class="soft">{entry.where}</span></figcaption></figure>'
         for n, entry in enumerate(summary.words)
         if entry.word.content
     ]
@@ -223,12 +237,6 @@ def _gallery(summary: AnswerSummary, overlays: Sequence[str]) -> str:
     )
 
 
-def _where(entry: WordSummary) -> str:
-    if entry.peak is None:
-        return "nowhere"
-    return f"{entry.peak.region} ({entry.peak.x}, {entry.peak.y})"
-
-
 def _table(summary: AnswerSummary) -> str:
     rows = []
     for entry in summary.words:
@@ -236,7 +244,7 @@ def _table(summary: AnswerSummary) -> str:
         value = f"{entry.peak.value:.3f}" if entry.peak else "0"
         rows.append(
             f'<tr{kind}><td>{escape(entry.word.text)}</td><td class="n">{entry.probability:.3f}'
-            f'</td><td class="n">{value}</td><td>{_where(entry)}</td></tr>'
+            f'</td><td class="n">{value}</td><td>{entry.where}</td></tr>'
         )
     return (
         '<h2>Table</h2><div class="scroll"><table><thead><tr><th>word</th>'
@@ -271,6 +279,7 @@ def _json(
             "peak": entry.peak and vars(entry.peak),
             "overlay": names.get(index),
         }
+        | ({} if entry.frame is None else {"frame": entry.frame})
         for index, entry in enumerate(summary.words)
     ]
     head = {

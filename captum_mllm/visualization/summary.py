@@ -4,10 +4,11 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from captum_mllm.geometry import ImageGeometry, maps_to_picture
+from captum_mllm.geometry import ImageGeometry, ImageGrid, maps_to_picture
 from captum_mllm.words import (
     Peak,
     Word,
@@ -34,11 +35,21 @@ class WordSummary:
         word: the word and its tokens.
         probability: product of its tokens' probabilities.
         peak: where its map is largest; None where the map is 0 all over the picture.
+        frame: of a video, the frame of map and peak: the first one where it looked hardest.
     """
 
     word: Word
     probability: float
     peak: Peak | None
+    frame: int | None = None
+
+    @property
+    def where(self) -> str:
+        """Where the peak lies, in words and in pixels."""
+        if self.peak is None:
+            return "nowhere"
+        place = f"{self.peak.region} ({self.peak.x}, {self.peak.y})"
+        return place if self.frame is None else f"frame {self.frame}: {place}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +58,8 @@ class AnswerSummary:
 
     Args:
         words: the words of the answer, in order.
-        grid_maps: (words, rows, cols): their maps on the model's grid.
+        grid_maps: (words, rows, cols): their maps on the model's grid; of a video each word's map
+            of its own frame.
         context: the words of the text (prompt, then answer) that may have led to them.
         context_attr: (words, context): attribution of each context word, >= 0; a word's own
             column and those after it are 0.
@@ -105,31 +117,79 @@ def answer_text(result: "MLLMAttributionResult") -> str:
 
 
 def summarise(
-    result: "MLLMAttributionResult", size: tuple[int, int], image: int = 0
+    result: "MLLMAttributionResult",
+    size: tuple[int, int],
+    image: int = 0,
+    frame: int | None = None,
 ) -> AnswerSummary:
     """Read a result word by word.
 
     Args:
         result: what ``attribute`` returned.
         size: (height, width) of the original picture, pixels.
-        image: which image, default the first.
+        image: which image or video, default the first.
+        frame: which frame of a video; None (default) for the frame where each word looked
+            hardest.
 
     Returns:
         The answer's words with their maps, peaks and contexts.
+
+    Raises:
+        IndexError: no such frame.
+        ValueError: a frame of a still image.
     """
     words = answer_words(result)
-    maps = word_maps(result.grid_attr[image], words)
+    grid = result.grids[image]
+    frames: list[int | None] = [None] * len(words)
+    maps = result.grid_attr[image]
+    if grid.steps:
+        maps, frames = _frame_maps(maps, words, checked_frame(grid, frame))
+    elif frame is not None:
+        raise ValueError(f"image {image} is a still image: frame= is for videos, leave it out.")
+    else:
+        maps = word_maps(maps, words)
     probabilities = word_probabilities(result.output_probs, words)
     geometry, assumed = _geometry(result, size, image)
     context, attr = context_of(result, words)
     summaries = tuple(
-        WordSummary(word, float(p), find_peak(cells, geometry, size))
-        for word, p, cells in zip(words, probabilities, maps, strict=True)
+        WordSummary(word, float(p), find_peak(cells, geometry, size), at)
+        for word, p, cells, at in zip(words, probabilities, maps, frames, strict=True)
     )
     vmax = float(maps.max()) if maps.numel() else 0.0
     return AnswerSummary(
         summaries, maps, context, attr, vmax, geometry, assumed, size, result.units
     )
+
+
+def checked_frame(grid: ImageGrid, frame: int | None) -> int | None:
+    """The frame's index from the start of a video.
+
+    Args:
+        grid: the video's.
+        frame: which frame, negative counts from the end; or None.
+
+    Raises:
+        IndexError: no such frame.
+    """
+    if frame is None:
+        return None
+    if not -grid.frames <= frame < grid.frames:
+        raise IndexError(f"frame {frame} is out of range: the video has {grid.frames} frames.")
+    return frame % grid.frames
+
+
+def _frame_maps(
+    maps: Float[Tensor, "targets frames _ _"], words: "Sequence[Word]", frame: int | None
+) -> tuple[Tensor, list[int | None]]:
+    """A map per word, of one frame of a video, and which frame that is."""
+    if frame is not None:
+        return word_maps(maps[:, frame], words), [frame] * len(words)
+    over_time = [maps[list(word.tokens)].amax(0) for word in words]
+    if not over_time:
+        return maps[:0, 0], []
+    frames = [int(each.amax((1, 2)).argmax()) for each in over_time]
+    chosen = [each[at] for each, at in zip(over_time, frames, strict=True)]
+    return torch.stack(chosen), list(frames)
 
 
 def context_of(
@@ -188,11 +248,10 @@ def format_table(summary: AnswerSummary, *, content_only: bool = True) -> str:
     for entry in summary.words:
         if content_only and not entry.word.content:
             continue
-        value, where = "0", "nowhere"
+        value = "0"
         if entry.peak is not None:
             value = f"{entry.peak.value:.3f}"
-            where = f"{entry.peak.region} ({entry.peak.x}, {entry.peak.y})"
-        rows.append((entry.word.text, f"{entry.probability:.3f}", value, where))
+        rows.append((entry.word.text, f"{entry.probability:.3f}", value, entry.where))
     widths = [max(_width(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(_pad(row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

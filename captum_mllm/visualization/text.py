@@ -139,10 +139,7 @@ def _panel(summary: AnswerSummary, n: int, prompt_words: int, overlay: str | Non
 def _facts(entry: WordSummary) -> str:
     where = "it looked at no part of the picture"
     if entry.peak is not None:
-        where = (
-            f"it looked hardest at {entry.peak.region} ({entry.peak.x}, {entry.peak.y}), "
-            f"peak {entry.peak.value:.3g}"
-        )
+        where = f"it looked hardest at {entry.where}, peak {entry.peak.value:.3g}"
     return f"probability {entry.probability:.3f}; {where}"
 
 

@@ -1,0 +1,82 @@
+"""Figures with and without pyplot, and text as matplotlib draws it literally."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LABEL_CHARACTERS = 18
+
+
+def new_figure(size: tuple[float, float], show: bool) -> "Figure":
+    """An empty figure; one that pyplot knows of only if pyplot is to show it.
+
+    Args:
+        size: (width, height), inches.
+        show: whether pyplot will show it.
+    """
+    options: dict[str, Any] = {"figsize": size, "layout": "constrained", "facecolor": "white"}
+    if show:
+        from matplotlib import pyplot as plt
+
+        return plt.figure(**options)
+    from captum_mllm.visualization.figure import NotebookFigure
+
+    return NotebookFigure(**options)
+
+
+def finish(fig: "Figure", ax: Any, show: bool) -> "tuple[Figure, Any] | None":
+    """What a plot returns: (figure, axes), or None once it was shown.
+
+    Args:
+        fig: the figure.
+        ax: its axes.
+        show: whether to show it with pyplot.
+    """
+    if not show:
+        return fig, ax
+    from matplotlib import pyplot as plt
+
+    plt.show()
+    if not plt.isinteractive():  # an interactive window stays open until its user closes it
+        plt.close(fig)
+    return None
+
+
+def numbers(values: Tensor) -> np.ndarray:
+    """Values as matplotlib takes them.
+
+    Args:
+        values: any tensor.
+    """
+    return values.detach().cpu().float().numpy()
+
+
+def token_labels(tokens: Sequence[str]) -> list[str]:
+    """Labels of an axis of tokens, none too long.
+
+    Args:
+        tokens: labels as in ``result.output_tokens``.
+    """
+    return [literal(token.strip(" ") or token, _LABEL_CHARACTERS) for token in tokens]
+
+
+def literal(text: str, limit: int | None = None) -> str:
+    """Text as matplotlib draws it literally: no line breaks, no mathematics, not too long.
+
+    Args:
+        text: any text.
+        limit: most characters to show, or None.
+
+    Example:
+        >>> print(literal("costs $5", 7))
+        cost...
+    """
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    if limit is not None and len(plain) > limit:
+        plain = f"{plain[: limit - 3]}..."
+    return plain.replace("$", r"\$")

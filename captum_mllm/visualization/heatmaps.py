@@ -1,0 +1,291 @@
+"""Matplotlib plots of a result's images and videos, called by its ``plot_*`` methods."""
+
+from collections.abc import Sequence
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from captum_mllm.functional import upsample
+from captum_mllm.geometry import maps_to_picture
+from captum_mllm.visualization.canvas import finish, literal, new_figure, numbers, token_labels
+from captum_mllm.visualization.overlays import CMAP, overlay
+from captum_mllm.visualization.summary import answer_text, checked_frame
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+    from captum_mllm.result import MLLMAttributionResult
+
+_PANELS = 8  # frames of a video in one figure, at most
+_TICKS = 24  # labels of times along an axis, at most
+_MARKERS = 60  # more points than that make one line
+
+
+def plot_image_heatmap(
+    result: "MLLMAttributionResult",
+    show: bool = False,
+    target_token_pos: int | tuple[int, int] | None = None,
+    image: int = 0,
+    picture: "Image | Sequence[Image] | None" = None,
+    frame: int | None = None,
+) -> "tuple[Figure, Any] | None":
+    """Heat map of one image, over the picture if it is given; of a video, of its frames.
+
+    A video is drawn as up to 8 frames, evenly spaced in time: a mean over time would show heat
+    where no frame has it. ``frame`` draws a single one. The full colour is the largest value in
+    the whole video, so that frames can be compared however they are drawn.
+
+    Args:
+        result: what ``attribute`` returned.
+        show: show the plot and return None; default False returns (figure, axes).
+        target_token_pos: row of ``output_tokens``; (m, n) for the sum of rows m to n - 1; None
+            (default) for the sum of all.
+        image: which image or video, default the first.
+        picture: PIL picture to draw on: the original picture; where the geometry is not known,
+            one of the size of the image as the model saw it. Of a video that frame; without
+            ``frame=``, a sequence of all the frames that the model was given.
+        frame: which frame of a video, as the model was given them; negative counts from the end.
+
+    Returns:
+        (figure, axes), or None. Several frames of a video: an array of axes, one a frame.
+
+    Raises:
+        IndexError: no such token, image or frame.
+        ValueError: an empty range of tokens; a picture whose geometry is not known; a frame of a
+            still image; one picture, or another number of them, for all frames of a video.
+    """
+    rows = chosen_rows(result, target_token_pos)
+    if not -len(result.grids) <= image < len(result.grids):
+        raise IndexError(f"image {image} is out of range: there are {len(result.grids)} images.")
+    grid = result.grids[image]
+    if frame is None and grid.steps:
+        return _plot_frames(result, show, rows, image, picture)
+    if frame is not None and not grid.steps:
+        raise ValueError(f"image {image} is a still image: frame= is for videos, leave it out.")
+    frame = checked_frame(grid, frame)
+    single: Any = picture
+    if isinstance(picture, Sequence):
+        single = _frame_pictures(result, image, picture)[frame or 0]
+    frames = None if frame is None else [frame]
+    heat = _heat(result, rows, image, single, frames)
+    heat = heat if frame is None else heat[0]
+    top = _top(heat if frame is None else _summed(result, rows, image))
+    fig = new_figure((6.4, 5.2), show)
+    ax = fig.subplots()
+    _draw(ax, heat, single, top)
+    title = _title(result, rows)
+    ax.set_title(title if frame is None else f"{title}\nframe {frame}", fontsize=10)
+    fig.colorbar(_scale(top), ax=ax, label=_heat_label(result, rows))
+    return finish(fig, ax, show)
+
+
+def plot_time_profile(
+    result: "MLLMAttributionResult",
+    show: bool = False,
+    target_token_pos: int | tuple[int, int] | None = None,
+    image: int = 0,
+) -> "tuple[Figure, Axes] | None":
+    """When each token looked at a video: a line for one token, a row for each of several.
+
+    Values are those of ``result.time_profile``, the mean of a token's map over the cells of a
+    frame. Time runs in the model's own steps, each of which stands for its frames.
+
+    Args:
+        result: what ``attribute`` returned.
+        show: show the plot and return None; default False returns (figure, axes).
+        target_token_pos: row of ``output_tokens``; (m, n) for rows m to n - 1; None (default) for
+            all.
+        image: which image or video, default the first.
+
+    Returns:
+        (figure, axes), or None.
+
+    Raises:
+        IndexError: no such token or image.
+        ValueError: an empty range of tokens; a still image.
+    """
+    rows = chosen_rows(result, target_token_pos)
+    chosen = result.select(rows)
+    profile = chosen.time_profile(image)  # refuses still images
+    grid = result.grids[image]
+    names = step_labels(grid.steps, grid.frames)
+    values = numbers(profile[:, :: grid.frames // grid.steps])
+    label = literal(f"attribution ({result.units})") + "\nmean over the frame"
+    width = float(np.clip(0.35 * grid.steps + 2.6, 6.4, 12))
+    if len(rows) == 1:
+        fig = new_figure((width, 3.6), show)
+        ax = fig.subplots()
+        marker = "o" if grid.steps <= _MARKERS else ""
+        ax.plot(np.arange(grid.steps), values[0], marker=marker, color="#4772b3")
+        ax.set_ylim(min(0.0, 1.05 * float(values.min())), 1.08 * float(values.max()) or 1.0)
+        ax.set_ylabel(label, fontsize=9)
+        ax.set_title(_title(result, rows), fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    else:
+        fig = new_figure((width, float(np.clip(0.26 * len(rows) + 1.4, 2.8, 40))), show)
+        ax = fig.subplots()
+        top = float(values.max()) or 1.0
+        drawn = ax.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+        ax.set_yticks(np.arange(len(rows)), labels=token_labels(chosen.output_tokens), fontsize=8)
+        fig.colorbar(drawn, ax=ax, fraction=0.03, pad=0.02).set_label(label, fontsize=8)
+    every = -(-grid.steps // _TICKS)
+    ax.set_xticks(np.arange(0, grid.steps, every), labels=names[::every], fontsize=8)
+    if grid.steps > 8:
+        ax.tick_params(axis="x", rotation=90)
+    ax.set_xlabel("frames of the video")
+    return finish(fig, ax, show)
+
+
+def chosen_rows(
+    result: "MLLMAttributionResult", position: int | tuple[int, int] | None
+) -> list[int]:
+    """The rows of ``output_tokens`` that ``target_token_pos`` names.
+
+    Args:
+        result: what ``attribute`` returned.
+        position: a row, (m, n) for rows m to n - 1, or None for all.
+    """
+    count = len(result.output_tokens)
+    if position is None:
+        return list(range(count))
+    if isinstance(position, int):
+        return [position]  # select checks it
+    first, end = position
+    rows = list(range(*slice(first, end).indices(count)))
+    if not rows or end > count:
+        raise ValueError(
+            f"target_token_pos {position} must name rows m to n - 1 with m < n <= {count}."
+        )
+    return rows
+
+
+def step_labels(steps: int, frames: int) -> list[str]:
+    """What each step of the model's grid in time stands for.
+
+    Args:
+        steps: cells along the time.
+        frames: frames of the video.
+
+    Example:
+        >>> step_labels(2, 4)
+        ['0-1', '2-3']
+    """
+    each = frames // steps
+    if each == 1:
+        return [str(step) for step in range(steps)]
+    return [f"{step * each}-{(step + 1) * each - 1}" for step in range(steps)]
+
+
+def _plot_frames(
+    result: "MLLMAttributionResult",
+    show: bool,
+    rows: Sequence[int],
+    image: int,
+    picture: "Image | Sequence[Image] | None",
+) -> "tuple[Figure, Any] | None":
+    """Frames of a video beside each other; one of each step, as those of a step are the same."""
+    grid = result.grids[image]
+    pictures: Any = None if picture is None else _frame_pictures(result, image, picture)
+    each = grid.frames // grid.steps
+    count = min(_PANELS, grid.steps)
+    steps = np.linspace(0, grid.steps - 1, count).round().astype(int).tolist()
+    drawn = [step * each for step in steps]
+    heat = _heat(result, rows, image, pictures and pictures[0], drawn)
+    top = _top(_summed(result, rows, image))
+    across = min(count, 4)
+    down = -(-count // across)
+    shape = grid.height / grid.width
+    high = float(np.clip(2.3 * shape, 1.2, 4.0))
+    fig = new_figure((2.4 * across + 1.2, (high + 0.35) * down + 0.7), show)
+    panels = np.atleast_1d(fig.subplots(down, across)).ravel()
+    names = step_labels(grid.steps, grid.frames)
+    for n, (step, frame) in enumerate(zip(steps, drawn, strict=True)):
+        ax = panels[n]
+        _draw(ax, heat[n], pictures and pictures[frame], top)
+        ax.set_title(f"frame {names[step]}" if each == 1 else f"frames {names[step]}", fontsize=9)
+    for ax in panels[count:]:
+        ax.remove()
+    fig.suptitle(_title(result, rows), fontsize=10)
+    axes = panels[:count]
+    fig.colorbar(_scale(top), ax=list(axes), label=_heat_label(result, rows))
+    return finish(fig, axes, show)
+
+
+def _frame_pictures(result: "MLLMAttributionResult", image: int, given: Any) -> "Sequence[Image]":
+    frames = result.grids[image].frames
+    if not frames:
+        raise ValueError(f"image {image} is a still image: picture must be one PIL picture.")
+    if not isinstance(given, Sequence):
+        raise ValueError(
+            f"picture is a single one, but image {image} is a video of {frames} frames: say which "
+            f"it is with frame=, or give all the frames that the model was given as a list."
+        )
+    if len(given) != frames or len({picture.size for picture in given}) != 1:
+        raise ValueError(
+            f"picture must be {frames} pictures of one size, as many as the frames that the model "
+            f"was given, got {[picture.size for picture in given]}."
+        )
+    return given
+
+
+def _heat(
+    result: "MLLMAttributionResult",
+    rows: Sequence[int],
+    image: int,
+    picture: "Image | None",
+    frames: Sequence[int] | None = None,
+) -> Tensor:
+    """Sum of the rows' maps in pixels of the picture, (height, width) or (frames, height, width).
+
+    The maps are summed and chosen on the grid, where they are small.
+    """
+    grid = result.grids[image]
+    maps = _summed(result, rows, image)[None]
+    if frames is not None:
+        maps = maps[0, list(frames)]
+    known = result.preprocessing is not None or grid.box is not None
+    as_seen = picture is None or picture.size == (grid.width, grid.height)
+    if picture is None or (as_seen and not known):
+        heat = upsample(maps, (grid.height, grid.width))
+    else:
+        size = (picture.height, picture.width)
+        heat = maps_to_picture(maps, result.geometry(image, size), size)
+    return heat if frames is not None else heat[0]
+
+
+def _summed(result: "MLLMAttributionResult", rows: Sequence[int], image: int) -> Tensor:
+    return result.select(rows).grid_attr[image].sum(0)
+
+
+def _top(values: Tensor) -> float:
+    """The value of the full colour."""
+    return max(float(values.max()), 0.0) or 1.0
+
+
+def _draw(ax: "Axes", heat: Tensor, picture: "Image | None", top: float) -> None:
+    if picture is None:
+        ax.imshow(numbers(heat), cmap=CMAP, vmin=0, vmax=top)
+    else:
+        ax.imshow(np.asarray(overlay(picture, heat, vmax=top)))
+    ax.axis("off")
+
+
+def _title(result: "MLLMAttributionResult", rows: Sequence[int]) -> str:
+    return literal(shorten(answer_text(result.select(rows)), 80, placeholder=" ..."))
+
+
+def _heat_label(result: "MLLMAttributionResult", rows: Sequence[int]) -> str:
+    if len(rows) == 1:
+        return literal(f"attribution ({result.units})")
+    return literal(f"attribution ({result.units} each)") + f"\nsum of {len(rows)} tokens"
+
+
+def _scale(top: float) -> Any:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    return ScalarMappable(Normalize(0, top), CMAP)
