@@ -4,11 +4,14 @@ import sys
 import zipfile
 from pathlib import Path
 
-LIMIT_MB = 20
+LIMIT_MB = 30
 NEEDED = (
     "captum_mllm/py.typed",
-    "captum_mllm/reference/models/llava/model.safetensors",
-    "captum_mllm/reference/models/llava/README.md",
+    *(
+        f"captum_mllm/reference/models/{name}/{file}"
+        for name in ("llava", "qwen2vl", "internvl")
+        for file in ("model.safetensors", "README.md")
+    ),
 )
 NOTICES = ("LICENSE", "Apache", "CC-BY")
 

@@ -1,8 +1,10 @@
-"""Synthetic scenes, conversations about them, and the small LLaVA trained on both.
+"""Synthetic scenes, conversations about them, and small models trained on both.
 
-The model is a real `transformers.LlavaForConditionalGeneration`; only its size and its world are
-small. It exists because a saliency map can only be judged on a model that *sees*, on pictures
-whose masks are known exactly. It is no substitute for results on public multimodal LLMs.
+The models are real ones of transformers, a `LlavaForConditionalGeneration` ("llava"), a
+`Qwen2VLForConditionalGeneration` ("qwen2vl": pictures of any shape) and an
+`InternVLForConditionalGeneration` ("internvl": tiles and a thumbnail); only their size and their
+world are small. They exist because a saliency map can only be judged on a model that *sees*, on
+pictures whose masks are known exactly. They are no substitute for results on public models.
 
 What is here (everything loads on first use; importing this package imports no torch):
 
@@ -12,6 +14,7 @@ What is here (everything loads on first use; importing this package imports no t
     render.render(scenes, size=112, oversample=1, device=None) -> Rendered(pixels, masks)
         pixels float (batch, 3, size, size) in 0..1, masks bool (batch, 4, size, size)
     render_pil(scene, size=336) -> (PIL.Image, masks)       masks bool tensor (objects, size, size)
+        `size` may be (height, width): the scene is stretched to it
     converse(scene, kind="list", seed=0) -> Conversation    turns of annotated words
     named_objects(text) -> list of categories in the order in which the text names them
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from captum_mllm.reference.families import Family
+
 _CARD = """---
 license: bsd-3-clause
 pipeline_tag: image-text-to-text
 ---
-# A small LLaVA of synthetic scenes
+# A small {title} of synthetic scenes
 
-A real `LlavaForConditionalGeneration` ({parameters:.2f} M parameters, {megabytes:.2f} MB in
-float16): CLIP tower, two-layer projector, LLaMA with tied embeddings; 112 px, patches of 8 px,
-14 x 14 image tokens. It exists to test and to show attribution methods on pictures whose masks
-are known exactly. It knows nothing but these scenes and is no substitute for a public model.
+A real `{kind}ForConditionalGeneration` ({parameters:.2f} M parameters, {megabytes:.2f} MB in
+float16): {parts}.
+It exists to test and to show attribution methods on pictures whose masks are known exactly. It
+knows nothing but these scenes and is no substitute for a public model.
 
 sha256 of `model.safetensors`: `{sha256}`
 
@@ -23,13 +25,14 @@ Scenes of 1-4 different objects on a smooth background, drawn from seeds (`scene
 splits apart), and templated conversations about them: lists with sizes, colours and positions,
 descriptions that mention every noun twice, questions about one object, two questions about one
 image. 24 of the 64 nouns are two or three sub-tokens.
-**The test scenes are new, the sprites are not**: the 64 x 2 emoji pictures are the same in
+{layouts}**The test scenes are new, the sprites are not**: the 64 x 2 emoji pictures are the same in
 training and test, so the figures say how well the model reads scenes, not unseen drawings.
 
 ## Training
-`python -m captum_mllm.reference.train --out DIR` on one GPU ({device}; {seconds:.0f} s;
-{vision} + {answers} steps of {batch} scenes; the shipped run was ended by the clock, the defaults
-repeat its number of steps; equality to the bit is not promised).
+`python -m captum_mllm.reference.train{option} --out DIR` on one GPU
+({device}; {seconds:.0f} s; {vision} + {answers} steps of {batch} scenes, fewer where pictures have
+more cells; the shipped run was ended by the clock, the defaults repeat its number of steps;
+equality to the bit is not promised).
 1. Vision ({vision} steps): tower, projector and word embedding; patches covered > 30 % are
    classified into the first piece of their object's noun, uncovered ones, with weight
    {background}, into the word "background".
@@ -44,12 +47,11 @@ exactly the right objects. AUC: of the plain lens (final-norm state at the image
 LM head's row of the noun's first piece), cells covered >= 50 % against 0 %, mean over categories.
 95 % intervals: Wilson, bootstrap over scenes. Weights loaded as float32.
 
-| pictures | exact | 95 % | lens AUC | 95 % |
-| --- | --- | --- | --- | --- |
+| pictures | exact | 95 % |{columns}
+| --- | --- | --- |{line}
 {rows}
 
-`native`: drawn at 112 px; `from_448`: drawn at 448 px and shrunk by the processor; `side_N`: drawn
-at N px, read with interpolated position embeddings.
+{ways}
 
 ## Limits
 Lower-case templated English, 64 nouns, one object of a kind per scene. Attributes are learnt from
@@ -62,24 +64,33 @@ Weights and code: BSD-3-Clause. The scenes are drawn with Noto Emoji (Apache-2.0
 """
 
 
-def write_card(folder: Path) -> None:
+def write_card(folder: Path, family: Family) -> None:
     """Write README.md from the folder's figures.json.
 
     Args:
         folder: Folder of a trained and evaluated model.
+        family: The model's family.
     """
     figures = json.loads((folder / "figures.json").read_text())
+    ways = figures["evaluation"]["ways"]
+    names = {"lens_auc": "lens AUC", "lens_auc_thumbnail": "in the thumbnail"}
+    names = {
+        key: name for key, name in names.items() if any(key in found for found in ways.values())
+    }
     rows = []
-    for way, found in figures["evaluation"]["ways"].items():
-        exact, lens = found["exact_objects"], found["lens_auc"]
-        rows.append(
-            f"| {way} | {exact['right']} of {exact['of']} ({exact['share']:.1%}) "
-            f"| {exact['interval_95'][0]:.1%} to {exact['interval_95'][1]:.1%} "
-            f"| {lens['macro_mean']:.3f} | {lens['interval_95'][0]:.3f} to "
-            f"{lens['interval_95'][1]:.3f} |"
-        )
+    for way, found in ways.items():
+        exact = found["exact_objects"]
+        row = f"| {way} | {exact['right']} of {exact['of']} ({exact['share']:.1%}) "
+        row += f"| {exact['interval_95'][0]:.1%} to {exact['interval_95'][1]:.1%} |"
+        rows.append(row + "".join(_auc(found.get(key)) for key in names))
     stages, settings = figures["training"], figures["settings"]
     card = _CARD.format(
+        **family.card,
+        kind=family.kind,
+        option=("" if family.name == "llava" else f" --family {family.name}")
+        + " --compile" * settings.get("compile", False),
+        columns="".join(f" {name} | 95 % |" for name in names.values()),
+        line="".join(" --- | --- |" for _ in names),
         parameters=figures["parameters"] / 1e6,
         megabytes=figures["bytes"] / 1e6,
         sha256=figures["sha256"],
@@ -94,3 +105,11 @@ def write_card(folder: Path) -> None:
         rows="\n".join(rows),
     )
     (folder / "README.md").write_text(card)
+
+
+def _auc(found: dict | None) -> str:
+    """Two cells of the table: a mean and its interval; empty where there is none."""
+    if found is None:
+        return " | |"
+    low, high = found["interval_95"]
+    return f" {found['macro_mean']:.3f} | {low:.3f} to {high:.3f} |"

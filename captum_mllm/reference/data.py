@@ -8,19 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from captum_mllm.reference.captions import Conversation, Words, draw_conversation, text_of
-from captum_mllm.reference.render import draw
 from captum_mllm.reference.scenes import SceneBatch, draw_scenes, seeds_of
 from captum_mllm.reference.sprites import CATEGORIES
 from captum_mllm.reference.tokenizer import SPECIAL, build_tokenizer
 
 TEXT_LENGTH = 96  # text tokens per sample; a second turn that does not fit is left out
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IGNORE = -100
 
 
@@ -144,30 +140,3 @@ def batches(batch_size: int, seed: int, workers: int) -> Iterator[Batch]:
     """
     steps = _Steps(batch_size, seed)
     return iter(DataLoader(steps, batch_size=None, num_workers=workers))
-
-
-def normalize(pixels: Tensor) -> Tensor:
-    """CLIP's normalisation of (batch, 3, height, width) pixels in 0..1."""
-    mean = torch.tensor(CLIP_MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=pixels.device).view(3, 1, 1)
-    return (pixels - mean) / std
-
-
-def draw_pixels(scenes: SceneBatch, size: int, pick: random.Random) -> Tensor:
-    """Draw a training batch: about a third at `size`, the rest resized to it from another size.
-
-    Args:
-        scenes: The scenes, on the device to draw on.
-        size: Side in pixels.
-        pick: Chooses how the pictures reach their size.
-
-    Returns:
-        Normalised pixels (batch, 3, size, size).
-    """
-    oversample = pick.choice((1, 1, 2, 2, 112 / size, 224 / size))
-    return normalize(draw(scenes, size, oversample))
-
-
-def patch_coverage(masks: Tensor, patch: int) -> Tensor:
-    """Share of every patch that every object covers: float (batch, 4, rows * cols)."""
-    return F.avg_pool2d(masks.float(), patch).flatten(2)

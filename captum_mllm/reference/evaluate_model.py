@@ -1,4 +1,4 @@
-"""Figures of a reference model: `python -m captum_mllm.reference.evaluate_model [--model DIR]`.
+"""Figures of a reference model: `python -m captum_mllm.reference.evaluate_model [--family NAME]`.
 
 On test scenes, whose seeds training never draws: how often the greedy answer to "what is in the
 picture?" names exactly the right objects, and how well the plain lens (final-norm state at an
@@ -8,76 +8,58 @@ image position times the LM head's row of the noun's first piece) tells the obje
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from captum_mllm.reference.captions import DEFAULT_QUESTION, named_objects
-from captum_mllm.reference.data import first_piece_ids, patch_coverage
-from captum_mllm.reference.models import PATCH_SIZE, model_path, sha256
-from captum_mllm.reference.render import render, render_pil
+from captum_mllm.reference.data import first_piece_ids
+from captum_mllm.reference.families import Family, Way
+from captum_mllm.reference.layouts import blur_thumbnails, layout_coverage
+from captum_mllm.reference.models import MODELS, family_of, model_path, sha256
+from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import Scene, SceneBatch, draw_scenes, seeds_of
 from captum_mllm.reference.sprites import CATEGORIES
 
-WAYS = {  # name -> (side that the model sees, side that is drawn and then shrunk by the processor)
-    "native": (112, None),
-    "from_448": (112, 448),
-    "side_144": (144, None),
-    "side_168": (168, None),
-    "side_224": (224, None),
-}
 BATCH = 50
-
-
-@contextlib.contextmanager
-def any_size(model) -> Iterator[None]:
-    """Within it the model reads pictures of any side that its patches divide."""
-    hook = model.model.vision_tower.register_forward_pre_hook(
-        lambda _module, args, kwargs: (args, {**kwargs, "interpolate_pos_encoding": True}),
-        with_kwargs=True,
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
+INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
 
 
 def prompt_inputs(
-    processor, scenes: Sequence[Scene], question: str, side: int, drawn: int | None
+    family: Family, processor, scenes: Sequence[Scene], question: str, way: Way
 ) -> dict[str, Tensor]:
-    """Model inputs for one question about each scene.
+    """Model inputs for one question about each scene; to be called within `family.reading`.
 
     Args:
+        family: The model's family.
         processor: The model's processor.
         scenes: The scenes.
         question: Asked of each.
-        side: Side of the pictures that the model sees, in pixels.
-        drawn: Side of the pictures that are handed to the processor; None: drawn at `side`,
-            without any resizing.
+        way: How the pictures reach the model.
     """
     parts = [{"type": "image"}, {"type": "text", "text": question}]
     chat = [{"role": "user", "content": parts}]
     text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    images = [render_pil(scene, drawn or side)[0] for scene in scenes]
-    square = {"height": side, "width": side}
-    inputs = processor(
+    made = processor(
         text=[text] * len(scenes),
-        images=images,
-        size={"shortest_edge": side},
-        crop_size=square,
+        images=[render_pil(scene, way.picture)[0] for scene in scenes],
         return_tensors="pt",
+        **family.call_settings(way),
     )
-    return {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = {name: made[name] for name in INPUTS if name in made}
+    if way.layout.thumbnail:
+        tiles = inputs["pixel_values"].unflatten(0, (len(scenes), -1))
+        inputs["pixel_values"] = blur_thumbnails(tiles, way.layout).flatten(0, 1)
+    return inputs
 
 
 @torch.inference_mode()
@@ -96,10 +78,15 @@ def auc(scores: Tensor, positive: Tensor, negative: Tensor) -> float:
     return ((difference > 0).double() + 0.5 * (difference == 0)).mean().item()
 
 
-def lens_aucs(maps: Tensor, scenes: SceneBatch, side: int) -> list[tuple[int, int, float]]:
-    """Per object: (scene, category, AUC of its cells covered >= 50 % against those at 0 %)."""
-    masks = render(scenes, side).masks
-    coverage = patch_coverage(masks, PATCH_SIZE).to(maps.device)
+def lens_aucs(maps: Tensor, scenes: SceneBatch, coverage: Tensor) -> list[tuple[int, int, float]]:
+    """Per object: (scene, category, AUC of its cells covered >= 50 % against those at 0 %).
+
+    Args:
+        maps: (batch, categories, cells).
+        scenes: The scenes.
+        coverage: (batch, 4, cells), share of every cell that every object covers.
+    """
+    coverage = coverage.to(maps.device)
     out = []
     for i in range(len(scenes)):
         for place in range(int(scenes.count[i])):
@@ -151,15 +138,20 @@ def share(hits: int, total: int) -> dict:
     return {"share": round(p, 4), "interval_95": interval, "right": hits, "of": total}
 
 
-def _one_way(model, processor, batch: SceneBatch, way: str, device: torch.device) -> dict:
-    side, drawn = WAYS[way]
-    scenes = batch.scenes()
-    exact, nouns, wanted, found = 0, 0, 0, []
-    for start in range(0, len(scenes), BATCH):
-        part = scenes[start : start + BATCH]
-        inputs = prompt_inputs(processor, part, DEFAULT_QUESTION, side, drawn)
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        with torch.inference_mode(), any_size(model):
+def _one_way(family: Family, model, processor, batch: SceneBatch, way: Way, size: int) -> dict:
+    scenes, device, layout = batch.scenes(), model.device, way.layout
+    exact, nouns, wanted = 0, 0, 0
+    cells = layout.cells(family.cell)
+    own = cells // layout.tiles  # of a tile; the last tile is the thumbnail, if there is one
+    ends = {"lens_auc": slice(0, cells if layout.tiles == 1 else cells - own)}
+    if layout.tiles > 1:
+        ends["lens_auc_thumbnail"] = slice(cells - own, cells)
+    found: dict[str, list] = {name: [] for name in ends}
+    for start in range(0, len(scenes), size):
+        part = scenes[start : start + size]
+        with torch.inference_mode(), family.reading(model, processor, layout):
+            inputs = prompt_inputs(family, processor, part, DEFAULT_QUESTION, way)
+            inputs = {name: value.to(device) for name, value in inputs.items()}
             maps = lens(model, inputs)
             ids = model.generate(**inputs, max_new_tokens=72, do_sample=False)
         answers = processor.batch_decode(
@@ -170,12 +162,15 @@ def _one_way(model, processor, batch: SceneBatch, way: str, device: torch.device
             exact += sorted(named) == sorted(scene.categories)
             nouns += len(set(named) & set(scene.categories))
             wanted += len(scene.objects)
-        aucs = lens_aucs(maps, SceneBatch.of(part), side)
-        found += [(i + start, category, value) for i, category, value in aucs]
+        drawn = SceneBatch.of(part)
+        coverage = layout_coverage(drawn, layout, family.cell)
+        for name, end in ends.items():
+            aucs = lens_aucs(maps[..., end], drawn, coverage[..., end])
+            found[name] += [(i + start, category, value) for i, category, value in aucs]
     return {
         "exact_objects": share(exact, len(scenes)),
         "nouns_found": round(nouns / wanted, 4),
-        "lens_auc": macro_mean(found),
+        **{name: macro_mean(values) for name, values in found.items()},
     }
 
 
@@ -183,8 +178,10 @@ def evaluate(
     path: Path,
     scenes: int = 1000,
     device: str = "cpu",
-    ways: Sequence[str] = tuple(WAYS),
+    ways: Sequence[str] | None = None,
     split: str = "test",
+    name: str = "llava",
+    batch_size: int = BATCH,
 ) -> dict:
     """Evaluate saved weights, loaded as float32.
 
@@ -192,18 +189,23 @@ def evaluate(
         path: Folder of the model.
         scenes: How many scenes, from number 0 of the split on.
         device: Where to run.
-        ways: How the pictures reach the model, of `WAYS`.
+        ways: How the pictures reach the model, of the family's `ways`; None: all.
         split: "test", or "validation" to choose between runs.
+        name: Of the model's family, one of `models.MODELS`.
+        batch_size: Scenes at a time.
 
     Returns:
         Figures per way, the hash of the weights that they belong to, and versions.
     """
     start = time.monotonic()
+    family = family_of(name)
     model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     model = model.eval().to(torch.device(device))
-    processor = AutoProcessor.from_pretrained(path)
+    processor = family.load_processor(path)
     batch = draw_scenes(seeds_of(split, torch.arange(scenes)))
-    figures = {way: _one_way(model, processor, batch, way, torch.device(device)) for way in ways}
+    figures = {}
+    for way in family.ways if ways is None else ways:
+        figures[way] = _one_way(family, model, processor, batch, family.ways[way], batch_size)
     return {
         "split": split,
         "question": DEFAULT_QUESTION,
@@ -212,21 +214,33 @@ def evaluate(
         "seconds": round(time.monotonic() - start, 1),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": platform.machine(),
+        "machine": torch.cuda.get_device_name()
+        if model.device.type == "cuda"
+        else platform.machine(),
     }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluate, print, and write the figures into the model's figures.json."""
     parser = argparse.ArgumentParser(description="Figures of a reference model.")
-    parser.add_argument("--model", type=Path, default=model_path())
+    parser.add_argument("--family", choices=list(MODELS), default="llava")
+    parser.add_argument("--model", type=Path, help="folder; default: the shipped model's")
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", help="default: all of the family's")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--out", type=Path, help="file to write; default: print only")
     args = parser.parse_args(argv)
-    figures = evaluate(args.model, args.scenes, args.device, args.ways, args.split)
+    figures = evaluate(
+        args.model or model_path(args.family),
+        args.scenes,
+        args.device,
+        args.ways,
+        args.split,
+        args.family,
+        args.batch_size,
+    )
     text = json.dumps(figures, indent=1)
     print(text)
     if args.out:

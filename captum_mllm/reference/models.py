@@ -1,4 +1,4 @@
-"""Sizes of the reference models, and loading of the shipped ones."""
+"""The reference models: building untrained ones, and loading the shipped ones."""
 
 from __future__ import annotations
 
@@ -7,80 +7,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import AutoModelForImageTextToText
 
-from captum_mllm.reference.tokenizer import SPECIAL, pieces
+from captum_mllm.reference.families import Family
+from captum_mllm.reference.family_internvl import InternVL
+from captum_mllm.reference.family_llava import Llava
+from captum_mllm.reference.family_qwen2vl import Qwen2VL
 
-IMAGE_SIZE, PATCH_SIZE = 112, 8
-SIZES: dict[str, dict[str, tuple[int, ...]]] = {
-    # width, layers, heads, width of the MLP
-    "small": {"vision": (192, 4, 6, 768), "text": (192, 5, 6, 440)},
-    "base": {"vision": (192, 5, 6, 768), "text": (256, 6, 8, 640)},
-    "tiny": {"vision": (32, 1, 2, 64), "text": (32, 1, 2, 64)},
-}
-MODELS = ("llava",)
+FAMILIES: dict[str, Family] = {family.name: family for family in (Llava(), Qwen2VL(), InternVL())}
+MODELS = tuple(FAMILIES)
 
 
-def build_model(size: str = "small") -> LlavaForConditionalGeneration:
-    """Build an untrained LLaVA: CLIP tower, two-layer projector, LLaMA with tied embeddings.
+def family_of(name: str) -> Family:
+    """What is particular to a model's family.
 
     Args:
-        size: One of `SIZES`.
+        name: One of `MODELS`.
+
+    Raises:
+        ValueError: No such model.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"name={name!r} is unknown; there are {list(MODELS)}.")
+    return FAMILIES[name]
+
+
+def build_model(size: str = "small", name: str = "llava") -> Any:
+    """Build an untrained model with tied embeddings.
+
+    Args:
+        size: One of the family's `sizes`: "small" is what is shipped, "tiny" for trials.
+        name: One of `MODELS`.
 
     Returns:
         The model, float32, randomly initialised from torch's global generator.
+
+    Raises:
+        ValueError: No such model, or no such size of it.
     """
-    if size not in SIZES:
-        raise ValueError(f"size={size!r} is unknown; there are {sorted(SIZES)}.")
-    (v_width, v_layers, v_heads, v_mlp), (t_width, t_layers, t_heads, t_mlp) = (
-        SIZES[size]["vision"],
-        SIZES[size]["text"],
-    )
-    ids = {name: SPECIAL.index(f"<{name}>") for name in ("s", "pad", "image")}
-    eos = SPECIAL.index("</s>")
-    vision = CLIPVisionConfig(
-        hidden_size=v_width,
-        num_hidden_layers=v_layers,
-        num_attention_heads=v_heads,
-        intermediate_size=v_mlp,
-        projection_dim=v_width,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-    )
-    text = LlamaConfig(
-        vocab_size=len(pieces()),
-        hidden_size=t_width,
-        num_hidden_layers=t_layers,
-        num_attention_heads=t_heads,
-        num_key_value_heads=t_heads,
-        intermediate_size=t_mlp,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=ids["s"],
-        eos_token_id=eos,
-        pad_token_id=ids["pad"],
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=ids["image"],
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config)
-    generation: Any = model.generation_config
-    generation.bos_token_id, generation.eos_token_id = ids["s"], eos
-    generation.pad_token_id = ids["pad"]
-    return model
+    return family_of(name).build_model(size)
 
 
 def model_path(name: str = "llava") -> Path:
@@ -99,16 +64,14 @@ def model_path(name: str = "llava") -> Path:
         >>> model_path("llava").name
         'llava'
     """
-    if name not in MODELS:
-        raise ValueError(f"name={name!r} is unknown; there are {list(MODELS)}.")
-    return Path(__file__).parent / "models" / name
+    return Path(__file__).parent / "models" / family_of(name).name
 
 
 def load(name: str = "llava", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Load a shipped model and its processor; needs no network.
 
     Args:
-        name: One of `MODELS`.
+        name: One of `MODELS`. Processors of "qwen2vl" and "internvl" read images alone, no videos.
         dtype: Type of the weights in memory; default float32 (they are stored as float16).
 
     Returns:
@@ -123,7 +86,7 @@ def load(name: str = "llava", dtype: torch.dtype | None = None) -> tuple[Any, An
     model = AutoModelForImageTextToText.from_pretrained(
         path, dtype=dtype or torch.float32, local_files_only=True
     )
-    return model.eval(), AutoProcessor.from_pretrained(path, local_files_only=True)
+    return model.eval(), family_of(name).load_processor(path)
 
 
 def sha256(path: Path) -> str:

@@ -55,20 +55,20 @@ def _sprites(device: torch.device) -> Tensor:
     return torch.cat([rgba[:, :, :3] * alpha, gray * alpha, alpha], 2)
 
 
-def _background(scenes: SceneBatch, size: int) -> Tensor:
+def _background(scenes: SceneBatch, size: tuple[int, int]) -> Tensor:
     device = scenes.seed.device
     colors = torch.tensor(list(BACKGROUNDS.values()), device=device)[scenes.background]
     batch = len(scenes)
     smooth = uniforms(scenes.seed, 3 * SMOOTH_CELLS**2, 11)
     smooth = smooth.view(batch, 3, SMOOTH_CELLS, SMOOTH_CELLS)
     grain = uniforms(scenes.seed, GRAIN_CELLS**2, 12).view(batch, 1, GRAIN_CELLS, GRAIN_CELLS)
-    smooth = F.interpolate(smooth, (size, size), mode="bilinear", align_corners=True) - 0.5
-    grain = F.interpolate(grain, (size, size), mode="bilinear", align_corners=False) - 0.5
+    smooth = F.interpolate(smooth, size, mode="bilinear", align_corners=True) - 0.5
+    grain = F.interpolate(grain, size, mode="bilinear", align_corners=False) - 0.5
     out = colors[:, :, None, None] + 2 * SMOOTH_STRENGTH * smooth + 2 * GRAIN_STRENGTH * grain
     return out.clamp(0, 1)
 
 
-def _layer(scenes: SceneBatch, place: int, size: int) -> tuple[Tensor, Tensor]:
+def _layer(scenes: SceneBatch, place: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """One object per scene on the whole canvas: premultiplied colour, and alpha."""
     device = scenes.seed.device
     sprites = _sprites(device)[scenes.style[:, place], scenes.category[:, place]]
@@ -83,7 +83,7 @@ def _layer(scenes: SceneBatch, place: int, size: int) -> tuple[Tensor, Tensor]:
         ],
         1,
     )
-    grid = F.affine_grid(theta, [len(scenes), 5, size, size], align_corners=False)
+    grid = F.affine_grid(theta, [len(scenes), 5, *size], align_corners=False)
     layer = F.grid_sample(sprites, grid, mode="bilinear", align_corners=False)
     present = (place < scenes.count)[:, None, None, None]
     rgb, gray, alpha = (layer * present).split([3, 1, 1], 1)
@@ -97,7 +97,7 @@ def _layer(scenes: SceneBatch, place: int, size: int) -> tuple[Tensor, Tensor]:
 
 def render(
     scenes: Scene | Sequence[Scene] | SceneBatch,
-    size: int = 112,
+    size: int | tuple[int, int] = 112,
     oversample: float = 1,
     device: torch.device | str | None = None,
 ) -> Rendered:
@@ -105,7 +105,7 @@ def render(
 
     Args:
         scenes: One scene, several, or a batch as tensors.
-        size: Side of the pictures in pixels.
+        size: Side of the pictures in pixels, or (height, width), to which scenes are stretched.
         oversample: Draw at `oversample * size` and resize (bicubic, antialiased), as a large
             picture is shrunk by a model's processor. Below 1 the picture is enlarged.
         device: Where to draw; default: where the scenes' tensors are, else the CPU.
@@ -122,7 +122,7 @@ def render(
         >>> drawn.pixels.shape, drawn.masks.shape
         (torch.Size([2, 3, 64, 64]), torch.Size([2, 4, 64, 64]))
     """
-    if size < 1 or oversample <= 0:
+    if min(_pair(size)) < 1 or oversample <= 0:
         raise ValueError(f"size={size} and oversample={oversample} must both be positive.")
     if isinstance(scenes, Scene):
         scenes = [scenes]
@@ -133,22 +133,28 @@ def render(
     return Rendered(draw(scenes, size, oversample), draw_masks(scenes, size))
 
 
-def draw(scenes: SceneBatch, size: int, oversample: float = 1) -> Tensor:
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def draw(scenes: SceneBatch, size: int | tuple[int, int], oversample: float = 1) -> Tensor:
     """The pictures of `render` alone."""
-    drawn = round(size * oversample)
+    size = _pair(size)
+    drawn = (round(size[0] * oversample), round(size[1] * oversample))
     pixels = _background(scenes, drawn)
     for place in range(MAX_OBJECTS):
         rgb, alpha = _layer(scenes, place, drawn)
         pixels = pixels * (1 - alpha) + rgb
     if drawn == size:
         return pixels
-    return F.interpolate(
-        pixels, (size, size), mode="bicubic", antialias=True, align_corners=False
-    ).clamp(0, 1)
+    return F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(
+        0, 1
+    )
 
 
-def draw_masks(scenes: SceneBatch, size: int) -> Tensor:
+def draw_masks(scenes: SceneBatch, size: int | tuple[int, int]) -> Tensor:
     """The masks of `render` alone."""
+    size = _pair(size)
     visible: list[Tensor] = []
     for place in range(MAX_OBJECTS):
         _, alpha = _layer(scenes, place, size)
@@ -156,15 +162,15 @@ def draw_masks(scenes: SceneBatch, size: int) -> Tensor:
     return torch.cat(visible, 1) > 0.5
 
 
-def render_pil(scene: Scene, size: int = 336) -> tuple[Image.Image, Tensor]:
+def render_pil(scene: Scene, size: int | tuple[int, int] = 336) -> tuple[Image.Image, Tensor]:
     """Draw one scene as a user would hand it to a processor.
 
     Args:
         scene: The scene.
-        size: Side of the picture in pixels.
+        size: Side of the picture in pixels, or (height, width), to which the scene is stretched.
 
     Returns:
-        The picture (RGB, 8 bit) and masks, bool (objects, size, size).
+        The picture (RGB, 8 bit) and masks, bool (objects, height, width).
 
     Example:
         >>> from captum_mllm.reference import make_scene

@@ -8,6 +8,7 @@ text in lower-case Latin letters can be encoded (upper case is lowered).
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -19,6 +20,7 @@ from captum_mllm.reference.scenes import BACKGROUND_NAMES, COLORS
 from captum_mllm.reference.sprites import CATEGORIES
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+LLAVA_TOKENS = {"image_token": "<image>"}
 SPLIT_NOUNS = {  # noun -> pieces; the first pieces are words of no other meaning
     "bicycle": "bi cycle",
     "motorcycle": "mo tor cycle",
@@ -102,35 +104,57 @@ CHAT_TEMPLATE = (
 )
 
 
-def pieces() -> list[str]:
-    """The vocabulary in the order of its ids; "▁" stands for the space before a word."""
+def special_tokens(names: Mapping[str, str] = LLAVA_TOKENS) -> tuple[str, ...]:
+    """Special tokens of a family, in the order of their names; the first five are `SPECIAL`'s.
+
+    Args:
+        names: A name in the tokenizer -> token; the first marks an image's features and takes
+            the place of LLaVA's "<image>".
+    """
+    image, *others = names.values()
+    return (*SPECIAL[:-1], image, *others)
+
+
+def pieces(names: Mapping[str, str] = LLAVA_TOKENS) -> list[str]:
+    """The vocabulary in the order of its ids; "▁" stands for the space before a word.
+
+    Ids of words are the same in every family: further special tokens come last.
+
+    Args:
+        names: As in `special_tokens`.
+    """
     words = [*WORDS, *NUMBERS, *COLORS, *BACKGROUND_NAMES]
     words += [w for c in CATEGORIES for w in c.split() if w not in SPLIT_NOUNS]
-    out = [*SPECIAL, "▁", *("▁" + word for word in words)]
+    special = special_tokens(names)
+    out = [*special[: len(SPECIAL)], "▁", *("▁" + word for word in words)]
     for split in SPLIT_NOUNS.values():
         first, *rest = split.split()
         out += ["▁" + first, *rest]
     out += [*string.ascii_lowercase, *string.digits, *string.punctuation]
-    return list(dict.fromkeys(out))
+    return list(dict.fromkeys([*out, *special]))
 
 
-def _score(piece: str) -> float:
+def _score(piece: str, special: tuple[str, ...]) -> float:
     """Unigram score: few pieces beat many; a split noun's first piece beats an equal rival."""
-    if piece in SPECIAL:
+    if piece in special:
         return 0.0
     if piece.removeprefix("▁") in {split.split()[0] for split in SPLIT_NOUNS.values()}:
         return -1.9
     return -2.0 if len(piece) > 1 else -10.0
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(names: Mapping[str, str] = LLAVA_TOKENS) -> PreTrainedTokenizerFast:
     """Build the tokenizer.
+
+    Args:
+        names: As in `special_tokens`.
 
     Example:
         >>> build_tokenizer().tokenize("An elephant.")
         ['▁an', '▁ele', 'phant', '.']
     """
-    vocabulary = [(piece, _score(piece)) for piece in pieces()]
+    special = special_tokens(names)
+    vocabulary = [(piece, _score(piece, special)) for piece in pieces(names)]
     core = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=False))
     core.normalizer = normalizers.Sequence(
         [
@@ -141,7 +165,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     core.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    core.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
+    core.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     core.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
     )
@@ -151,12 +175,21 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=dict(names),
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         model_max_length=2048,
     )
+
+
+def chat_template(image: str) -> str:
+    """The chat template of a family.
+
+    Args:
+        image: What stands in the prompt for an image.
+    """
+    return CHAT_TEMPLATE.replace("<image>\n", image)
 
 
 def build_processor(image_size: int = 112, patch_size: int = 8) -> LlavaProcessor:

@@ -1,7 +1,8 @@
-"""Train a reference LLaVA: `python -m captum_mllm.reference.train --out DIR`.
+"""Train a reference model: `python -m captum_mllm.reference.train --family NAME --out DIR`.
 
-Stage 1 (vision): tower, projector and word embedding learn to tell, for every patch that an
-object covers by more than 30 %, the first piece of the object's noun. Stage 2: everything learns
+Stage 1 (vision): tower, projector and word embedding learn to tell, for every cell (the patch, or
+the merged patches, of one image position) that an object covers by more than 30 %, the first
+piece of the object's noun. Stage 2: everything learns
 to answer questions; the loss is on answers alone, never on image positions. Nothing here computes
 an attribution map, and the last step's weights are what is kept.
 """
@@ -15,6 +16,7 @@ import platform
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,18 +30,15 @@ from captum_mllm.reference.data import (
     IGNORE,
     Batch,
     batches,
-    draw_pixels,
     first_piece_ids,
-    patch_coverage,
     piece_ids,
     prefix_ids,
 )
 from captum_mllm.reference.evaluate_model import evaluate
-from captum_mllm.reference.models import PATCH_SIZE, SIZES, build_model, sha256
-from captum_mllm.reference.render import draw_masks
-from captum_mllm.reference.tokenizer import build_processor
+from captum_mllm.reference.families import Family
+from captum_mllm.reference.layouts import Layout, draw_training, layout_coverage
+from captum_mllm.reference.models import FAMILIES, family_of, sha256
 
-IMAGE_SIZES = (*range(80, 169, 8), 112, 112, 112, 192, 224)
 SLOW = 0.3  # stage 2: rate of tower, projector and word embedding, against the rest
 COVERED = 0.3
 
@@ -72,28 +71,25 @@ class Schedule:
             print(f"{label} step {self.step} loss {value:.4f} {speed:.1f} steps/s", flush=True)
 
 
-def image_features(model, pixels: Tensor) -> Tensor:
-    """Projected patch features (batch, patches, width), at any size that patches divide."""
-    tower = model.model.vision_tower
-    states = tower(pixels, interpolate_pos_encoding=True).last_hidden_state
-    return model.model.multi_modal_projector(states[:, 1:])
-
-
-def vision_loss(model, batch: Batch, size: int, pick: random.Random, background: float) -> Tensor:
-    """Stage 1: classify covered patches into the first piece of their object's noun.
+def vision_loss(
+    model, family: Family, batch: Batch, layout: Layout, pick: random.Random, background: float
+) -> Tensor:
+    """Stage 1: classify covered cells into the first piece of their object's noun.
 
     Args:
         model: The model.
+        family: Its family.
         batch: Scenes on the model's device.
-        size: Side of the pictures.
+        layout: How the pictures are read; thumbnails are never blurred here.
         pick: Chooses how they are drawn.
-        background: Weight of uncovered patches, whose class is the word "background"; 0: none.
+        background: Weight of uncovered cells, whose class is the word "background"; 0: none.
     """
-    pixels = draw_pixels(batch.scenes, size, pick)
-    coverage, place = patch_coverage(draw_masks(batch.scenes, size), PATCH_SIZE).max(1)
-    nouns = first_piece_ids().to(pixels.device)[batch.scenes.category]
+    layout = replace(layout, thumbnail=None)
+    pictures = draw_training(batch.scenes, layout, pick)
+    coverage, place = layout_coverage(batch.scenes, layout, family.cell).max(1)
+    nouns = first_piece_ids().to(pictures.device)[batch.scenes.category]
     labels = torch.where(coverage > COVERED, nouns.gather(1, place), IGNORE)
-    hidden = model.model.language_model.norm(image_features(model, pixels))
+    hidden = model.model.language_model.norm(family.features(model, pictures))
     logits = model.lm_head(hidden).float().flatten(0, 1)
     loss = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE)
     if background:
@@ -103,22 +99,49 @@ def vision_loss(model, batch: Batch, size: int, pick: random.Random, background:
     return loss
 
 
-def answer_loss(model, batch: Batch, features: Tensor | None) -> Tensor:
+def answer_loss(
+    model,
+    family: Family,
+    batch: Batch,
+    layout: Layout | None = None,
+    features: Tensor | None = None,
+) -> Tensor:
     """Stage 2: next-token loss on answers.
 
     Args:
         model: The model.
+        family: Its family.
         batch: Ids and labels on the model's device.
-        features: Projected patch features, or None for text alone.
+        layout: How the pictures were read; None: text alone.
+        features: What the family's `features` made of the pictures; None: text alone.
     """
     embed = model.get_input_embeddings()
-    prefix = torch.tensor(prefix_ids(), device=batch.ids.device).expand(len(batch.ids), -1)
-    parts = [embed(prefix), *([] if features is None else [features]), embed(batch.ids)]
-    inputs = torch.cat([part.to(parts[-2].dtype) for part in parts], 1)
-    states = model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-    text = states[:, -batch.ids.shape[1] : -1]
+    length = batch.ids.shape[1]
+
+    def embedded(ids: tuple[int, ...]) -> Tensor:
+        row = torch.tensor(ids, dtype=torch.int64, device=batch.ids.device)
+        return embed(row.expand(len(batch.ids), -1))
+
+    parts, positions = [embedded(prefix_ids())], None
+    if layout is not None and features is not None:
+        before, after = family.around_ids()
+        parts += [embedded(before), features, embedded(after)]
+        positions = family.positions(model, layout, length)
+    parts.append(embed(batch.ids))
+    kept = features if features is not None else parts[0]
+    settings = (
+        {}
+        if positions is None
+        else {"position_ids": positions.to(batch.ids.device).expand(-1, len(batch.ids), -1)}
+    )
+    states = model.model.language_model(
+        inputs_embeds=torch.cat([part.to(kept.dtype) for part in parts], 1),
+        use_cache=False,
+        **settings,
+    ).last_hidden_state
     labels = batch.labels[:, 1:].flatten()
-    return F.cross_entropy(model.lm_head(text).float().flatten(0, 1), labels, ignore_index=IGNORE)
+    logits = model.lm_head(states[:, -length:-1]).float().flatten(0, 1)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE)
 
 
 def _step(optimizer: torch.optim.Optimizer, model, loss: Tensor) -> None:
@@ -140,11 +163,37 @@ def _optimizer(model, slow: float, device: torch.device) -> torch.optim.Optimize
     )
 
 
-def train(model, data: Iterator[Batch], args: argparse.Namespace) -> dict:
+def _loss(
+    model, family: Family, batch: Batch, layout: Layout, pick: random.Random, args, stage: str
+) -> Tensor:
+    """A step's loss; in the second stage that of text alone now and then."""
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=batch.ids.is_cuda):
+        if stage == "vision":
+            return vision_loss(model, family, batch, layout, pick, args.background)
+        if pick.random() < args.text_only:
+            return answer_loss(model, family, batch)
+        features = family.features(model, draw_training(batch.scenes, layout, pick))
+        return answer_loss(model, family, batch, layout, features)
+
+
+def _warm_up(model, family: Family, batch: Batch, args: argparse.Namespace) -> None:
+    """Compile what the steps need, before the clock that ends a stage starts."""
+    start, device = time.monotonic(), next(model.parameters()).device
+    for number, layout in enumerate(dict.fromkeys(family.layouts[:6] + family.layouts[-6:])):
+        part = batch.to(device, args.batch_size // (2 + number % 3))
+        for stage, text_only in (("vision", 0), ("answers", 0), ("answers", 1)):
+            settings = argparse.Namespace(background=args.background, text_only=text_only)
+            _loss(model, family, part, layout, random.Random(0), settings, stage).backward()
+    model.zero_grad(set_to_none=True)
+    print(f"compiled in {time.monotonic() - start:.1f} s", flush=True)
+
+
+def train(model, family: Family, data: Iterator[Batch], args: argparse.Namespace) -> dict:
     """Run both stages.
 
     Args:
         model: An untrained model, on its device.
+        family: Its family.
         data: Endless batches.
         args: The command line's settings.
 
@@ -153,7 +202,7 @@ def train(model, data: Iterator[Batch], args: argparse.Namespace) -> dict:
     """
     device = next(model.parameters()).device
     pick = random.Random(args.seed)
-    sizes = (112,) if args.config == "tiny" else IMAGE_SIZES
+    layouts = family.tiny_layouts if args.config == "tiny" else family.layouts
     done: dict = {}
     stages = (("vision", args.vision_steps, 0.27, 1.0), ("answers", args.steps, 0.73, SLOW))
     for stage, steps, share, slow in stages:
@@ -163,16 +212,9 @@ def train(model, data: Iterator[Batch], args: argparse.Namespace) -> dict:
         losses = []
         while schedule.advance(optimizer):
             batch = next(data)
-            size = pick.choice(sizes)
-            batch = batch.to(device, args.batch_size if size <= 168 else args.batch_size // 2)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                if stage == "vision":
-                    loss = vision_loss(model, batch, size, pick, args.background)
-                elif pick.random() < args.text_only:
-                    loss = answer_loss(model, batch, None)
-                else:
-                    pixels = draw_pixels(batch.scenes, size, pick)
-                    loss = answer_loss(model, batch, image_features(model, pixels))
+            layout = pick.choice(layouts)
+            batch = batch.to(device, int(args.batch_size * layout.share))
+            loss = _loss(model, family, batch, layout, pick, args, stage)
             _step(optimizer, model, loss)
             losses.append(loss.detach())
             schedule.report(stage, losses[-1])
@@ -186,41 +228,44 @@ def train(model, data: Iterator[Batch], args: argparse.Namespace) -> dict:
     return done
 
 
-def save(model, out: Path) -> None:
+def save(model, family: Family, config: str, out: Path) -> None:
     """Write weights (float16), configuration, tokenizer and processor."""
-    copy = build_model(_size_of(model))
-    copy.load_state_dict(model.state_dict())
-    copy.half().save_pretrained(out)
-    _name_as_on_the_hub(out / "model.safetensors")
-    build_processor().save_pretrained(out)
-
-
-def _name_as_on_the_hub(path: Path) -> None:
-    """Name the tower's weights as public LLaVA checkpoints do, which every version reads.
-
-    transformers of late writes them without "vision_model."; 5.5 would leave such a tower at
-    random weights.
-    """
-    short, long = "vision_tower.", "vision_tower.vision_model."
-    tensors = {
-        name if name.startswith(long) else name.replace(short, long, 1): tensor
-        for name, tensor in load_file(path).items()
-    }
+    plain = family.build_model(config)
+    plain.load_state_dict(model.state_dict())
+    plain.half().save_pretrained(out)
+    path = out / "model.safetensors"
+    tensors = {family.weight_name(name): tensor for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    family.build_processor().save_pretrained(out)
+    _tidy(out, family)
 
 
-def _size_of(model) -> str:
-    width = model.config.text_config.hidden_size
-    return next(name for name, size in SIZES.items() if size["text"][0] == width)
+def _tidy(out: Path, family: Family) -> None:
+    """Settle what versions of transformers write or need differently.
+
+    Only some know the name of the tower's rotary positions, which are the same in all; and where
+    torchvision is installed, `AutoProcessor` wants a processor's full class and all its parts.
+    """
+    for file in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((out / file).read_text())
+        settings.get("vision_config", {}).pop("rope_parameters", None)
+        if "processor_class" in settings:
+            settings["processor_class"] = settings["processor_class"].removeprefix("ImageOnly")
+        (out / file).write_text(json.dumps(settings, indent=2) + "\n")
+    if family.video:
+        settings = json.loads((out / "processor_config.json").read_text())
+        settings["video_processor"] = dict(family.video)
+        (out / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Train a reference LLaVA.")
+    parser = argparse.ArgumentParser(description="Train a reference model.")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="llava")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--config", choices=sorted(SIZES), default="small")
-    parser.add_argument("--vision-steps", type=int, default=2670)
-    parser.add_argument("--steps", type=int, default=5139, help="steps of the second stage")
+    parser.add_argument("--config", choices=("tiny", "small", "base"), default="small")
+    parser.add_argument("--vision-steps", type=int, help="default: the shipped model's")
+    parser.add_argument("--steps", type=int, help="of the second stage; default: likewise")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--warmup", type=int, default=150)
@@ -230,14 +275,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--background", type=float, default=0.1, help="weight in stage 1")
     parser.add_argument("--max-seconds", type=float, help="end both stages early, by the clock")
+    parser.add_argument("--compile", action="store_true", help="train faster, after a minute")
     parser.add_argument("--workers", type=int, default=6)
-    parser.add_argument("--eval-scenes", type=int, default=1000)
+    parser.add_argument("--eval-scenes", type=int, default=1000, help="0: no evaluation, no card")
+    parser.add_argument("--eval-batch", type=int, default=50, help="scenes at a time")
     parser.add_argument("--eval-split", choices=("test", "validation"), default="test")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--tiny", action="store_true", help="a run of seconds, to see that it works"
     )
     args = parser.parse_args(argv)
+    vision_steps, steps = family_of(args.family).steps
+    args.vision_steps, args.steps = args.vision_steps or vision_steps, args.steps or steps
     if args.tiny:
         args.config, args.vision_steps, args.steps, args.batch_size = "tiny", 6, 12, 16
         args.workers, args.eval_scenes, args.warmup = 0, 8, 2
@@ -249,11 +298,16 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    model = build_model(args.config).to(args.device)
+    family = family_of(args.family)
+    model = family.build_model(args.config).to(args.device)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.config}: {parameters / 1e6:.3f} M parameters", flush=True)
-    training = train(model, batches(args.batch_size, args.seed, args.workers), args)
-    save(model, args.out)
+    print(f"{family.kind}, {args.config}: {parameters / 1e6:.3f} M parameters", flush=True)
+    data = batches(args.batch_size, args.seed, args.workers)
+    if args.compile:
+        family.compile(model)
+        _warm_up(model, family, next(data), args)
+    training = train(model, family, data, args)
+    save(model, family, args.config, args.out)
     weights = args.out / "model.safetensors"
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "workers")}
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
@@ -271,9 +325,18 @@ def main(argv: list[str] | None = None) -> dict:
         },
     }
     (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    figures["evaluation"] = evaluate(args.out, args.eval_scenes, args.device, split=args.eval_split)
-    (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    write_card(args.out)
+    if args.eval_scenes:
+        figures["evaluation"] = evaluate(
+            args.out,
+            args.eval_scenes,
+            args.device,
+            tuple(family.ways)[: 3 if args.tiny else None],
+            args.eval_split,
+            family.name,
+            args.eval_batch,
+        )
+        (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+        write_card(args.out, family)
     print(json.dumps(figures, indent=1))
     return figures
 
