@@ -415,8 +415,9 @@ def mixed(kin: Any, order: str, *, image: Any, steps: int = 2) -> dict[str, Tens
     inputs = dict(kin.processor.tokenizer(text, return_tensors="pt"))
     ids, config = inputs["input_ids"], kin.model.config
     kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
-    names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-    inputs |= {name: clip[name] for name in names if name in clip}
+    # Without second_per_grid_ts, whose default is the same 1 s: transformers 5.5's Qwen2.5-VL takes
+    # one of them for each image too, and stops short at the video (mended in later versions).
+    inputs |= {name: clip[name] for name in ("pixel_values_videos", "video_grid_thw")}
     inputs |= {name: still[name] for name in ("pixel_values", "image_grid_thw")}
     return inputs | {"mm_token_type_ids": kinds}
 
