@@ -14,7 +14,8 @@ PACKAGE = Path(captum_mllm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LINE = {  # the way of the data; a part may import from parts with a smaller number only
     "functional": 0, "checks": 0, "geometry": 0, "_captum": 0, "words": 0, "labels": 0,
-    "adapters": 1, "trace": 1, "storage": 0, "inputs": 2, "capture": 2, "result": 2, "rescale": 3, "targets": 3,
+    "storage": 0, "adapters": 1, "trace": 1, "inputs": 2, "capture": 2, "result": 2,
+    "rescale": 3, "targets": 3,
     "generation": 3, "runner": 4, "attr": 5,
     "metrics": 6, "visualization": 6, "reference": 7, "studies": 8, "cli_model": 8,
     "cli": 9, "__main__": 10,
