@@ -21,7 +21,8 @@ class ImageGrid:
         width: width of the image as the model saw it, pixels.
         tiles: tiles down and across that the frame is cut into, default (1, 1).
         steps: cells along the time of a video; 0 (default) for a still image.
-        frames: frames of the video, a multiple of ``steps``; 0 for a still image.
+        frames: frames of the video as the model saw it, a multiple of ``steps`` (processors may
+            sample frames and repeat the last one); 0 for a still image.
         picture: (height, width) of the original picture where the inputs tell it, or None.
         box: the part of that picture that the frame shows, as in :class:`ImageGeometry`, where
             the inputs tell it, or None.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Sample:
         prefix_length: number of tokens that the maps depend on: up to and including the last
             placeholder, or the whole prompt where it sees itself.
         padding: columns of left padding that were cut off.
+        blocks: per image, the positions that belong to it, its markers included.
     """
 
     kwargs: Mapping[str, Tensor]
@@ -30,6 +32,7 @@ class Sample:
     image_positions: tuple[Int64[Tensor, " placeholders"], ...]
     prefix_length: int
     padding: int
+    blocks: tuple[range, ...] = ()
 
     @property
     def prompt_ids(self) -> Int64[Tensor, " tokens"]:
@@ -38,10 +41,8 @@ class Sample:
 
     @property
     def text_positions(self) -> list[int]:
-        """Prompt positions outside of every image's (first to last placeholder) block."""
-        inside: set[int] = set()
-        for where in self.image_positions:
-            inside.update(range(int(where[0]), int(where[-1]) + 1))
+        """Prompt positions outside of every image's block."""
+        inside = {position for block in self.blocks for position in block}
         return [p for p in range(len(self.prompt_ids)) if p not in inside]
 
 
@@ -64,7 +65,8 @@ def read_sample(inputs: Mapping[str, Any], adapter: Adapter) -> Sample:
     prefix = max(int(where[-1]) for where in positions) + 1
     if adapter.prompt_sees_ahead:
         prefix = kwargs["input_ids"].shape[1]
-    return Sample(kwargs, grids, positions, prefix, padding)
+    blocks = tuple(adapter.block(kwargs["input_ids"][0], where) for where in positions)
+    return Sample(kwargs, grids, positions, prefix, padding, blocks)
 
 
 def _placeholders(
@@ -78,17 +80,20 @@ def _placeholders(
     counts = [sum(adapter.runs(grid)) for grid in grids]
     kinds = [adapter.placeholder(grid) for grid in grids]
     found: dict[int, Sequence[Tensor]] = {}
+    names = {True: "pixel_values_videos", False: "pixel_values"}
     for kind in dict.fromkeys((*kinds, *adapter.visual_ids)):
         where = (ids == kind).nonzero()[:, 0]
         own = [count for count, other in zip(counts, kinds, strict=True) if other == kind]
         if len(where) != sum(own):
             shapes = ", ".join(" x ".join(map(str, grid.shape)) for grid in grids)
+            of_video = kind == getattr(adapter.config, "video_token_id", None)
+            what = "video" if of_video else "image"
             raise ValueError(
-                f"input_ids hold {len(where)} image tokens, but pixel_values make {sum(own)} "
-                f"({len(own)} image(s); grids of {shapes} tokens): text and images must come from "
-                f"the same processor call, and the processor's patch_size must be the model's. (A "
-                f"pixel tensor as inputs means versions of one image; several images go in a "
-                f"mapping.)"
+                f"input_ids hold {len(where)} {what} tokens, but "
+                f"{names[of_video]} make {sum(own)} ({len(own)} {what}(s); grids of {shapes} "
+                f"tokens): text and images must come from the same processor call, and the "
+                f"processor's patch_size must be the model's. (A pixel tensor as inputs means "
+                f"versions of one image; several images go in a mapping.)"
             )
         found[kind] = list(where.split(own))
     return tuple(found[kind].pop(0) for kind in kinds)  # type: ignore[attr-defined]
@@ -114,6 +119,7 @@ def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, 
     for name in pixels:
         if not torch.isfinite(inputs[name]).all():
             raise ValueError(f"{name} hold NaN or infinite values; check the image.")
+    _check_tensors(inputs, adapter)
     device = adapter.device
     kept = {
         name: value.to(device)
@@ -125,6 +131,17 @@ def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, 
         if name in kept:
             kept[name] = kept[name][:, padding:]
     return kept, padding
+
+
+def _check_tensors(inputs: Mapping[str, Any], adapter: Adapter) -> None:
+    """Raise on inputs that the model reads but that are no tensors: we would leave them out."""
+    known = signature(adapter.model.forward).parameters
+    for name, value in inputs.items():
+        if value is not None and not isinstance(value, Tensor) and name in known:
+            raise ValueError(
+                f"inputs must hold a tensor {name!r}, got {type(value).__name__}: call the "
+                f"processor with return_tensors='pt', or make a tensor of it."
+            )
 
 
 def _check_ids(ids: Tensor, adapter: Adapter) -> None:
@@ -158,6 +175,8 @@ def _left_padding(kept: dict[str, Tensor], adapter: Adapter) -> int:
                 f"other scales: leave it out; known are {', '.join(adapter.token_wise)}."
             )
     padding = int((mask[0] == 0).sum())
+    if padding == ids.shape[1]:
+        raise ValueError("attention_mask is 0 everywhere: 1 marks the tokens that count.")
     if bool((mask[0, :padding] != 0).any()):
         raise ValueError(
             "attention_mask: only left padding is allowed, but zeros follow a one. Set "

@@ -67,8 +67,12 @@ def _pictures(
 ) -> tuple[list[Any], Any]:
     """The checked pictures, and the image processor."""
     pictures = list(images) if isinstance(images, list | tuple) else [images]
-    if any(isinstance(picture, str | bytes) for picture in pictures):
-        raise TypeError("images= takes PIL pictures, not paths: open them, PIL.Image.open(path).")
+    for picture in pictures:
+        if not hasattr(picture, "convert"):
+            raise TypeError(
+                f"images= takes PIL pictures, not {type(picture).__name__}: open paths by "
+                f"PIL.Image.open(path), make arrays pictures by PIL.Image.fromarray(array)."
+            )
     settings = getattr(processor, "image_processor", None)
     if settings is None:
         raise ValueError("images= needs a processor: make the attributor with one.")

@@ -81,7 +81,8 @@ def explained_columns(
         raise TypeError(
             f"explain must be 'answer', 'prompt', 'all' or positions, got {explain!r}."
         ) from error
-    if wanted.ndim != 1 or not wanted.numel() or wanted.is_floating_point():
+    whole = not wanted.is_floating_point() and wanted.dtype != torch.bool
+    if wanted.ndim != 1 or not wanted.numel() or not whole:
         raise ValueError(f"explain must hold at least one position (1-D ints), got {explain!r}.")
     at = {int(p) + sample.padding: column for column, p in enumerate(text)}
     unknown = [int(p) for p in wanted if int(p) not in at]

@@ -380,9 +380,8 @@ def test_a_prompt_that_sees_itself_has_nothing_to_explain():
         assert result.token_attr.shape == (len(kin.answer), len(kin.answer))
 
 
-@pytest.mark.parametrize("name", TILED)
-def test_tiles_of_a_blank_picture_are_guessed_with_a_warning(name):
-    kin = kin_of(name)
+def test_tiles_of_a_blank_picture_are_guessed_with_a_warning():
+    kin = kin_of("InternVL")  # the others' prompts tell how tiles lie
     size = (64, 64)
     inputs = kin.encode(Image.new("RGB", size, (90, 120, 30)))
     with pytest.warns(UserWarning, match="pixel_values don't tell how the 4 tiles"):

@@ -78,6 +78,9 @@ class Adapter(ABC):
     """Whether prompt tokens see those after them (a prefix LM): then none of them was predicted,
     so none is a target or context, and maps need the whole prompt."""
 
+    tile_axis: ClassVar[bool] = False
+    """Whether a sample's pixel_values are (1, tiles, ...), not (tiles or images, ...)."""
+
     fixed_size: ClassVar[bool] = False
     """Whether the model takes one size only: then larger scales are seen through windows of the
     enlarged image (:meth:`window_pixels`), and smaller ones are dropped."""
@@ -177,6 +180,18 @@ class Adapter(ABC):
     def views(self, grid: ImageGrid) -> tuple[View, ...]:
         """The views that an image's tokens make; default one, row by row."""
         return (View(torch.arange(grid.cells).reshape(grid.shape)),)
+
+    def block(self, ids: Int64[Tensor, " tokens"], where: Tensor) -> range:
+        """Positions that belong to an image; default its first to its last placeholder.
+
+        Beside the placeholders: what the processor put around them (markers, tiles' names, times).
+
+        Args:
+            ids: the prompt.
+            where: positions of the image's placeholders.
+        """
+        del ids
+        return range(int(where[0]), int(where[-1]) + 1)
 
     # ---- inputs -----------------------------------------------------------------------------
 

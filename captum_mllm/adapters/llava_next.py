@@ -31,6 +31,7 @@ class LlavaNextAdapter(Adapter):
     """
 
     fixed_size = True
+    tile_axis = True
     required: ClassVar[Mapping[str, str]] = {"image_sizes": "the tiles can't be put together"}
 
     def __init__(self, model: nn.Module) -> None:
@@ -99,6 +100,12 @@ class LlavaNextAdapter(Adapter):
         else:
             left = (cols - int(round(width * (rows / height), 7))) // 2
         rows, cols = rows - 2 * top, cols - 2 * left
+        if not rows or not cols:
+            raise ValueError(
+                f"image_sizes: of a picture of {height} x {width} pixels not one row (column) of "
+                f"tile tokens is left, so it has no map. Pad or crop the picture before the "
+                f"processor."
+            )
         (seen_h, seen_w), (y, x) = self._content(picture)
         by_h, by_w = height / seen_h, width / seen_w
         upper, leftmost = (top * self.patch - y) * by_h, (left * self.patch - x) * by_w
@@ -156,8 +163,8 @@ class LlavaNextAdapter(Adapter):
         for own, grid, box in zip(inputs["pixel_values"], grids, boxes, strict=True):
             (h, w), (y, x) = self._content(self._picture(grid))
             canvas = join_tiles(own[1 : 1 + grid.tiles[0] * grid.tiles[1]], grid.tiles)
-            # The padding's value stands in its corner; without padding it is not needed.
-            padding = canvas[:, 0, 0]
+            # An odd pixel of padding is at the bottom (right): that corner has some if any has.
+            padding = canvas[:, -1, -1]
             window = cut_window(canvas[:, y : y + h, x : x + w], box, (h, w))
             # The canvas has more pixels than the base image: both come from it.
             base = resize_pixels(window[None], (self.side, self.side))[0]
@@ -170,8 +177,8 @@ class LlavaNextAdapter(Adapter):
         left, upper, right, lower = self._base_box(grid)
         x, y, wide, high = box[0], box[1], box[2] - box[0], box[3] - box[1]
         # A point p of the picture lies at left + p (right - left) in the frame.
-        begin_x, begin_y = left + x * (right - left), upper + y * (lower - upper)
-        begin_x, begin_y = begin_x - left * wide, begin_y - upper * high
+        begin_x = left + x * (right - left) - left * wide
+        begin_y = upper + y * (lower - upper) - upper * high
         return (begin_x, begin_y, begin_x + wide, begin_y + high)
 
     def _tiles(self, base: Tensor, picture: Tensor, grid: ImageGrid, padding: Tensor) -> Tensor:

@@ -24,7 +24,10 @@ def picture_pixels(
     Returns:
         (3, height, width), float32.
     """
-    resized = picture.convert("RGB").resize((size[1], size[0]), settings.resample)
+    from transformers.image_transforms import convert_to_rgb  # transparent parts as it does
+
+    rgb: Any = convert_to_rgb(picture)
+    resized = rgb.resize((size[1], size[0]), settings.resample)
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).float()
     pixels = pixels.reshape(size[0], size[1], 3).permute(2, 0, 1)
     if settings.do_rescale:

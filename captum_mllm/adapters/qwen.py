@@ -169,3 +169,10 @@ class Qwen3VLAdapter(QwenVLAdapter):
     @override
     def runs(self, grid: ImageGrid) -> tuple[int, ...]:
         return (grid.rows * grid.cols,) * (grid.steps or 1)
+
+    @override
+    def block(self, ids: Tensor, where: Tensor) -> range:
+        """From the time before a video's first step, which is as long as that of its second."""
+        first, last = int(where[0]), int(where[-1])
+        between = [gap - 1 for gap in where.diff().tolist() if gap > 1]  # end, time, start
+        return range(max(0, first - between[0] + 1) if between else first, last + 1)

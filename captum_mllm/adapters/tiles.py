@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 from warnings import warn
 
 import torch
@@ -26,6 +26,9 @@ class TileAdapter(Adapter):
 
     unit: int
     """Pixels along a side that make one token; tiles are multiples of it."""
+
+    hint: ClassVar[str] = ""
+    """What else may be wrong where tiles and placeholders don't fit."""
 
     # ---- what a subclass says ---------------------------------------------------------------
 
@@ -59,16 +62,35 @@ class TileAdapter(Adapter):
                 f"input_ids hold image tokens of {sum(counts)} tiles ({cells} x {cells} tokens "
                 f"each), but pixel_values hold {len(tiles)}: text and images must come from the "
                 f"same processor call, and the processor's image_seq_len(gth) must be the "
-                f"model's. (A tile that is 0 everywhere counts as padding in Idefics3.)"
+                f"model's.{self.hint}"
             )
         found = []
-        for own in tiles.split(counts):
-            down, across = self._layout(own)
+        told = self.layouts(inputs["input_ids"][0], counts, cells**2)
+        for own, layout in zip(tiles.split(counts), told, strict=True):
+            down, across = layout or self._layout(own)
             rows, cols = down * cells, across * cells
             found.append(ImageGrid(rows, cols, down * side, across * side, tiles=(down, across)))
         return tuple(found)
 
+    def layouts(
+        self, ids: Tensor, counts: Sequence[int], per_tile: int
+    ) -> list[tuple[int, int] | None]:
+        """Tiles down and across of each image where the prompt tells, else None (default).
+
+        Args:
+            ids: (tokens,): the prompt.
+            counts: tiles of each image, overview included.
+            per_tile: placeholders of one tile.
+        """
+        del ids, per_tile
+        return [None] * len(counts)
+
     def _check_square(self, tiles: Tensor) -> int:
+        channels = int(self.config.vision_config.num_channels)
+        if tiles.shape[-3] != channels:
+            raise ValueError(
+                f"pixel_values have {tiles.shape[-3]} channels, but this model takes {channels}."
+            )
         height, width = tiles.shape[-2:]
         if height != width or height % self.unit:
             raise ValueError(
@@ -92,7 +114,7 @@ class TileAdapter(Adapter):
         if not certain:
             warn(
                 f"pixel_values don't tell how the {len(own) - 1} tiles of an image lie (is it "
-                f"blank?): {layout[0]} down and {layout[1]} across is assumed.",
+                f"blank, or noise?): {layout[0]} down and {layout[1]} across is assumed.",
                 stacklevel=2,
             )
         return layout
@@ -173,8 +195,7 @@ class InternVLAdapter(TileAdapter):
         patch = self.config.vision_config.patch_size
         self.patch = int(patch if isinstance(patch, int) else patch[0])
         self.unit = round(self.patch / self.config.downsample_ratio)
-        self.drops_class = self.config.vision_feature_select_strategy == "default"
-        if not self.drops_class:
+        if self.config.vision_feature_select_strategy != "default":
             raise ValueError(
                 "model: InternVL with vision_feature_select_strategy 'full' has no square grid of "
                 "image tokens; 'default' is supported."
@@ -202,6 +223,10 @@ class InternVLAdapter(TileAdapter):
         return (sum(super().runs(grid)),)
 
     @override
+    def block(self, ids: Tensor, where: Tensor) -> range:  # <img> and </img>, in no config
+        return range(max(0, int(where[0]) - 1), min(len(ids), int(where[-1]) + 2))
+
+    @override
     def as_inputs(self, tiles: Tensor) -> dict[str, Tensor]:
         return {"pixel_values": tiles}
 
@@ -214,6 +239,9 @@ class InternVLAdapter(TileAdapter):
 @register_adapter("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
 class IdeficsAdapter(TileAdapter):
     """Adapter of Idefics3 and SmolVLM: pixels (1, tiles, 3, s, s), tiles named in the text."""
+
+    tile_axis = True
+    hint = " (A tile that is 0 everywhere counts as padding for the model.)"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -251,6 +279,30 @@ class IdeficsAdapter(TileAdapter):
             if name == names[-1]:
                 counts.append(0)
         return counts[:-1]
+
+    @override
+    def layouts(
+        self, ids: Tensor, counts: Sequence[int], per_tile: int
+    ) -> list[tuple[int, int] | None]:
+        """A row of tiles ends with a line break: no fence follows at once."""
+        ends = (ids == self.visual_ids[0]).nonzero()[:, 0].tolist()[per_tile - 1 :: per_tile]
+        if not ends or ends[-1] + 1 >= len(ids):
+            return [None] * len(counts)
+        fence = int(ids[ends[-1] + 1])
+        found: list[tuple[int, int] | None] = []
+        for count in counts:
+            own, ends = ends[: count - 1], ends[count:]
+            down = sum(int(ids[end + 1]) != fence for end in own)
+            found.append((down, len(own) // down) if down and len(own) % down == 0 else None)
+        return found
+
+    @override
+    def block(self, ids: Tensor, where: Tensor) -> range:  # from fence to fence
+        first, end = int(where[0]), int(where[-1]) + 1
+        if end >= len(ids):
+            return range(first, end)
+        fences = (ids[:first] == ids[end]).nonzero()[:, 0]
+        return range(int(fences[-1]) if len(fences) else first, end + 1)
 
     @staticmethod
     def _name(ids: Tensor, start: int, fence: int) -> tuple[int, ...]:

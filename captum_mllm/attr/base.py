@@ -158,9 +158,15 @@ class TokenAttribution(Attribution):
         target = _one_target(target, len(pixels))
         maps = []
         for row in pixels.detach():
-            mapping = {**rest, "pixel_values": row[None]}
+            whole = pixels.ndim == 5 and not self.runner.adapter.tile_axis
+            mapping = {**rest, "pixel_values": row if whole else row[None]}
             trace = self.trace(mapping, target, top_k=self.ranking_depth, **options)
             result = self.read(trace)
+            if len(result.grids) != 1:
+                raise ValueError(
+                    f"inputs is a pixel tensor, but input_ids hold {len(result.grids)} images, "
+                    f"whose maps don't fit one tensor; give a mapping as inputs."
+                )
             frame = result.grids[0]
             maps.append(upsample(result.grid_attr[0], (frame.height, frame.width)))
         return torch.stack(maps)

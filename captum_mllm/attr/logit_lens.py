@@ -20,15 +20,18 @@ class LogitLens(TokenAttribution):
     r"""Logit lens: how strongly each image position predicts each token of the answer.
 
     ``A_t = relu(W[y_t] . h_i)`` at the image positions i, h after the final norm. Since image
-    positions never see the text after them, one forward serves all tokens. A raw map depends on
-    the image and the token id alone: two mentions of "dog" have the same map.
+    positions never see the answer, one forward serves all its tokens. A raw map depends on the
+    image, what stands before it (for prefix LMs the whole prompt) and the token id alone: two
+    mentions of "dog" have the same map.
 
     Args:
         model: a transformers model of a registered family; left bit for bit as it is.
         processor: its processor; gives labels, string targets, special tokens and the geometry
             for ``to_image``. Default None: everything else works without.
         layer: LM layer whose output goes through the final norm and the head, default -1 (the
-            last: the model's own logits). Rankings and probabilities are always the model's own.
+            last: the model's own logits). It is the layer's own output: the image features that
+            Qwen3-VL adds after its first layers come in with the next. Rankings and
+            probabilities are always the model's own.
         context: which prompt text counts: "after_image" (default, the non-special tokens after
             the last image) or "all" (those before it too). The very first token of the sequence
             was predicted from nothing and is never context.

@@ -1,5 +1,6 @@
 """MSEA: explanations from several input scales, aggregated."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite, sqrt
@@ -192,6 +193,13 @@ class MultiScaleAttribution(TokenAttribution):
             s: base if s == 1.0 else tuple(runner.adapter.scaled_grid(grid, s) for grid in base)
             for s in self.scales
         }
+        if runner.adapter.fixed_size and any(s < 1 for s in self.scales):
+            small = [s for s in self.scales if s < 1]
+            warnings.warn(
+                f"scales {small} can't be seen: this model takes images of one size only, so "
+                f"scales below 1 are scale 1.",
+                stacklevel=2,
+            )
         kept = distinct_scales(self.scales, [scaled[s] for s in self.scales])
         per_scale, agreement = [], []
         for scale in tqdm(kept, desc=type(self).__name__, disable=not show_progress):

@@ -224,12 +224,15 @@ def _frame_pictures(result: "MLLMAttributionResult", image: int, given: Any) -> 
             f"picture is a single one, but image {image} is a video of {frames} frames: say which "
             f"it is with frame=, or give all the frames that the model was given as a list."
         )
-    if len(given) != frames or len({picture.size for picture in given}) != 1:
+    # Processors fill the last step with copies of the last frame.
+    least = frames - frames // result.grids[image].steps + 1
+    if not least <= len(given) <= frames or len({picture.size for picture in given}) != 1:
         raise ValueError(
             f"picture must be {frames} pictures of one size, as many as the frames that the model "
-            f"was given, got {[picture.size for picture in given]}."
+            f"was given (the last one may be left out where it is a copy), got "
+            f"{[picture.size for picture in given]}."
         )
-    return given
+    return [*given, *[given[-1]] * (frames - len(given))]
 
 
 def _heat(
