@@ -8,6 +8,8 @@ OLD := .venv-oldest/bin
 WITH_TORCHVISION := --confcutdir=tests/with_torchvision tests/with_torchvision
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Models of the tests are tiny: more threads than one only wait for each other.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check lint notebooks oldest video wheel clean
 
