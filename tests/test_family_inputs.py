@@ -118,7 +118,7 @@ def test_original_pictures_of_another_kind(given):
 
 def test_scales_that_a_model_of_one_size_cannot_take_are_named():
     kin = family("Gemma3")
-    with pytest.warns(UserWarning, match=r"scales \[0.5\] can't be seen"):
+    with pytest.warns(UserWarning, match=r"scales \[0\.5\] are dropped"):
         result = MSEA(kin.model, scales=(0.5,)).attribute(kin.inputs, kin.answer)
     assert result.scales == (1.0,)
     with warnings.catch_warnings():

@@ -367,7 +367,7 @@ def test_qwens_frame_is_the_whole_picture_in_the_real_processor(size):
     shape = (1, 2 * grid.rows, 2 * grid.cols)
     assert made["image_grid_thw"].tolist() == [list(shape)]
     frames = patches_to_frames(
-        made["pixel_values"], shape, channels=3, patch=4, temporal=2, merge=2
+        made["pixel_values"].float(), shape, channels=3, patch=4, temporal=2, merge=2
     )
     rule = Preprocessing.of(processor)
     assert rule == Preprocessing(whole=True, keeps_aspect=8)

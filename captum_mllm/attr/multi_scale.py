@@ -189,18 +189,12 @@ class MultiScaleAttribution(TokenAttribution):
         runner = self.runner
         run = runner.run(inputs, target, explain=explain, gen_args=gen_args, top_k=top_k)
         base = run.sample.grids
+        scales = _without_small(self.scales) if runner.adapter.fixed_size else self.scales
         scaled = {
             s: base if s == 1.0 else tuple(runner.adapter.scaled_grid(grid, s) for grid in base)
-            for s in self.scales
+            for s in scales
         }
-        if runner.adapter.fixed_size and any(s < 1 for s in self.scales):
-            small = [s for s in self.scales if s < 1]
-            warnings.warn(
-                f"scales {small} can't be seen: this model takes images of one size only, so "
-                f"scales below 1 are scale 1.",
-                stacklevel=2,
-            )
-        kept = distinct_scales(self.scales, [scaled[s] for s in self.scales])
+        kept = distinct_scales(scales, [scaled[s] for s in scales])
         per_scale, agreement = [], []
         for scale in tqdm(kept, desc=type(self).__name__, disable=not show_progress):
             if scaled[scale] == base:
@@ -327,6 +321,18 @@ def _check_scales(scales: Any) -> tuple[float, ...]:
     if len(set(values)) < len(values):
         raise ValueError(f"scales must be distinct, got {values}.")
     return values
+
+
+def _without_small(scales: Sequence[float]) -> tuple[float, ...]:
+    """The scales that a model of one input size can see; scale 1 if there are none."""
+    small = [scale for scale in scales if scale < 1]
+    if small:
+        warnings.warn(
+            f"scales {small} are dropped: this model takes images of one size only, and its "
+            f"windows show larger scales, no smaller ones.",
+            stacklevel=3,
+        )
+    return tuple(scale for scale in scales if scale >= 1) or (1.0,)
 
 
 def _achieved(base: Sequence[ImageGrid], scaled: Sequence[ImageGrid]) -> float:
