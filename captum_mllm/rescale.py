@@ -10,6 +10,8 @@ from captum_mllm.functional import Box
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.inputs import Sample
 
+_TOLERANCE = 0.2  # mean difference of pixels, in their standard deviations
+
 
 def scaled_inputs(
     adapter: Adapter, processor: Any, sample: Sample, grids: Sequence[ImageGrid], images: Any
@@ -30,8 +32,7 @@ def scaled_inputs(
     if images is None:
         return adapter.rescale_pixels(sample.kwargs, grids)
     pictures, settings = _pictures(adapter, processor, sample, images)
-    made = adapter.pixels_from_pictures(pictures, settings, grids)
-    return {name: value.to(sample.kwargs[name]) for name, value in made.items()}
+    return _like(sample, adapter.pixels_from_pictures(pictures, settings, grids))
 
 
 def window_inputs(
@@ -58,8 +59,13 @@ def window_inputs(
         wide, high = picture.size
         edges = (left * wide, upper * high, right * wide, lower * high)
         cuts.append(picture.crop(tuple(round(edge) for edge in edges)))
-    made = adapter.pixels_from_pictures(cuts, settings, sample.grids)
-    return {name: value.to(sample.kwargs[name]) for name, value in made.items()}
+    return _like(sample, adapter.pixels_from_pictures(cuts, settings, sample.grids))
+
+
+def _like(sample: Sample, made: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the sample's device; in the dtype of its inputs where it has them."""
+    device = sample.prompt_ids.device
+    return {name: x.to(device, sample.kwargs.get(name, x).dtype) for name, x in made.items()}
 
 
 def _pictures(
@@ -96,6 +102,3 @@ def _pictures(
             f"the pixel tensor."
         )
     return pictures, settings
-
-
-_TOLERANCE = 0.2  # mean difference of pixels, in their standard deviations

@@ -144,3 +144,12 @@ def test_an_attention_mask_of_zeros_and_a_mask_as_positions():
     mask = torch.tensor([True, False])
     with pytest.raises(ValueError, match="explain must hold at least one position"):
         LogitLens(kin.model).attribute(kin.inputs, kin.answer, explain=mask)
+
+
+def test_original_pictures_where_an_optional_input_was_left_out():
+    kin = family("Idefics3")
+    inputs = kin.encode(kin.wide_picture)
+    whole = MSEA(kin.model, kin.processor).attribute(inputs, kin.answer, images=kin.wide_picture)
+    del inputs["pixel_attention_mask"]
+    less = MSEA(kin.model, kin.processor).attribute(inputs, kin.answer, images=kin.wide_picture)
+    torch.testing.assert_close(less.grid_attr, whole.grid_attr)

@@ -34,7 +34,8 @@ class LogitLens(TokenAttribution):
             probabilities are always the model's own.
         context: which prompt text counts: "after_image" (default, the non-special tokens after
             the last image) or "all" (those before it too). The very first token of the sequence
-            was predicted from nothing and is never context.
+            was predicted from nothing and is never context; nor is any prompt token of a prefix LM
+            (PaliGemma), none of which was predicted.
 
     Raises:
         ValueError: unsupported or compiled model, no such layer, unknown ``context``.
