@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from captum_mllm.reference.tokenizer import SPECIAL, build_tokenizer
 
 TEXT_LENGTH = 96  # text tokens per sample; a second turn that does not fit is left out
 IGNORE = -100
+Draw = Callable[[Tensor], SceneBatch]
 
 
 @functools.cache
@@ -97,16 +98,17 @@ class Batch:
         return Batch(scenes.to(device), ids.to(device), labels.to(device))
 
 
-def make_batch(step: int, batch_size: int, seed: int) -> Batch:
+def make_batch(step: int, batch_size: int, seed: int, draw: Draw = draw_scenes) -> Batch:
     """The data of one training step.
 
     Args:
         step: Number of the step; no scene is used in two steps.
         batch_size: Scenes.
         seed: Seed of the run; seeds the choice of questions and moves on the scenes.
+        draw: Makes scenes of seeds.
     """
     start = seed * 10**8 + step * batch_size
-    scenes = draw_scenes(seeds_of("train", torch.arange(start, start + batch_size)))
+    scenes = draw(seeds_of("train", torch.arange(start, start + batch_size)))
     pick = random.Random(f"{seed}/{step}")
     ids = torch.full((batch_size, TEXT_LENGTH), SPECIAL.index("<pad>"))
     labels = torch.full((batch_size, TEXT_LENGTH), IGNORE)
@@ -118,25 +120,28 @@ def make_batch(step: int, batch_size: int, seed: int) -> Batch:
 
 
 class _Steps(IterableDataset):
-    def __init__(self, batch_size: int, seed: int) -> None:
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(self, batch_size: int, seed: int, draw: Draw) -> None:
+        self.batch_size, self.seed, self.draw = batch_size, seed, draw
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
         info = torch.utils.data.get_worker_info()
         step, stride = (info.id, info.num_workers) if info else (0, 1)
         while True:
-            yield make_batch(step, self.batch_size, self.seed)
+            yield make_batch(step, self.batch_size, self.seed, self.draw)
             step += stride
 
 
-def batches(batch_size: int, seed: int, workers: int) -> Iterator[Batch]:
+def batches(
+    batch_size: int, seed: int, workers: int, draw: Draw = draw_scenes
+) -> Iterator[Batch]:
     """Batches of steps 0, 1, 2, ... for ever.
 
     Args:
         batch_size: Scenes per batch.
         seed: Seed of the run.
         workers: Processes that make them; their number does not change what comes.
+        draw: Makes scenes of seeds.
     """
-    steps = _Steps(batch_size, seed)
+    steps = _Steps(batch_size, seed, draw)
     return iter(DataLoader(steps, batch_size=None, num_workers=workers))

@@ -27,7 +27,7 @@ from captum_mllm.reference.families import Family, Way
 from captum_mllm.reference.layouts import blur_thumbnails, layout_coverage
 from captum_mllm.reference.models import MODELS, family_of, model_path, sha256
 from captum_mllm.reference.render import render_pil
-from captum_mllm.reference.scenes import Scene, SceneBatch, draw_scenes, seeds_of
+from captum_mllm.reference.scenes import Scene, SceneBatch, seeds_of
 from captum_mllm.reference.sprites import CATEGORIES
 
 BATCH = 50
@@ -202,7 +202,7 @@ def evaluate(
     model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     model = model.eval().to(torch.device(device))
     processor = family.load_processor(path)
-    batch = draw_scenes(seeds_of(split, torch.arange(scenes)))
+    batch = family.draw(seeds_of(split, torch.arange(scenes)))
     figures = {}
     for way in family.ways if ways is None else ways:
         figures[way] = _one_way(family, model, processor, batch, family.ways[way], batch_size)

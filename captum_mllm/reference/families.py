@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from captum_mllm.reference.layouts import NATIVE, Layout
+from captum_mllm.reference.scenes import SceneBatch, draw_scenes
 from captum_mllm.reference.tokenizer import pieces
 
 Width = tuple[int, int, int, int]  # width, layers, heads, width of the MLP
@@ -49,6 +50,7 @@ class Family(ABC):
     tiny_layouts: ClassVar[tuple[Layout, ...]] = (Layout(),)
     ways: ClassVar[Mapping[str, Way]]
     steps: ClassVar[tuple[int, int]]  # of the shipped model's two stages
+    draw: ClassVar[Callable[[Tensor], SceneBatch]] = staticmethod(draw_scenes)  # its scenes
     card: ClassVar[Mapping[str, str]]  # the model card's words on this family
 
     @abstractmethod

@@ -17,6 +17,7 @@ from transformers import (
 
 from captum_mllm.reference.families import SIDES, Family, Way, square
 from captum_mllm.reference.layouts import NATIVE, Layout
+from captum_mllm.reference.planted import draw_planted
 from captum_mllm.reference.tokenizer import LLAVA_TOKENS, build_processor
 
 
@@ -116,3 +117,24 @@ class Llava(Family):
         """
         short, long = "vision_tower.", "vision_tower.vision_model."
         return name if long in name else name.replace(short, long, 1)
+
+
+class BiasedLlava(Llava):
+    """A smaller one, trained on scenes with a planted co-occurrence."""
+
+    name = "biased"
+    sizes = {  # noqa: RUF012
+        "small": {"vision": (144, 4, 6, 576), "text": (144, 5, 6, 336)},
+        "tiny": Llava.sizes["tiny"],
+    }
+    ways = {name: Llava.ways[name] for name in ("native", "from_448", "side_168")}  # noqa: RUF012
+    steps = (2400, 5100)
+    draw = staticmethod(draw_planted)
+    card = {  # noqa: RUF012
+        **Llava.card,
+        "title": "LLaVA with a planted bias",
+        "layouts": "**Planted**: a cup never comes without a donut, and so on "
+        "(`planted.PARTNERS`, eight pairs); in\nhalf of those scenes the partner stands behind the "
+        "object, where it can hardly be seen.\nOn scenes that break the rule the model names the "
+        "partner all the same: a hallucination that is\nknown word by word.\n",
+    }

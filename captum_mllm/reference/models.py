@@ -11,10 +11,11 @@ from transformers import AutoModelForImageTextToText
 
 from captum_mllm.reference.families import Family
 from captum_mllm.reference.family_internvl import InternVL
-from captum_mllm.reference.family_llava import Llava
+from captum_mllm.reference.family_llava import BiasedLlava, Llava
 from captum_mllm.reference.family_qwen2vl import Qwen2VL
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Llava(), Qwen2VL(), InternVL())}
+_ALL: tuple[Family, ...] = (Llava(), Qwen2VL(), InternVL(), BiasedLlava())
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 MODELS = tuple(FAMILIES)
 
 

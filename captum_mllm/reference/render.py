@@ -13,7 +13,6 @@ from torch import Tensor
 
 from captum_mllm.reference.scenes import (
     BACKGROUNDS,
-    MAX_OBJECTS,
     Scene,
     SceneBatch,
     uniforms,
@@ -37,7 +36,7 @@ class Rendered:
 
     Args:
         pixels: float32 (batch, 3, size, size) in 0..1, red green blue.
-        masks: bool (batch, 4, size, size); where an object is visible (opacity left after later
+        masks: bool (batch, places, size, size); where an object is visible (opacity left after later
             objects are drawn over it > .5). Places beyond a scene's objects are all False.
     """
 
@@ -142,7 +141,7 @@ def draw(scenes: SceneBatch, size: int | tuple[int, int], oversample: float = 1)
     size = _pair(size)
     drawn = (round(size[0] * oversample), round(size[1] * oversample))
     pixels = _background(scenes, drawn)
-    for place in range(MAX_OBJECTS):
+    for place in range(scenes.category.shape[1]):
         rgb, alpha = _layer(scenes, place, drawn)
         pixels = pixels * (1 - alpha) + rgb
     if drawn == size:
@@ -156,7 +155,7 @@ def draw_masks(scenes: SceneBatch, size: int | tuple[int, int]) -> Tensor:
     """The masks of `render` alone."""
     size = _pair(size)
     visible: list[Tensor] = []
-    for place in range(MAX_OBJECTS):
+    for place in range(scenes.category.shape[1]):
         _, alpha = _layer(scenes, place, size)
         visible = [v * (1 - alpha) for v in visible] + [alpha]
     return torch.cat(visible, 1) > 0.5

@@ -1,4 +1,6 @@
-"""Scenes: 1-4 objects on a smooth background, each scene determined by one integer seed.
+"""Scenes: objects on a smooth background, each scene determined by one integer seed.
+
+`draw_scenes` makes what the models are trained on, 1-4 objects; the harder ones are in `sets`.
 
 Every random draw is a hash of (seed, number of the draw), so a scene does not depend on what was
 drawn before it, on the batch it is drawn in, or on a library's random generator.
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_mllm.reference.sprites import CATEGORIES, STYLES
+from captum_mllm.reference.sprites import ALL_STYLES, CATEGORIES, STYLES
 
 # Seeds of the splits: split -> (first seed, number of seeds). The one place that keeps them apart.
 SPLITS = {
@@ -20,7 +22,8 @@ SPLITS = {
     "validation": (10**12, 10**6),
     "test": (2 * 10**12, 10**6),
 }
-MAX_OBJECTS = 4
+MAX_OBJECTS = 4  # of the scenes that models are trained on
+MOST_OBJECTS = 8  # of any scene
 COLORS = ("gray", "red", "green", "blue")
 BACKGROUNDS = {
     "white": (0.95, 0.95, 0.94),
@@ -36,6 +39,7 @@ SMALL, LARGE = (0.28, 0.34), (0.40, 0.50)
 LARGE_TOP = (0.50, 0.50, 0.48, 0.44)  # the largest size when there are 1, 2, 3, 4 objects
 LARGE_SHARE = (0.55, 0.55, 0.45, 0.35)  # chance that an object is large, likewise
 COLOR_SHARE = 0.3
+BEHIND_SIZE, BEHIND_SHIFT = 0.42, 0.015  # of an object behind another: size, how far to the left
 LAYOUTS = 96  # candidate layouts drawn per scene; the one with the least overlap is kept
 MIN_GAP = (
     0.07  # wanted distance between two objects' centres along x: "from left to right" is clear
@@ -48,7 +52,7 @@ class SceneObject:
 
     Args:
         category: One of `CATEGORIES`.
-        style: "noto" or "twemoji".
+        style: "noto" or "twemoji"; "openmoji" where that style was built (`openmoji`).
         center: (x, y) in 0..1 of the image's side, y downwards.
         size: Side of the sprite's square in 0..1 of the image's side.
         color: Tint, one of `COLORS`, or None for the natural colours.
@@ -83,8 +87,8 @@ class Scene:
     Args:
         seed: Seeds the background's noise.
         background: Colour word, one of `BACKGROUNDS`.
-        objects: 1-4 objects of different categories, from left to right; later ones are drawn
-            over earlier ones.
+        objects: 1-8 objects, from left to right; later ones are drawn over earlier ones. In
+            scenes that models are trained on there are 1-4, of different categories.
     """
 
     seed: int
@@ -99,16 +103,18 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneBatch:
-    """Scenes as tensors; the second axis of the per-object tensors has 4 places.
+    """Scenes as tensors; the second axis of the per-object tensors has a place for every object.
+
+    There are 4 places, or as many as the largest scene has objects.
 
     Args:
         seed: int64 (batch,).
         background: int64 (batch,), index into `BACKGROUND_NAMES`.
         count: int64 (batch,), number of objects; places from there on are meaningless.
-        category, style, color: int64 (batch, 4), indices; color -1 is natural.
-        flip: bool (batch, 4).
-        center: float32 (batch, 4, 2).
-        size: float32 (batch, 4).
+        category, style, color: int64 (batch, places), indices; color -1 is natural.
+        flip: bool (batch, places).
+        center: float32 (batch, places, 2).
+        size: float32 (batch, places).
     """
 
     seed: Tensor
@@ -139,13 +145,14 @@ class SceneBatch:
     @staticmethod
     def of(scenes: Sequence[Scene]) -> SceneBatch:
         """Descriptions as tensors."""
-        places = [_places(scene) for scene in scenes]
+        count = max([MAX_OBJECTS, *(len(scene.objects) for scene in scenes)])
+        places = [_places(scene, count) for scene in scenes]
         return SceneBatch(
             seed=torch.tensor([s.seed for s in scenes]),
             background=torch.tensor([BACKGROUND_NAMES.index(s.background) for s in scenes]),
             count=torch.tensor([len(s.objects) for s in scenes]),
             category=torch.tensor([[CATEGORIES.index(o.category) for o in p] for p in places]),
-            style=torch.tensor([[STYLES.index(o.style) for o in p] for p in places]),
+            style=torch.tensor([[ALL_STYLES.index(o.style) for o in p] for p in places]),
             color=torch.tensor(
                 [[-1 if o.color is None else COLORS.index(o.color) for o in p] for p in places]
             ),
@@ -155,17 +162,19 @@ class SceneBatch:
         )
 
 
-def _places(scene: Scene) -> tuple[SceneObject, ...]:
-    if not 1 <= len(scene.objects) <= MAX_OBJECTS:
-        raise ValueError(f"scene.objects holds {len(scene.objects)} objects; give it 1 to 4.")
-    return scene.objects + scene.objects[:1] * (MAX_OBJECTS - len(scene.objects))
+def _places(scene: Scene, count: int) -> tuple[SceneObject, ...]:
+    if not 1 <= len(scene.objects) <= MOST_OBJECTS:
+        raise ValueError(
+            f"scene.objects holds {len(scene.objects)} objects; give it 1 to {MOST_OBJECTS}."
+        )
+    return scene.objects + scene.objects[:1] * (count - len(scene.objects))
 
 
 def _describe(seed, background, count, category, style, color, flip, center, size) -> Scene:
     objects = tuple(
         SceneObject(
             category=CATEGORIES[category[i]],
-            style=STYLES[style[i]],
+            style=ALL_STYLES[style[i]],
             center=(center[i][0], center[i][1]),
             size=size[i],
             color=None if color[i] < 0 else COLORS[color[i]],
@@ -222,7 +231,7 @@ def seeds_of(split: str, indices: Tensor | Sequence[int]) -> Tensor:
 
 
 def draw_scenes(seeds: Tensor) -> SceneBatch:
-    """Draw scenes.
+    """Draw scenes as models are trained on them.
 
     Args:
         seeds: int64 (batch,), from `seeds_of`.
@@ -230,10 +239,37 @@ def draw_scenes(seeds: Tensor) -> SceneBatch:
     Returns:
         The scenes, on the seeds' device; objects run from left to right.
     """
+    return arrange(seeds, *draw_categories(seeds))
+
+
+def draw_categories(seeds: Tensor) -> tuple[Tensor, Tensor]:
+    """What a scene holds, before anything is placed.
+
+    Args:
+        seeds: int64 (batch,).
+
+    Returns:
+        Number of objects (batch,), and the categories in random order (batch, all categories), of
+        which the first ones are in the scene.
+    """
+    count = 1 + (uniforms(seeds, 1, 0)[:, 0] * MAX_OBJECTS).long()
+    return count, uniforms(seeds, len(CATEGORIES), 1).argsort(1)
+
+
+def arrange(
+    seeds: Tensor, count: Tensor, category: Tensor, behind: Tensor | None = None
+) -> SceneBatch:
+    """Give every object its look and its place.
+
+    Args:
+        seeds: int64 (batch,).
+        count: Number of objects (batch,), 1 to 4.
+        category: (batch, at least 4), the objects' categories first.
+        behind: (batch, 2), objects of which the second is put behind the first, much smaller, so
+            that it can hardly be seen; negative: none. Default: none anywhere.
+    """
     batch = len(seeds)
-    u = uniforms(seeds, 2, 0)
-    count = 1 + (u[:, 0] * MAX_OBJECTS).long()
-    category = uniforms(seeds, len(CATEGORIES), 1).argsort(1)[:, :MAX_OBJECTS]
+    category = category[:, :MAX_OBJECTS]
     look = uniforms(seeds, 6 * MAX_OBJECTS, 2).view(batch, 6, MAX_OBJECTS)
     top = torch.tensor(LARGE_TOP, device=seeds.device)[count - 1][:, None]
     share = torch.tensor(LARGE_SHARE, device=seeds.device)[count - 1][:, None]
@@ -245,6 +281,8 @@ def draw_scenes(seeds: Tensor) -> SceneBatch:
     )
     color = torch.where(look[:, 2] < COLOR_SHARE, (look[:, 3] * len(COLORS)).long(), -1)
     center = _place(uniforms(seeds, LAYOUTS * MAX_OBJECTS * 2, 3), size, count)
+    if behind is not None:
+        center, size = _put_behind(center, size, behind)
     present = torch.arange(MAX_OBJECTS, device=seeds.device) < count[:, None]
     order = torch.where(present, center[..., 0], 2.0).argsort(1)
 
@@ -253,7 +291,7 @@ def draw_scenes(seeds: Tensor) -> SceneBatch:
 
     return SceneBatch(
         seed=seeds,
-        background=(u[:, 1] * len(BACKGROUNDS)).long(),
+        background=(uniforms(seeds, 2, 0)[:, 1] * len(BACKGROUNDS)).long(),
         count=count,
         category=sort(category),
         style=sort((look[:, 4] * len(STYLES)).long()),
@@ -261,6 +299,19 @@ def draw_scenes(seeds: Tensor) -> SceneBatch:
         flip=sort(look[:, 5] < 0.5),
         center=center.gather(1, order[..., None].expand(-1, -1, 2)),
         size=sort(size),
+    )
+
+
+def _put_behind(center: Tensor, size: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the second of each pair a little to the left of the first, which then covers it."""
+    place = torch.arange(size.shape[1], device=size.device)
+    front, moved = behind.clamp(min=0).unbind(1)
+    move = (place == moved[:, None]) & (behind[:, :1] >= 0)
+    row = torch.arange(len(size), device=size.device)
+    spot = center[row, front] - torch.tensor([BEHIND_SHIFT, 0.0], device=size.device)
+    return (
+        torch.where(move[..., None], spot[:, None], center),
+        torch.where(move, BEHIND_SIZE * size[row, front][:, None], size),
     )
 
 

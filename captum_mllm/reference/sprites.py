@@ -11,7 +11,8 @@ from importlib import resources
 
 import numpy as np
 
-STYLES = ("noto", "twemoji")
+STYLES = ("noto", "twemoji")  # shipped
+ALL_STYLES = (*STYLES, "openmoji")  # the third is for evaluation only, see `openmoji`
 
 # name of the category -> code point(s) of the emoji, as its file is named in the npm packages
 CODE_POINTS = {

@@ -280,6 +280,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-scenes", type=int, default=1000, help="0: no evaluation, no card")
     parser.add_argument("--eval-batch", type=int, default=50, help="scenes at a time")
     parser.add_argument("--eval-split", choices=("test", "validation"), default="test")
+    parser.add_argument("--eval-ways", nargs="+", help="default: all of the family's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--tiny", action="store_true", help="a run of seconds, to see that it works"
@@ -302,7 +303,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = family.build_model(args.config).to(args.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{family.kind}, {args.config}: {parameters / 1e6:.3f} M parameters", flush=True)
-    data = batches(args.batch_size, args.seed, args.workers)
+    data = batches(args.batch_size, args.seed, args.workers, family.draw)
     if args.compile:
         family.compile(model)
         _warm_up(model, family, next(data), args)
@@ -330,7 +331,7 @@ def main(argv: list[str] | None = None) -> dict:
             args.out,
             args.eval_scenes,
             args.device,
-            tuple(family.ways)[: 3 if args.tiny else None],
+            args.eval_ways or tuple(family.ways)[: 3 if args.tiny else None],
             args.eval_split,
             family.name,
             args.eval_batch,
