@@ -7,6 +7,13 @@ out. A map that points at nothing gets the lowest value, never NaN, so that no m
 staying silent.
 """
 
+from captum_mllm.metrics.function_words import (
+    FUNCTION_WORDS,
+    f1_iou,
+    func_iou,
+    is_function_word,
+    noun_threshold,
+)
 from captum_mllm.metrics.localization import (
     auc,
     average_precision,
@@ -21,11 +28,16 @@ from captum_mllm.metrics.localization import (
 from captum_mllm.metrics.statistics import Interval, paired_bootstrap
 
 __all__ = [
+    "FUNCTION_WORDS",
     "Interval",
     "auc",
     "average_precision",
     "energy_in_mask",
+    "f1_iou",
+    "func_iou",
     "iou",
+    "is_function_word",
+    "noun_threshold",
     "obj_iou",
     "oracle_iou",
     "otsu_threshold",
