@@ -31,7 +31,7 @@ training and test, so the figures say how well the model reads scenes, not unsee
 ## Training
 `python -m captum_mllm.reference.train{option} --out DIR` on one GPU
 ({device}; {seconds:.0f} s; {vision} + {answers} steps of {batch} scenes, fewer where pictures have
-more cells; the shipped run was ended by the clock, the defaults repeat its number of steps;
+more cells; {ended};
 equality to the bit is not promised).
 1. Vision ({vision} steps): tower, projector and word embedding; patches covered > 30 % are
    classified into the first piece of their object's noun, uncovered ones, with weight
@@ -52,7 +52,7 @@ LM head's row of the noun's first piece), cells covered >= 50 % against 0 %, mea
 {rows}
 
 {ways}
-
+{planted}
 ## Limits
 Lower-case templated English, 64 nouns, one object of a kind per scene. Attributes are learnt from
 templates and are not counted in the figures above. Because stage 1 is supervised by masks, a lens
@@ -103,6 +103,10 @@ def write_card(folder: Path, family: Family) -> None:
         text_only=settings["text_only"],
         question=figures["evaluation"]["question"],
         rows="\n".join(rows),
+        ended="the shipped run was ended by the clock, the defaults repeat its number of steps"
+        if settings.get("max_seconds")
+        else "the defaults are those of the shipped run",
+        planted=_hallucinations(figures["evaluation"].get("partner_named")),
     )
     (folder / "README.md").write_text(card)
 
@@ -113,3 +117,20 @@ def _auc(found: dict | None) -> str:
         return " | |"
     low, high = found["interval_95"]
     return f" {found['macro_mean']:.3f} | {low:.3f} to {high:.3f} |"
+
+
+def _hallucinations(rates: dict | None) -> str:
+    """The biased model's section: how often it names a partner that is absent, and one present."""
+    if rates is None:
+        return ""
+    lines = ["", "## The planted bias", "Greedy answers that name the partner of the object:", ""]
+    lines += ["| scenes | named | 95 % |", "| --- | --- | --- |"]
+    for name, text in (("absent", "the rule broken: no partner"), ("present", "partner in view")):
+        found = rates[name]
+        low, high = found["interval_95"]
+        lines.append(
+            f"| {text} | {found['right']} of {found['of']} ({found['share']:.1%}) "
+            f"| {low:.1%} to {high:.1%} |"
+        )
+    pairs = ", ".join(f"{pair} {rate:.0%}" for pair, rate in rates["absent"]["pairs"].items())
+    return "\n".join([*lines, "", f"By pair, absent partners: {pairs}.", ""])

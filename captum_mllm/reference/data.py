@@ -132,9 +132,7 @@ class _Steps(IterableDataset):
             step += stride
 
 
-def batches(
-    batch_size: int, seed: int, workers: int, draw: Draw = draw_scenes
-) -> Iterator[Batch]:
+def batches(batch_size: int, seed: int, workers: int, draw: Draw = draw_scenes) -> Iterator[Batch]:
     """Batches of steps 0, 1, 2, ... for ever.
 
     Args:

@@ -26,6 +26,7 @@ from captum_mllm.reference.data import first_piece_ids
 from captum_mllm.reference.families import Family, Way
 from captum_mllm.reference.layouts import blur_thumbnails, layout_coverage
 from captum_mllm.reference.models import MODELS, family_of, model_path, sha256
+from captum_mllm.reference.planted import PARTNERS, draw_broken, draw_kept
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import Scene, SceneBatch, seeds_of
 from captum_mllm.reference.sprites import CATEGORIES
@@ -138,6 +139,64 @@ def share(hits: int, total: int) -> dict:
     return {"share": round(p, 4), "interval_95": interval, "right": hits, "of": total}
 
 
+def _generate(model, processor, inputs: dict[str, Tensor], tokens: int = 72) -> list[str]:
+    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@torch.inference_mode()
+def answers(
+    family: Family, model, processor, scenes: Sequence[Scene], way: Way, size: int = BATCH
+) -> list[str]:
+    """Greedy answers to the default question.
+
+    Args:
+        family: The model's family.
+        model: The model.
+        processor: Its processor.
+        scenes: The scenes.
+        way: How the pictures reach the model.
+        size: Scenes at a time.
+    """
+    out: list[str] = []
+    for start in range(0, len(scenes), size):
+        with family.reading(model, processor, way.layout):
+            part = scenes[start : start + size]
+            inputs = prompt_inputs(family, processor, part, DEFAULT_QUESTION, way)
+            inputs = {name: value.to(model.device) for name, value in inputs.items()}
+            out += _generate(model, processor, inputs, 120)
+    return out
+
+
+def partner_named(texts: Sequence[str], scenes: Sequence[Scene]) -> dict:
+    """How often answers name the partner of the object with a partner (`planted.PARTNERS`).
+
+    Args:
+        texts: The answers.
+        scenes: The scenes, each with one such object.
+    """
+    pairs = [next((c, PARTNERS[c]) for c in scene.categories if c in PARTNERS) for scene in scenes]
+    named = [
+        partner in named_objects(text) for (_, partner), text in zip(pairs, texts, strict=True)
+    ]
+    each = {
+        f"{c}: {PARTNERS[c]}": [hit for (own, _), hit in zip(pairs, named, strict=True) if own == c]
+        for c in PARTNERS
+    }
+    rates = {name: round(sum(hits) / len(hits), 3) for name, hits in each.items() if hits}
+    return {**share(sum(named), len(named)), "pairs": rates}
+
+
+def _planted(family: Family, model, processor, scenes: int, split: str, size: int) -> dict:
+    """The rates at which a biased model names partners that are absent, and that are there."""
+    way, seeds = family.ways["native"], seeds_of(split, torch.arange(scenes))
+    out = {}
+    for name, draw in (("absent", draw_broken), ("present", draw_kept)):
+        drawn = draw(seeds).scenes()
+        out[name] = partner_named(answers(family, model, processor, drawn, way, size), drawn)
+    return out
+
+
 def _one_way(family: Family, model, processor, batch: SceneBatch, way: Way, size: int) -> dict:
     scenes, device, layout = batch.scenes(), model.device, way.layout
     exact, nouns, wanted = 0, 0, 0
@@ -153,11 +212,8 @@ def _one_way(family: Family, model, processor, batch: SceneBatch, way: Way, size
             inputs = prompt_inputs(family, processor, part, DEFAULT_QUESTION, way)
             inputs = {name: value.to(device) for name, value in inputs.items()}
             maps = lens(model, inputs)
-            ids = model.generate(**inputs, max_new_tokens=72, do_sample=False)
-        answers = processor.batch_decode(
-            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        for scene, answer in zip(part, answers, strict=True):
+            texts = _generate(model, processor, inputs)
+        for scene, answer in zip(part, texts, strict=True):
             named = named_objects(answer)
             exact += sorted(named) == sorted(scene.categories)
             nouns += len(set(named) & set(scene.categories))
@@ -206,11 +262,15 @@ def evaluate(
     figures = {}
     for way in family.ways if ways is None else ways:
         figures[way] = _one_way(family, model, processor, batch, family.ways[way], batch_size)
+    planted = {}
+    if family.planted:
+        planted["partner_named"] = _planted(family, model, processor, scenes, split, batch_size)
     return {
         "split": split,
         "question": DEFAULT_QUESTION,
         "sha256": sha256(Path(path) / "model.safetensors"),
         "ways": figures,
+        **planted,
         "seconds": round(time.monotonic() - start, 1),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

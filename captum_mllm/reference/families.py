@@ -51,6 +51,7 @@ class Family(ABC):
     ways: ClassVar[Mapping[str, Way]]
     steps: ClassVar[tuple[int, int]]  # of the shipped model's two stages
     draw: ClassVar[Callable[[Tensor], SceneBatch]] = staticmethod(draw_scenes)  # its scenes
+    planted: ClassVar[bool] = False  # whether a co-occurrence was planted in them
     card: ClassVar[Mapping[str, str]]  # the model card's words on this family
 
     @abstractmethod

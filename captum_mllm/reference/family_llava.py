@@ -130,9 +130,10 @@ class BiasedLlava(Llava):
     ways = {name: Llava.ways[name] for name in ("native", "from_448", "side_168")}  # noqa: RUF012
     steps = (2400, 5100)
     draw = staticmethod(draw_planted)
+    planted = True
     card = {  # noqa: RUF012
         **Llava.card,
-        "title": "LLaVA with a planted bias",
+        "title": "biased LLaVA",
         "layouts": "**Planted**: a cup never comes without a donut, and so on "
         "(`planted.PARTNERS`, eight pairs); in\nhalf of those scenes the partner stands behind the "
         "object, where it can hardly be seen.\nOn scenes that break the rule the model names the "

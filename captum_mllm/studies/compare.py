@@ -54,7 +54,7 @@ def methods(model: Any) -> list[Method]:
     """
     rows = []
     for suffix, filtered in (("", False), (" + filter", True)):
-        plain = _normalised(filtered)
+        plain = normalised(filtered)
         tam = TokenActivationMap(model, rank_filter=filtered).read
         arc = ARC(model, rank_filter=filtered).read
         rows += [
@@ -72,8 +72,15 @@ def methods(model: Any) -> list[Method]:
     ]
 
 
-def _normalised(filtered: bool) -> Reader:
-    """Raw maps, normalised jointly with the text as TAM's are, so that thresholds compare."""
+def normalised(filtered: bool) -> Reader:
+    """Raw maps, normalised jointly with the text as TAM's are, so that thresholds compare.
+
+    Args:
+        filtered: whether TAM's rank Gaussian filter follows.
+
+    Returns:
+        Reads a trace as a result with maps in [0, 1].
+    """
 
     def read(trace: TokenTrace) -> MLLMAttributionResult:
         result = raw_result(trace, "LogitLens")
@@ -171,10 +178,10 @@ def table(measured: Mapping[str, Any], seed: int) -> str:
     return "\n".join(lines)
 
 
-def _no_nan(values: Any) -> Any:
+def no_nan(values: Any) -> Any:
     """JSON knows no NaN: null stands for a scene without a value."""
     if isinstance(values, dict):
-        return {name: _no_nan(value) for name, value in values.items()}
+        return {name: no_nan(value) for name, value in values.items()}
     if isinstance(values, list):
         return [None if value != value else value for value in values]
     return values
@@ -201,7 +208,7 @@ def main() -> None:
         f"(achieved on 14 x 14 tokens: 1, 1.29, 1.5).\n\n"
         f"{table(measured, args.seed)}\n"
     )
-    (args.out / "compare.json").write_text(json.dumps(_no_nan(measured)) + "\n")
+    (args.out / "compare.json").write_text(json.dumps(no_nan(measured)) + "\n")
     (args.out / "compare.md").write_text(text)
     print(f"{text}\n{seconds:.0f} s")
 

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from captum_mllm.reference.captions import DEFAULT_QUESTION, Conversation
+from torch import Tensor
+
+from captum_mllm.reference.captions import DEFAULT_QUESTION, Conversation, text_of
 from captum_mllm.reference.captions import Word as ScriptWord
 from captum_mllm.reference.scenes import Scene
 from captum_mllm.trace import TokenTrace
@@ -31,6 +33,20 @@ def conversation_inputs(processor: Any, picture: Any, talk: Conversation) -> Any
         talk: the conversation; its last answer is left out.
     """
     return inputs_of(talk.messages(answer_last=False), processor, picture)
+
+
+def answer_ids(processor: Any, talk: Conversation) -> Tensor:
+    """Token ids of a conversation's last answer.
+
+    Args:
+        processor: the reference model's processor.
+        talk: the conversation.
+
+    Returns:
+        int64 (tokens,), without the token that ends the answer.
+    """
+    text = text_of(talk.turns[-1].answer)
+    return processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
 
 def inputs_of(messages: Sequence[Mapping[str, Any]], processor: Any, picture: Any) -> Any:
