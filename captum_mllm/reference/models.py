@@ -68,12 +68,15 @@ def model_path(name: str = "llava") -> Path:
     return Path(__file__).parent / "models" / family_of(name).name
 
 
-def load(name: str = "llava", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def load(
+    name: str = "llava", dtype: torch.dtype | None = None, folder: Path | None = None
+) -> tuple[Any, Any]:
     """Load a shipped model and its processor; needs no network.
 
     Args:
         name: One of `MODELS`. Processors of "qwen2vl" and "internvl" read images alone, no videos.
         dtype: Type of the weights in memory; default float32 (they are stored as float16).
+        folder: Of another training of that family; default: the shipped one.
 
     Returns:
         Model (on the CPU, in eval mode) and processor.
@@ -83,7 +86,7 @@ def load(name: str = "llava", dtype: torch.dtype | None = None) -> tuple[Any, An
         >>> type(model).__name__, type(processor).__name__
         ('LlavaForConditionalGeneration', 'LlavaProcessor')
     """
-    path = model_path(name)
+    path = folder or model_path(name)
     model = AutoModelForImageTextToText.from_pretrained(
         path, dtype=dtype or torch.float32, local_files_only=True
     )

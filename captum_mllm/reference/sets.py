@@ -84,7 +84,7 @@ def _from_seed(make: Callable[[torch.Tensor], Scene]) -> Callable[[int, str], Sc
     return lambda number, split: make(seeds_of(split, [number]))
 
 
-_LONG = (("names", "describe"), ("where", "describe"), ("beside", "list"))
+_LONG = (("names", "describe"), ("where", "describe"), ("beside", "describe"))
 SETS = {
     made.name: made
     for made in (

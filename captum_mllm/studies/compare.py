@@ -95,20 +95,23 @@ def normalised(filtered: bool) -> Reader:
     return read
 
 
-def compare(scenes: int, first: int = 0, show_progress: bool = True) -> dict[str, Any]:
+def compare(
+    scenes: int, first: int = 0, show_progress: bool = True, folder: Path | None = None
+) -> dict[str, Any]:
     """Obj-IoU and average precision of every method on held-out scenes.
 
     Args:
         scenes: number of scenes of the test split.
         first: number of the first scene.
         show_progress: progress bar, default True.
+        folder: of another LLaVA's weights; default: the shipped ones.
 
     Returns:
         ``{"scenes": [...], "methods": {name: {"obj_iou": [...], "average_precision": [...]}}}``;
         one value per scene (mean over its named objects; a word's best sub-token counts), NaN
         where the answer names none of its objects.
     """
-    model, processor = load()
+    model, processor = load(folder=folder)
     lens, msea = LogitLens(model, processor), MSEA(model, processor)
     rows = methods(model)
     values: dict[str, dict[str, list[float]]] = {

@@ -184,6 +184,39 @@ def table(measured: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def hallucinations(measured: Mapping[str, Mapping[str, Any]], split: str) -> str:
+    """Markdown: how often answers on the biased set name the partner, absent or in view.
+
+    Args:
+        measured: model -> set -> what :func:`evaluate` returns.
+        split: "test" or "validation".
+    """
+    lines = [
+        "| model | partner absent, named | 95 % | partner in view, named | 95 % |",
+        "|" + " --- |" * 5,
+    ]
+    for name, sets in measured.items():
+        cells = [name]
+        for odd in (0, 1):  # every other example breaks the rule
+            numbers = range(odd, len(sets.get("biased", {}).get("named", ())), 2)
+            hits = sum(_partner(n, split) in sets["biased"]["named"][n] for n in numbers)
+            if not numbers:
+                break
+            found = share(hits, len(numbers))
+            low, high = found["interval_95"]
+            cells += [f"{hits} of {len(numbers)} ({found['share']:.0%})".replace("%", " %")]
+            cells += [f"{100 * low:.0f} to {100 * high:.0f} %"]
+        if len(cells) == 5:
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _partner(number: int, split: str) -> str | None:
+    """What the planted rule wants in one example of the biased set."""
+    planted = make_example("biased", number, split).planted
+    return planted[1] if planted else None
+
+
 def known(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What an earlier run has measured of the same weights, examples and split.
 
@@ -233,7 +266,9 @@ def write(out: Path, measured: Mapping[str, Any], settings: Mapping[str, Any]) -
         "Exact answers: the greedy answer to the default question names exactly the right objects. "
         "Nouns read: the reference answer's next noun is what the model predicts itself, given "
         "all before it. Bound: the object's mask at the grid's resolution (share of every cell "
-        "covered) in the map's place. Func-IoU near 1: function words light up nowhere.\n"
+        "covered) in the map's place. Func-IoU near 1: function words light up nowhere.\n\n"
+        "Hallucinations on the biased set: greedy answers that name the partner.\n\n"
+        f"{hallucinations(measured, settings['split'])}\n"
     )
     record = {"weights": hashes, **settings, "measured": measured}
     (out / "sets.json").write_text(json.dumps(record) + "\n")

@@ -1,0 +1,135 @@
+"""The noise floor: how much the figures of one recipe differ between training seeds.
+
+Usage: ``python -m captum_mllm.studies.seeds [--scenes 200] [--out DIR] DIR DIR``, with the folders
+of two more LLaVAs, trained by ``python -m captum_mllm.reference.train --compile --seed N --out
+DIR`` for N = 1 and 2; writes ``seeds.json`` and ``seeds.md``. The shipped LLaVA is the first of
+the three. Needs the extra ``metrics``.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from captum_mllm.metrics import paired_bootstrap
+from captum_mllm.reference.evaluate_model import evaluate
+from captum_mllm.reference.models import model_path
+from captum_mllm.studies.compare import compare, no_nan
+
+SEED, BASE = 0, "LogitLens"
+METRICS = {"average_precision": "AP", "obj_iou": "Obj-IoU"}
+
+
+def measure(folder: Path, scenes: int, evaluated: int) -> dict[str, Any]:
+    """One training's figures.
+
+    Args:
+        folder: its weights and figures.json.
+        scenes: scenes of the comparison of methods.
+        evaluated: scenes on which answers and the plain lens are judged.
+
+    Returns:
+        ``sha256``, ``seed``, ``steps``, ``exact_objects``, ``lens_auc``, and ``methods`` as
+        :func:`captum_mllm.studies.compare.compare` gives them.
+    """
+    figures = json.loads((folder / "figures.json").read_text())
+    judged = evaluate(folder, evaluated, ways=("native",))
+    native = judged["ways"]["native"]
+    return {
+        "sha256": judged["sha256"],
+        "seed": figures["settings"]["seed"],
+        "steps": [figures["training"][stage]["steps"] for stage in ("vision", "answers")],
+        "exact_objects": native["exact_objects"],
+        "lens_auc": native["lens_auc"],
+        "methods": compare(scenes, folder=folder)["methods"],
+    }
+
+
+def spread(values: Sequence[float]) -> str:
+    """A cell: the standard deviation over trainings, and the distance of the extremes."""
+    return f"{statistics.stdev(values):.3f} ({max(values) - min(values):.3f})"
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: every method's mean per training, and its gain over the plain lens.
+
+    Args:
+        runs: from :func:`measure`.
+    """
+    names = [f"seed {run['seed']}" for run in runs]
+    lines = []
+    for metric, label in METRICS.items():
+        head = ["method", *names, "sd (range)", *(f"gain, {name}" for name in names), "sd (range)"]
+        lines += [f"**{label}**", "", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+        for method in runs[0]["methods"]:
+            values = [run["methods"][method][metric] for run in runs]
+            bases = [run["methods"][BASE][metric] for run in runs]
+            means = [paired_bootstrap(v, seed=SEED).mean for v in values]
+            cells = [method, *(f"{mean:.3f}" for mean in means), spread(means)]
+            if method == BASE:
+                cells += ["-"] * (len(runs) + 1)
+            else:
+                gains = [
+                    paired_bootstrap(v, b, seed=SEED) for v, b in zip(values, bases, strict=True)
+                ]
+                cells += [f"{g.mean:+.3f} [{g.low:+.3f}, {g.high:+.3f}]" for g in gains]
+                cells.append(spread([g.mean for g in gains]))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def heading(runs: Sequence[Mapping[str, Any]], scenes: int) -> str:
+    """What was trained and how well each reads.
+
+    Args:
+        runs: from :func:`measure`.
+        scenes: scenes of the comparison.
+    """
+    lines = [
+        f"`python -m captum_mllm.studies.seeds DIR DIR`: three trainings of the reference LLaVA by "
+        "`python -m captum_mllm.reference.train --compile --seed N --out DIR`, alike but for the "
+        f"seed; methods on {scenes} test scenes as in compare.md (single seed). Small models of "
+        "synthetic scenes.",
+        "",
+        "| seed | steps | exact objects | 95 % | lens AUC | 95 % | sha256 |",
+        "|" + " --- |" * 7,
+    ]
+    for run in runs:
+        exact, auc = run["exact_objects"], run["lens_auc"]
+        lines.append(
+            f"| {run['seed']} | {run['steps'][0]} + {run['steps'][1]} | "
+            f"{exact['right']} of {exact['of']} | "
+            f"{exact['interval_95'][0]:.1%} to {exact['interval_95'][1]:.1%} | "
+            f"{auc['macro_mean']:.4f} | "
+            f"{auc['interval_95'][0]:.4f} to {auc['interval_95'][1]:.4f} | `{run['sha256']}` |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Figures of several training seeds.")
+    parser.add_argument("folders", type=Path, nargs="+", help="of further trainings")
+    parser.add_argument("--scenes", type=int, default=200, help="for the methods")
+    parser.add_argument("--evaluated", type=int, default=1000, help="for answers and plain lens")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    folders = [model_path("llava"), *args.folders]
+    runs = [measure(folder, args.scenes, args.evaluated) for folder in folders]
+    text = (
+        f"{heading(runs, args.scenes)}\n\n{table(runs)}"
+        "sd (range): over the three trainings. Gain: over LogitLens, 95 % interval by a paired "
+        "bootstrap over scenes within one training. A difference between methods that is smaller "
+        "than the range of its gain says as much about the seed as about the methods.\n"
+    )
+    (args.out / "seeds.json").write_text(json.dumps(no_nan({"runs": runs})) + "\n")
+    (args.out / "seeds.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
