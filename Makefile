@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 # Models of the tests are tiny: more threads than one only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint notebooks oldest video wheel clean
+.PHONY: demo test check lint notebooks oldest video third-style wheel clean
 
 demo: .venv/ready
 	$(BIN)/captum-mllm explain --demo --out demo
@@ -19,7 +19,7 @@ demo: .venv/ready
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term:skip-covered
 
-check: .venv/ready notebooks wheel oldest video
+check: .venv/ready notebooks wheel oldest video third-style
 	$(BIN)/python -m pytest -q -m slow tests
 
 lint: .venv/ready
@@ -39,6 +39,10 @@ video: .venv/ready .venv-oldest/ready .torchvision/ready
 	PYTHONPATH=.torchvision $(BIN)/python -m pytest -q $(WITH_TORCHVISION)
 	PYTHONPATH=.torchvision $(OLD)/python -m pytest -q $(WITH_TORCHVISION)
 
+# The third drawing style, CC-BY-SA: fetched from npm, in neither the repository nor the wheel.
+third-style: .openmoji/openmoji.npz
+	CAPTUM_MLLM_DATA=$(CURDIR)/.openmoji $(BIN)/python -m pytest -q tests/test_openmoji.py
+
 wheel: .venv/ready
 	rm -rf dist && $(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
 	$(BIN)/python tests/check_wheel.py dist
@@ -56,10 +60,14 @@ wheel: .venv/ready
 	$(OLD)/pip install -q --disable-pip-version-check "$(OLDEST)" -e ".[dev]"
 	touch $@
 
+OPENMOJI := captum_mllm/reference/openmoji.py captum_mllm/reference/sprites.py
+.openmoji/openmoji.npz: $(OPENMOJI) | .venv/ready
+	CAPTUM_MLLM_DATA=.openmoji $(BIN)/python -m captum_mllm.reference.openmoji --download
+
 .torchvision/ready: | .venv/ready
 	rm -rf .torchvision
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target .torchvision $(TORCHVISION)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .torchvision demo dist build .coverage
+	rm -rf .venv .venv-oldest .torchvision .openmoji demo dist build .coverage

@@ -17,7 +17,8 @@ LINE = {  # the way of the data; a part may import from parts with a smaller num
     "storage": 0, "adapters": 1, "trace": 1, "inputs": 2, "capture": 2, "result": 2,
     "rescale": 3, "targets": 3,
     "generation": 3, "runner": 4, "attr": 5,
-    "metrics": 6, "visualization": 6, "reference": 7, "studies": 8, "cli_model": 8,
+    "coco_masks": 5, "coco": 6, "metrics": 6, "visualization": 6,
+    "reference": 7, "studies": 8, "cli_model": 8,
     "cli": 9, "__main__": 10,
 }  # fmt: skip
 NO_MODEL = {"functional", "geometry", "words", "labels", "_captum", "trace", "result", "metrics"}

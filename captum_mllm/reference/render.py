@@ -6,18 +6,20 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from captum_mllm.reference import openmoji
 from captum_mllm.reference.scenes import (
     BACKGROUNDS,
     Scene,
     SceneBatch,
     uniforms,
 )
-from captum_mllm.reference.sprites import load_sprites
+from captum_mllm.reference.sprites import STYLES, load_sprites
 
 COLOR_RAMPS = {  # tint -> colour of the sprite's lightest and of its darkest parts
     "gray": ((0.92, 0.92, 0.92), (0.12, 0.12, 0.12)),
@@ -36,8 +38,8 @@ class Rendered:
 
     Args:
         pixels: float32 (batch, 3, size, size) in 0..1, red green blue.
-        masks: bool (batch, places, size, size); where an object is visible (opacity left after later
-            objects are drawn over it > .5). Places beyond a scene's objects are all False.
+        masks: bool (batch, places, size, size); where an object is visible (opacity left after
+            later objects are drawn over it > .5). Places beyond a scene's objects are all False.
     """
 
     pixels: Tensor
@@ -45,9 +47,18 @@ class Rendered:
 
 
 @functools.lru_cache(maxsize=4)
-def _sprites(device: torch.device) -> Tensor:
-    """Premultiplied sprites (styles, categories, 5, 64, 64): red, green, blue, luminance, alpha."""
-    rgba = torch.from_numpy(load_sprites().copy()).to(device).float().div(255).movedim(-1, 2)
+def _sprites(device: torch.device, third: openmoji.Built | None) -> Tensor:
+    """Premultiplied sprites (styles, categories, 5, 64, 64): red, green, blue, luminance, alpha.
+
+    Args:
+        device: Where they are wanted.
+        third: The third style's file, with the time and size that make another version of it
+            another key of the cache; None: the shipped styles alone.
+    """
+    rgba = load_sprites()
+    if third is not None:
+        rgba = np.concatenate([rgba, openmoji.load_openmoji(third.path)[None]])
+    rgba = torch.from_numpy(rgba.copy()).to(device).float().div(255).movedim(-1, 2)
     alpha = rgba[:, :, 3:]
     weights = torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)
     gray = (rgba[:, :, :3] * weights).sum(2, keepdim=True)
@@ -70,7 +81,9 @@ def _background(scenes: SceneBatch, size: tuple[int, int]) -> Tensor:
 def _layer(scenes: SceneBatch, place: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """One object per scene on the whole canvas: premultiplied colour, and alpha."""
     device = scenes.seed.device
-    sprites = _sprites(device)[scenes.style[:, place], scenes.category[:, place]]
+    style = scenes.style[:, place]
+    third = openmoji.built() if bool((style >= len(STYLES)).any()) else None
+    sprites = _sprites(device, third)[style, scenes.category[:, place]]
     half = scenes.size[:, place]
     x, y = (scenes.center[:, place] * 2 - 1).unbind(-1)
     sign = torch.where(scenes.flip[:, place], -1.0, 1.0)
@@ -114,6 +127,7 @@ def render(
 
     Raises:
         ValueError: `size` or `oversample` is not positive.
+        FileNotFoundError: An object is in the style "openmoji" and that style was not built.
 
     Example:
         >>> from captum_mllm.reference import make_scene

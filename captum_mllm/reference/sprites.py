@@ -1,7 +1,8 @@
 """The 64 kinds of object that scenes are made of, and their pictures in two drawing styles.
 
 The pictures are emoji artwork with an alpha channel, 64 px on a side: Noto (Apache-2.0) and
-Twemoji (CC-BY-4.0). `data/NOTICE.md` names their authors and licences.
+Twemoji (CC-BY-4.0). `data/NOTICE.md` names their authors and licences. A third style, OpenMoji
+(CC-BY-SA-4.0), is not shipped: `openmoji` makes it.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ SPRITE_SIZE = 64
 
 @functools.cache
 def load_sprites() -> np.ndarray:
-    """All sprites.
+    """All sprites of the shipped styles; `openmoji.load_openmoji` has the third style's.
 
     Returns:
         Read-only uint8 array (styles, categories, 64, 64, 4): red, green, blue, alpha; colour is
