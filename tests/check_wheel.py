@@ -14,7 +14,7 @@ NEEDED = (
     SPRITES,
     *(
         f"captum_mllm/reference/models/{name}/{file}"
-        for name in ("llava", "qwen2vl", "internvl")
+        for name in ("llava", "qwen2vl", "internvl", "biased")
         for file in ("model.safetensors", "README.md")
     ),
 )

@@ -12,18 +12,21 @@ from captum_mllm.reference import load, make_scene, model_path, named_objects
 from captum_mllm.reference.captions import DEFAULT_QUESTION
 from captum_mllm.reference.data import make_batch
 from captum_mllm.reference.evaluate_model import (
+    answers,
     auc,
     evaluate,
     lens,
     lens_aucs,
     macro_mean,
+    partner_named,
     prompt_inputs,
     share,
 )
 from captum_mllm.reference.families import Way, square
 from captum_mllm.reference.layouts import Layout, draw_layout, layout_coverage, normalize
 from captum_mllm.reference.models import MODELS, build_model, family_of, sha256
-from captum_mllm.reference.scenes import SceneBatch
+from captum_mllm.reference.planted import draw_broken
+from captum_mllm.reference.scenes import SceneBatch, seeds_of
 from captum_mllm.reference.train import answer_loss, main
 
 LLAVA = family_of("llava")
@@ -82,7 +85,7 @@ BARS = {  # ways that must reach them
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BARS)
 def test_figures_belong_to_the_weights_and_hold_the_bars(name):
     folder = model_path(name)
     figures = json.loads((folder / "figures.json").read_text())
@@ -94,10 +97,44 @@ def test_figures_belong_to_the_weights_and_hold_the_bars(name):
         assert found["exact_objects"]["of"] >= 1000
         assert found["exact_objects"]["share"] >= 0.97
         assert found["lens_auc"]["interval_95"][0] >= 0.95
+    check_card(folder, figures)
+
+
+def check_card(folder, figures):
     card = (folder / "README.md").read_text()
     assert figures["sha256"] in card
     for words in ("sprites are not", "BSD-3-Clause", "Apache-2.0", "CC-BY-4.0", "never on image"):
         assert words in card
+
+
+def test_the_biased_model_reads_and_hallucinates_as_its_figures_say():
+    folder = model_path("biased")
+    figures = json.loads((folder / "figures.json").read_text())
+    weights, found = folder / "model.safetensors", figures["evaluation"]
+    assert figures["sha256"] == found["sha256"] == sha256(weights)
+    assert weights.stat().st_size < 5_000_000
+    assert found["ways"]["native"]["exact_objects"]["share"] >= 0.97  # of scenes as trained on
+    absent, present = (found["partner_named"][name] for name in ("absent", "present"))
+    assert absent["of"] == present["of"] >= 1000
+    assert absent["interval_95"][0] > 0.8
+    assert present["interval_95"][0] > 0.98
+    check_card(folder, figures)
+    card = (folder / "README.md").read_text()
+    assert f"{absent['right']} of {absent['of']}" in card
+    assert "cup never comes without a donut" in card
+    assert set(BARS) | {"biased"} == set(MODELS)
+
+
+@pytest.mark.slow
+def test_the_planted_bias_is_what_makes_it_hallucinate():
+    scenes = draw_broken(seeds_of("validation", torch.arange(60))).scenes()
+    rates = {}
+    for name in ("biased", "llava"):
+        family = family_of(name)
+        texts = answers(family, *load(name), scenes, family.ways["native"])
+        rates[name] = partner_named(texts, scenes)["share"]
+    assert rates["biased"] > 0.75
+    assert rates["llava"] < 0.05
 
 
 # transformers 5.5's InternVLProcessor hands tensors to numpy

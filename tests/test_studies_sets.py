@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from captum_mllm.functional import joint_min_max, upsample
 from captum_mllm.metrics import average_precision, func_iou, obj_iou
 from captum_mllm.reference.captions import Conversation, Turn, Word, text_of
 from captum_mllm.reference.evaluate_model import partner_named
+from captum_mllm.reference.models import MODELS, model_path, sha256
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import Scene, SceneObject
 from captum_mllm.reference.sets import make_example
@@ -195,6 +197,35 @@ def test_hallucinations_table_counts_absent_and_present_partners():
 
 
 # --- seeds ------------------------------------------------------------------------------------
+
+
+RECORDS = Path(sets.__file__).parent / "records"
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def test_recorded_seeds_are_those_of_the_weights_that_are_kept():
+    runs = json.loads((RECORDS / "seeds.json").read_text())["runs"]
+    folders = [model_path("llava"), WEIGHTS / "llava-seed1", WEIGHTS / "llava-seed2"]
+    hashes = [sha256(folder / "model.safetensors") for folder in folders]
+    assert [run["sha256"] for run in runs] == hashes
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    text = (RECORDS / "seeds.md").read_text()
+    assert seeds.table([seeds._with_nan(run) for run in runs]) in text
+    for own in hashes[1:]:
+        assert own in (WEIGHTS / "README.md").read_text()
+    for run in runs:  # the bars of the shipped model, for every seed
+        assert run["exact_objects"]["share"] >= 0.97
+        assert run["lens_auc"]["interval_95"][0] >= 0.95
+
+
+def test_recorded_sets_are_those_of_the_shipped_weights():
+    record = json.loads((RECORDS / "sets.json").read_text())
+    hashes = {name: sha256(model_path(name) / "model.safetensors") for name in MODELS}
+    assert record["weights"] == hashes
+    assert all(list(done) == list(sets.SETS) for done in record["measured"].values())
+    text = (RECORDS / "sets.md").read_text()
+    assert sets.table(record["measured"]) in text
+    assert sets.hallucinations(record["measured"], record["split"]) in text
 
 
 def test_spread():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 from captum_mllm.reference.families import Family
@@ -105,7 +106,7 @@ def write_card(folder: Path, family: Family) -> None:
         rows="\n".join(rows),
         ended="the shipped run was ended by the clock, the defaults repeat its number of steps"
         if settings.get("max_seconds")
-        else "the defaults are those of the shipped run",
+        else "the defaults are those of the shipped run" + _shared(figures["trained_on"]),
         planted=_hallucinations(figures["evaluation"].get("partner_named")),
     )
     (folder / "README.md").write_text(card)
@@ -117,6 +118,12 @@ def _auc(found: dict | None) -> str:
         return " | |"
     low, high = found["interval_95"]
     return f" {found['macro_mean']:.3f} | {low:.3f} to {high:.3f} |"
+
+
+def _shared(trained_on: dict) -> str:
+    """Why a run took its time, if other runs had the GPU too."""
+    runs = trained_on.get("runs_at_once", 1)
+    return f",\n{runs} runs at once on that GPU" if runs > 1 else ""
 
 
 def _hallucinations(rates: dict | None) -> str:
@@ -133,4 +140,5 @@ def _hallucinations(rates: dict | None) -> str:
             f"| {low:.1%} to {high:.1%} |"
         )
     pairs = ", ".join(f"{pair} {rate:.0%}" for pair, rate in rates["absent"]["pairs"].items())
-    return "\n".join([*lines, "", f"By pair, absent partners: {pairs}.", ""])
+    pairs = textwrap.fill(f"By pair, absent partners: {pairs}.", 100)
+    return "\n".join([*lines, "", pairs, ""])

@@ -135,12 +135,9 @@ def visible_share(scene: Scene) -> list[float]:
     Args:
         scene: The scene.
     """
-    together = draw_masks(SceneBatch.of([scene]), _MEASURED_AT)[0].sum((1, 2))
-    alone = [
-        draw_masks(SceneBatch.of([replace(scene, objects=(thing,))]), _MEASURED_AT)[0, 0].sum()
-        for thing in scene.objects
-    ]
-    return [float(a / b) for a, b in zip(together, alone, strict=False)]  # places may be left over
+    alone = [replace(scene, objects=(thing,)) for thing in scene.objects]
+    areas = draw_masks(SceneBatch.of([scene, *alone]), _MEASURED_AT).sum((2, 3))
+    return [float(areas[0, i] / areas[1 + i, 0]) for i in range(len(alone))]
 
 
 def occlude(seed: Tensor) -> Scene:

@@ -1,9 +1,10 @@
 """The noise floor: how much the figures of one recipe differ between training seeds.
 
 Usage: ``python -m captum_mllm.studies.seeds [--scenes 200] [--out DIR] DIR DIR``, with the folders
-of two more LLaVAs, trained by ``python -m captum_mllm.reference.train --compile --seed N --out
-DIR`` for N = 1 and 2; writes ``seeds.json`` and ``seeds.md``. The shipped LLaVA is the first of
-the three. Needs the extra ``metrics``.
+of two more LLaVAs (``tests/weights`` has them), trained by ``python -m
+captum_mllm.reference.train --compile --seed N --out DIR`` for N = 1 and 2; writes ``seeds.json`` and ``seeds.md``, after each training anew; what
+``seeds.json`` holds already, of the same weights and scenes, is kept. The shipped LLaVA is the
+first of the three. Needs the extra ``metrics``.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 
 from captum_mllm.metrics import paired_bootstrap
 from captum_mllm.reference.evaluate_model import evaluate
-from captum_mllm.reference.models import model_path
+from captum_mllm.reference.models import model_path, sha256
 from captum_mllm.studies.compare import compare, no_nan
 
 SEED, BASE = 0, "LogitLens"
@@ -89,7 +90,8 @@ def heading(runs: Sequence[Mapping[str, Any]], scenes: int) -> str:
         scenes: scenes of the comparison.
     """
     lines = [
-        f"`python -m captum_mllm.studies.seeds DIR DIR`: three trainings of the reference LLaVA by "
+        "`python -m captum_mllm.studies.seeds tests/weights/llava-seed1 "
+        "tests/weights/llava-seed2`: trainings of the reference LLaVA by "
         "`python -m captum_mllm.reference.train --compile --seed N --out DIR`, alike but for the "
         f"seed; methods on {scenes} test scenes as in compare.md (single seed). Small models of "
         "synthetic scenes.",
@@ -109,6 +111,30 @@ def heading(runs: Sequence[Mapping[str, Any]], scenes: int) -> str:
     return "\n".join(lines)
 
 
+def known(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What an earlier run has measured on the same scenes: hash of the weights -> figures.
+
+    Args:
+        out: folder of the record.
+        settings: numbers of scenes.
+    """
+    path = out / "seeds.json"
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    if any(record.get(name) != value for name, value in settings.items()):
+        return {}
+    return {run["sha256"]: _with_nan(run) for run in record["runs"]}
+
+
+def _with_nan(run: dict[str, Any]) -> dict[str, Any]:
+    """Undo :func:`captum_mllm.studies.compare.no_nan`."""
+    for scores in run["methods"].values():
+        for name, values in scores.items():
+            scores[name] = [float("nan") if value is None else value for value in values]
+    return run
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Figures of several training seeds.")
@@ -118,16 +144,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    folders = [model_path("llava"), *args.folders]
-    runs = [measure(folder, args.scenes, args.evaluated) for folder in folders]
-    text = (
-        f"{heading(runs, args.scenes)}\n\n{table(runs)}"
-        "sd (range): over the three trainings. Gain: over LogitLens, 95 % interval by a paired "
-        "bootstrap over scenes within one training. A difference between methods that is smaller "
-        "than the range of its gain says as much about the seed as about the methods.\n"
-    )
-    (args.out / "seeds.json").write_text(json.dumps(no_nan({"runs": runs})) + "\n")
-    (args.out / "seeds.md").write_text(text)
+    settings = {"scenes": args.scenes, "evaluated": args.evaluated}
+    found, runs, text = known(args.out, settings), [], ""
+    for folder in (model_path("llava"), *args.folders):
+        weights = sha256(folder / "model.safetensors")
+        runs.append(found.get(weights) or measure(folder, args.scenes, args.evaluated))
+        text = (
+            f"{heading(runs, args.scenes)}\n\n{table(runs) if len(runs) > 1 else ''}"
+            "sd (range): over the trainings. Gain: over LogitLens, 95 % interval by a paired "
+            "bootstrap over scenes within one training. A difference between methods that is "
+            "smaller than the range of its gain says as much about the seed as about the methods.\n"
+        )
+        record = no_nan({**settings, "runs": runs})
+        (args.out / "seeds.json").write_text(json.dumps(record) + "\n")
+        (args.out / "seeds.md").write_text(text)
     print(text)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from tqdm import tqdm
 
 from captum_mllm import LogitLens
@@ -82,7 +83,8 @@ def measure(trace: TokenTrace, example: Example, masks: torch.Tensor) -> Row:
     size = (masks.shape[-2], masks.shape[-1])
     bound = upsample(upper_bound(masks, (maps.shape[-2], maps.shape[-1])), size)
     pixels = upsample(maps, size)
-    assert trace.rankings is not None  # asked for by `evaluate`
+    if trace.rankings is None:
+        raise ValueError("trace has no rankings; make it with top_k=1 or more.")
     predicted = trace.rankings[start:, 0] == trace.text_ids[start:]
     row: Row = {name: [] for name in ("obj_iou", "average_precision", "read")}
     row |= {name: [] for name in ("bound_iou", "bound_ap", "func_iou")}
@@ -142,7 +144,8 @@ def evaluate(name: str, set_name: str, examples: int, split: str = "test") -> di
         inputs = conversation_inputs(processor, picture, example.talk)
         trace = lens.trace(inputs, answer_ids(processor, example.talk), top_k=1)
         rows.append(measure(trace, example, masks))
-    return {"exact": exact, "named": named, "rows": rows}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"exact": exact, "named": named, "rows": rows, **versions}
 
 
 def padded(rows: Sequence[Row], metric: str) -> np.ndarray:
