@@ -7,7 +7,7 @@ import pytest
 
 from captum_mllm import MSEA, LogitLens
 from captum_mllm.metrics import average_precision, paired_bootstrap
-from captum_mllm.studies import compare, interference
+from captum_mllm.studies import compare, interference, sets
 from captum_mllm.studies.prompts import answer_words, default_inputs
 
 pytestmark = pytest.mark.slow
@@ -96,3 +96,27 @@ def test_records_are_of_the_shipped_weights(name):
     figures = json.loads((model_path() / "figures.json").read_text())
     recorded = json.loads((folder / f"{name}.json").read_text())
     assert recorded["weights_sha256"] == figures["sha256"]
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
+@pytest.mark.parametrize("name", ["llava", "qwen2vl", "internvl"])
+def test_text_interferes_and_the_grid_leaves_room(name):
+    """What makes the set worth having: function words light up, and the bound is far above."""
+    rows = sets.evaluate(name, "interference", 40, "validation")["rows"]
+    means = {
+        metric: paired_bootstrap(sets.padded(rows, metric), seed=0).mean
+        for metric in ("obj_iou", "bound_iou", "average_precision", "bound_ap", "func_iou")
+    }
+    assert 0.85 < means["func_iou"] < 0.98
+    assert means["bound_iou"] > means["obj_iou"] + 0.15
+    assert means["bound_ap"] > means["average_precision"] + 0.05
+
+
+@pytest.mark.parametrize("name", ["crowded", "occluded", "twins", "small"])
+def test_hard_sets_are_harder_than_plain_ones(name):
+    """On the sets made to be hard the plain lens ranks pixels worse."""
+    plain, hard = (
+        sets.padded(sets.evaluate("llava", one, 40, "validation")["rows"], "average_precision")
+        for one in ("plain", name)
+    )
+    assert paired_bootstrap(hard, seed=0).high < paired_bootstrap(plain, seed=0).mean

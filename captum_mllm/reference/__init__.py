@@ -2,8 +2,9 @@
 
 The models are real ones of transformers, a `LlavaForConditionalGeneration` ("llava"), a
 `Qwen2VLForConditionalGeneration` ("qwen2vl": pictures of any shape) and an
-`InternVLForConditionalGeneration` ("internvl": tiles and a thumbnail); only their size and their
-world are small. They exist because a saliency map can only be judged on a model that *sees*, on
+`InternVLForConditionalGeneration` ("internvl": tiles and a thumbnail), and a smaller LLaVA with a
+planted co-occurrence ("biased": it hallucinates, and which words is known); only their size and
+their world are small. They exist because a saliency map can only be judged on a model that *sees*, on
 pictures whose masks are known exactly. They are no substitute for results on public models.
 
 What is here (everything loads on first use; importing this package imports no torch):
@@ -16,10 +17,15 @@ What is here (everything loads on first use; importing this package imports no t
     render_pil(scene, size=336) -> (PIL.Image, masks)       masks bool tensor (objects, size, size)
         `size` may be (height, width): the scene is stretched to it
     converse(scene, kind="list", seed=0) -> Conversation    turns of annotated words
+    make_example(set, number, split="test") -> Example      scene and conversation of a test set
+    SETS                                                    plain, crowded, occluded, twins, small,
+                                                            interference, biased, openmoji
     named_objects(text) -> list of categories in the order in which the text names them
 
 `Scene.objects` run from left to right; `Word.obj` is an index into them (-1: about no object) and
-`Word.role` one of `captions.ROLES`. `captions.DEFAULT_QUESTION` is the prompt for the list caption.
+`Word.role` one of `captions.ROLES`. `captions.DEFAULT_QUESTION` is the prompt for the list caption. `export`
+writes test sets in COCO format, `openmoji` makes the third style, `train` and `evaluate_model` are the
+programs behind the models.
 """
 
 from __future__ import annotations
@@ -32,6 +38,9 @@ _HOME = {
     "Scene": "scenes",
     "SceneObject": "scenes",
     "make_scene": "scenes",
+    "SETS": "sets",
+    "Example": "sets",
+    "make_example": "sets",
     "Rendered": "render",
     "render_pil": "render",
     "Conversation": "captions",

@@ -147,8 +147,9 @@ def occlude(seed: Tensor) -> Scene:
         seed: int64 (1,), from `scenes.seeds_of`.
     """
     draws = _Draws(seed, 3)
-    names = draws.some(CATEGORIES, 2 + draws.whole(0, 2))
-    while True:
+    count = 2 + draws.whole(0, 2)
+    while True:  # other kinds each time: a toothbrush covers nothing
+        names = draws.some(CATEGORIES, count)
         (back,) = draws.placed([draws.object(names[0], LARGE)])
         front = _in_front(draws, draws.object(names[1], LARGE), back)
         if not _shows(Scene(0, "white", (back, front))):

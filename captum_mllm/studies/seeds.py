@@ -2,9 +2,9 @@
 
 Usage: ``python -m captum_mllm.studies.seeds [--scenes 200] [--out DIR] DIR DIR``, with the folders
 of two more LLaVAs (``tests/weights`` has them), trained by ``python -m
-captum_mllm.reference.train --compile --seed N --out DIR`` for N = 1 and 2; writes ``seeds.json`` and ``seeds.md``, after each training anew; what
-``seeds.json`` holds already, of the same weights and scenes, is kept. The shipped LLaVA is the
-first of the three. Needs the extra ``metrics``.
+captum_mllm.reference.train --compile --seed N --out DIR`` for N = 1 and 2; writes ``seeds.json``
+and ``seeds.md``, after each training anew; what ``seeds.json`` holds already, of the same weights
+and scenes, is kept. The shipped LLaVA is the first of the three. Needs the extra ``metrics``.
 """
 
 import argparse
