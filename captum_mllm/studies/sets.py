@@ -256,6 +256,9 @@ def write(out: Path, measured: Mapping[str, Any], settings: Mapping[str, Any]) -
     Returns:
         The table with its heading.
     """
+    measured = {
+        name: {one: sets[one] for one in SETS if one in sets} for name, sets in measured.items()
+    }
     hashes = {name: weights_of(name) for name in measured}
     done = {set_name for sets in measured.values() for set_name in sets}
     about = "\n".join(f"- *{name}*: {SETS[name].about}" for name in SETS if name in done)
