@@ -145,8 +145,9 @@ class TokenAttribution(Attribution):
         if pixels.ndim not in (4, 5):
             raise ValueError(
                 f"inputs must be pixels (N, channels, height, width), or (N, tiles, channels, "
-                f"height, width) where the model takes tiles, got {tuple(pixels.shape)}; other "
-                f"pixels (Qwen's rows of patches) go in a mapping."
+                f"height, width) where the model takes tiles, got {tuple(pixels.shape)}; Qwen's "
+                f"rows of patches go in a mapping, or as the frame that they were cut from "
+                f"(TokenLogProb(...).pixels)."
             )
         if options["images"] is not None:
             raise ValueError(
@@ -158,8 +159,7 @@ class TokenAttribution(Attribution):
         target = _one_target(target, len(pixels))
         maps = []
         for row in pixels.detach():
-            whole = pixels.ndim == 5 and not self.runner.adapter.tile_axis
-            mapping = {**rest, "pixel_values": row if whole else row[None]}
+            mapping = self.runner.adapter.of_version(row, rest)
             trace = self.trace(mapping, target, top_k=self.ranking_depth, **options)
             result = self.read(trace)
             if len(result.grids) != 1:
