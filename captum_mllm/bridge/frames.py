@@ -85,9 +85,13 @@ def at_size(
     sizes = [_size(frame) for frame in frames]
     if not frames or sizes == list(base):
         return sample, frames
-    pairs = list(zip(sizes, base, strict=True))
     scale = sqrt(sum(h * w for h, w in sizes) / sum(h * w for h, w in base))
-    if any(abs(new - old * scale) > 1 for pair in pairs for new, old in zip(*pair, strict=True)):
+    triples = zip(sizes, base, sample.grids, strict=True)
+    if any(
+        abs(h - old_h * scale) > grid.height / grid.rows
+        or abs(w - old_w * scale) > grid.width / grid.cols
+        for (h, w), (old_h, old_w), grid in triples
+    ):  # to within a cell, to which models round
         raise ValueError(
             f"inputs hold frames of {sizes} pixels, which are not the images of {list(base)} "
             f"pixels by one factor: resize all sides of all frames alike."

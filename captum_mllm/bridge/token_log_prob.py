@@ -217,7 +217,9 @@ class TokenLogProb(nn.Module):
         if embeddings is None:
             logits = self._logits(sample, frames, n)
         elif sample is self._sample:
-            logits = self._logits(sample, frames, n, on_embeddings=lambda given: replaced(given, embeddings))
+            logits = self._logits(
+                sample, frames, n, on_embeddings=lambda given: replaced(given, embeddings)
+            )
         else:
             raise ValueError(
                 "inputs hold embeddings beside frames of another size, which has another number "
