@@ -5,7 +5,7 @@ a picture, or asks for a gradient, wants one tensor with the picture's own axes.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class PictureFrames:
 
     tile_axis: ClassVar[bool] = False
     """Whether a sample's pixel_values are (1, tiles, ...), not (tiles or images, ...)."""
+
+    def grids(self, inputs: Mapping[str, Tensor]) -> tuple[ImageGrid, ...]:
+        """Grid and frame of each image: see :class:`~captum_mllm.adapters.Adapter`."""
+        raise NotImplementedError
 
     def frames(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
@@ -57,15 +61,28 @@ class PictureFrames:
         del inputs, grids
         return {"pixel_values": torch.cat(list(frames))}
 
-    def of_version(self, pixels: Tensor, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def of_version(self, pixels: Tensor, rest: Mapping[str, Any]) -> dict[str, Any]:
         """A sample's inputs with one version of its only image, as captum's wrappers hand it over.
 
         Args:
-            pixels: one row of a tensor of versions of the image.
-            rest: the sample's other inputs.
+            pixels: one row of a tensor of versions of the image: a frame (channels, height, width)
+                where ``rest`` holds the image itself, else what the model takes.
+            rest: the sample's other inputs, or all of them.
 
         Raises:
-            ValueError: pixels of a shape that is none of the image's.
+            ValueError: a frame of another shape than the image's, or of one of several images.
         """
-        whole = pixels.ndim == 4 and not self.tile_axis
-        return {**rest, "pixel_values": pixels if whole else pixels[None]}
+        own = rest.get("pixel_values")
+        if pixels.ndim != 3 or not isinstance(own, Tensor):
+            whole = pixels.ndim == 4 and not self.tile_axis
+            return {**rest, "pixel_values": pixels if whole else pixels[None]}
+        here = {k: v.to(pixels.device) for k, v in rest.items() if isinstance(v, Tensor)}
+        grids = self.grids(here)
+        shapes = [tuple(frame.shape[1:]) for frame in self.frames(here, grids)]
+        if shapes != [tuple(pixels.shape)]:
+            raise ValueError(
+                f"inputs must be versions of the frame of one image, {('N', *shapes[0])} by "
+                f"additional_forward_args, which hold {len(shapes)} image(s); got "
+                f"{('N', *pixels.shape)}. TokenLogProb(...).pixels is such a frame."
+            )
+        return {**rest, **self.with_frames(here, grids, (pixels[None],))}

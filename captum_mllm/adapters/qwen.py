@@ -168,23 +168,6 @@ class QwenVLAdapter(Adapter):
             made.setdefault(name, []).append(self._patches(whole))
         return {name: torch.cat(rows) for name, rows in made.items()}
 
-    @override
-    def of_version(self, pixels: Tensor, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        shapes = rest.get("image_grid_thw")
-        if not isinstance(shapes, Tensor) or shapes.shape != (1, 3):
-            raise ValueError(
-                "additional_forward_args must hold 'image_grid_thw' of one image beside its "
-                "frame; pass everything that the processor returns but pixel_values."
-            )
-        expected = (self.channels, *(int(n) * self.patch for n in shapes[0, 1:]))
-        if tuple(pixels.shape) != expected:
-            raise ValueError(
-                f"inputs must be frames {('N', *expected)} by image_grid_thw, got "
-                f"{('N', *pixels.shape)}; TokenLogProb(...).pixels is such a frame."
-            )
-        frames = pixels[None].expand(self.temporal, -1, -1, -1)
-        return {**rest, "pixel_values": self._patches(frames)}
-
     def _frames(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         steps, h, w = shape
         layout = {"patch": self.patch, "temporal": self.temporal, "merge": self.merge}

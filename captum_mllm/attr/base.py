@@ -98,7 +98,9 @@ class TokenAttribution(Attribution):
                 teacher-forced; a string needs a processor. With noisy copies of the pixels
                 (``NoiseTunnel``) a 1-D target that captum repeated per copy is understood; a
                 tuple of ids is never repeated.
-            additional_forward_args: with a pixel tensor, the rest of the mapping.
+            additional_forward_args: with a pixel tensor, the rest of the mapping; with the whole
+                mapping a tensor (N, C, H, W) holds versions of the picture's frame, as
+                ``TokenLogProb(...).pixels`` gives it in every family.
             explain: "answer" (default), "prompt", "all", or positions in ``input_ids`` + answer.
             gen_args: keyword arguments of ``generate`` in place of ours (greedy, one beam, no
                 repetition penalty, 128 new tokens). Image and video ids are always barred and
@@ -147,7 +149,7 @@ class TokenAttribution(Attribution):
                 f"inputs must be pixels (N, channels, height, width), or (N, tiles, channels, "
                 f"height, width) where the model takes tiles, got {tuple(pixels.shape)}; Qwen's "
                 f"rows of patches go in a mapping, or as the frame that they were cut from "
-                f"(TokenLogProb(...).pixels)."
+                f"(TokenLogProb(...).pixels) with the whole mapping as additional_forward_args."
             )
         if options["images"] is not None:
             raise ValueError(

@@ -110,6 +110,7 @@ class TokenLogProb(nn.Module):
         self._sizes = base_sizes(adapter, self._sample)
         views = [adapter.views(grid) for grid in sample.grids]
         self._layers = nn.ModuleList(nn.ModuleList(nn.Identity() for _ in own) for own in views)
+        self._text_layer = nn.Identity()
         self._embeddings: Tensor | None = None
 
     # ---- what to hand to captum ---------------------------------------------------------------
@@ -165,6 +166,13 @@ class TokenLogProb(nn.Module):
             raise IndexError(f"view {view} is out of range: image {image} has {len(views)}.")
         return views[view]
 
+    def text_layer(self) -> nn.Module:
+        """A layer for captum's layer methods: all tokens' embeddings, (batch, width, tokens).
+
+        Its values are :attr:`embeddings`' with tokens last, as a convolution over a line has them.
+        """
+        return self._text_layer
+
     # ---- what it is about ---------------------------------------------------------------------
 
     @property
@@ -214,17 +222,17 @@ class TokenLogProb(nn.Module):
         frames, embeddings = read_tensors(inputs, self._frames, len(self._ids))
         n = len(inputs[0]) if inputs else 1
         sample, frames = at_size(self._adapter, self._sample, frames, self._sizes)
-        if embeddings is None:
-            logits = self._logits(sample, frames, n)
-        elif sample is self._sample:
-            logits = self._logits(
-                sample, frames, n, on_embeddings=lambda given: replaced(given, embeddings)
-            )
-        else:
+        if embeddings is not None and sample is not self._sample:
             raise ValueError(
                 "inputs hold embeddings beside frames of another size, which has another number "
                 "of image tokens: hand over one of the two."
             )
+
+        def lead(given: Tensor) -> Tensor:
+            new = given if embeddings is None else replaced(given, embeddings)
+            return self._text_layer(new.transpose(1, 2)).transpose(1, 2)
+
+        logits = self._logits(sample, frames, n, on_embeddings=lead)
         if self.score == "log_prob":
             logits = logits.log_softmax(-1)
         scores = logits[..., range(len(self._rows)), self.output_ids.to(logits.device)]
