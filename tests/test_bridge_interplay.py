@@ -144,14 +144,11 @@ def test_our_methods_in_captums_sensitivity(kin):
     method = LogitLens(kin.model)
     noise = torch.randn(3, *x.shape[1:]) * 0.1
 
-    def explain(images):
-        rows = images if isinstance(images, torch.Tensor) else images[0]
-        return method.attribute(rows, kin.answer, inputs)
-
     got = sensitivity_max(
-        explain, x, perturb_func=lambda images: (images[0] + noise,), n_perturb_samples=3
-    )
-    base, others = explain(x), explain(x + noise)
+        method.attribute, x, perturb_func=lambda images: (images[0] + noise,), n_perturb_samples=3,
+        target=kin.answer, additional_forward_args=inputs,
+    )  # fmt: skip
+    base, others = (method.attribute(v, kin.answer, inputs) for v in (x, x + noise))
     expected = (others - base).flatten(1).norm(dim=1).max() / base.norm()
     assert_close(got, expected[None], rtol=1e-3, atol=1e-5)
 
@@ -239,18 +236,24 @@ def test_cells_smaller_than_a_pixel_are_left_out():
 # ---- the trained models ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+STEPS = {"llava": 48, "qwen2vl": 96, "internvl": 96}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "llava" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
 def test_integrated_gradients_are_complete_on_the_reference_models(name):
     """Attributions of pixels sum to what the picture changes, against a picture of nothing."""
     model, processor = load(name)
-    picture, _ = render_pil(make_scene(3))
+    picture, _ = render_pil(make_scene(3), 112)
     f = TokenLogProb(model, default_inputs(processor, picture), None, processor, sequence=True)
     attribution, delta = IntegratedGradients(f).attribute(
-        f.pixels, n_steps=64, internal_batch_size=16, return_convergence_delta=True
+        f.pixels, n_steps=STEPS[name], internal_batch_size=4, return_convergence_delta=True
     )
     with torch.no_grad():
         change = float(f(f.pixels) - f(f.pixels * 0))
-    assert abs(change) > 1
+    assert abs(change) > 10
     assert_close(float(delta), float(attribution.sum()) - change, rtol=1e-3, atol=1e-3)
     assert abs(float(delta)) < 0.03 * abs(change)
     assert f.to_image(attribution, picture).shape == (1, picture.height, picture.width)

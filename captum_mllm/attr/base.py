@@ -112,7 +112,7 @@ class TokenAttribution(Attribution):
         Returns:
             :class:`~captum_mllm.result.MLLMAttributionResult`; for a pixel tensor (N, C, H, W) of
             N versions of one image, maps (N, targets, H, W) in pixels of the image as the model
-            saw it.
+            saw it; a tuple for a tuple of one tensor.
 
         Raises:
             TypeError: arguments of another kind.
@@ -124,8 +124,10 @@ class TokenAttribution(Attribution):
             "images": images,
             "show_progress": show_progress,
         }
-        if isinstance(inputs, Tensor):
-            return self._attribute_pixels(inputs, target, additional_forward_args, options)
+        pixels = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else inputs
+        if isinstance(pixels, Tensor):
+            maps = self._attribute_pixels(pixels, target, additional_forward_args, options)
+            return maps if pixels is inputs else (maps,)  # tuple in, tuple out, as captum's
         if additional_forward_args is not None:
             raise TypeError(
                 "additional_forward_args goes with a pixel tensor as inputs; a mapping holds "
