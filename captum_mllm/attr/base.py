@@ -133,7 +133,8 @@ class TokenAttribution(Attribution):
                 "additional_forward_args goes with a pixel tensor as inputs; a mapping holds "
                 "everything itself."
             )
-        return self.read(self.trace(inputs, target, top_k=self.ranking_depth, **options))
+        mapping: Any = inputs
+        return self.read(self.trace(mapping, target, top_k=self.ranking_depth, **options))
 
     def _attribute_pixels(
         self, pixels: Tensor, target: Any, rest: Any, options: dict[str, Any]
