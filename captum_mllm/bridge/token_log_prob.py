@@ -11,17 +11,18 @@ from typing_extensions import override
 from captum_mllm.adapters import find_adapter
 from captum_mllm.bridge.frames import at_size, base_sizes, place, read_tensors, spread
 from captum_mllm.bridge.running import forward_logits, replaced
+from captum_mllm.bridge.scored import ScoredTokens
 from captum_mllm.functional import top_k_rankings
 from captum_mllm.generation import generate_answer
 from captum_mllm.geometry import ImageGeometry, Preprocessing
 from captum_mllm.inputs import Sample, append_answer, read_sample, read_target
-from captum_mllm.labels import token_labels, tokenizer_of
+from captum_mllm.labels import tokenizer_of
 from captum_mllm.targets import Explain, explained_columns, text_positions
 
 SCORES = ("log_prob", "logit")
 
 
-class TokenLogProb(nn.Module):
+class TokenLogProb(ScoredTokens):
     r"""Log-probability of an answer's tokens as a function of pixels, token embeddings, or both.
 
     A plain ``nn.Module`` for ``captum.attr``: hand it to ``IntegratedGradients``,
@@ -85,13 +86,9 @@ class TokenLogProb(nn.Module):
         sequence: bool = False,
         gen_args: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}.")
-        self.model = model
-        self.score, self.sequence = score, bool(sequence)
-        self._adapter = adapter = find_adapter(model)
-        self._processor, tokenizer = processor, tokenizer_of(processor)
+        adapter, tokenizer = find_adapter(model), tokenizer_of(processor)
         sample = read_sample(inputs, adapter)
         if target is None:
             with adapter.running():
@@ -99,13 +96,14 @@ class TokenLogProb(nn.Module):
         else:
             answer = read_target(target, sample, adapter, tokenizer)
         text = text_positions(sample, len(answer), adapter, tokenizer, "after_image")
-        self._rows = text[explained_columns(explain, text, sample, adapter)]
+        rows = text[explained_columns(explain, text, sample, adapter)]
         full = append_answer(sample, answer, adapter)
+        super().__init__(full["input_ids"][0], rows, answer, tokenizer)
+        self.model, self._adapter, self._processor = model, adapter, processor
+        self.score, self.sequence = score, bool(sequence)
         self._sample = Sample(
             full, sample.grids, sample.image_positions, sample.prefix_length, sample.padding
         )
-        self._ids = full["input_ids"][0]
-        self._answer = answer
         self._frames = adapter.frames(full, sample.grids)
         self._sizes = base_sizes(adapter, self._sample)
         views = [adapter.views(grid) for grid in sample.grids]
@@ -172,33 +170,6 @@ class TokenLogProb(nn.Module):
         Its values are :attr:`embeddings`' with tokens last, as a convolution over a line has them.
         """
         return self._text_layer
-
-    # ---- what it is about ---------------------------------------------------------------------
-
-    @property
-    def positions(self) -> Int64[Tensor, " targets"]:
-        """Positions, in ``input_ids`` without padding + answer, of the scored tokens."""
-        return self._rows.clone()
-
-    @property
-    def output_ids(self) -> Int64[Tensor, " targets"]:
-        """Ids of the scored tokens: the columns of what a call returns."""
-        return self._ids[self._rows]
-
-    @property
-    def answer_ids(self) -> Int64[Tensor, " answer"]:
-        """Ids of the whole answer."""
-        return self._answer.clone()
-
-    @property
-    def output_tokens(self) -> tuple[str, ...]:
-        """Labels of the scored tokens."""
-        return token_labels(self.output_ids.tolist(), tokenizer_of(self._processor))
-
-    @property
-    def input_tokens(self) -> tuple[str, ...]:
-        """Labels of all tokens, prompt (without padding) and answer: one per embedding."""
-        return token_labels(self._ids.tolist(), tokenizer_of(self._processor))
 
     # ---- the function -------------------------------------------------------------------------
 
