@@ -229,6 +229,17 @@ def test_several_images_videos_and_errors():
         seen.to_captum(pictures[0], geometry=box)
 
 
+def test_a_picture_of_fewer_pixels_than_cells():
+    kin = kin_of("Llava")
+    result = LogitLens(kin.model).attribute(kin.encode(), kin.answer)
+    small = kin.picture.resize((2, 3))
+    box = ImageGeometry((0.0, 0.0, 2.0, 3.0))
+    theirs = result.to_captum(small, geometry=box)
+    maps = result.grid_attr[0]
+    expected = torch.stack([maps[:, r, c] for r in (0, 2, 3) for c in (1, 3)], 1)
+    assert torch.equal(theirs.token_attr, expected)
+
+
 def test_cells_smaller_than_a_pixel_are_left_out():
     assert cell_mask(ImageGeometry.stretched(1, 2), (1, 2), (1, 5)).unique().tolist() == [1, 3]
 

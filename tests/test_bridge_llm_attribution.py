@@ -185,6 +185,18 @@ def test_words_of_the_prompt_by_brute_force(kin):
     assert not special & set(inputs["input_ids"][0][inp.positions].tolist())
 
 
+@pytest.mark.parametrize("name", ["Idefics3", "SmolVLM"])
+def test_names_of_tiles_are_no_words(name):
+    """Without a tokenizer, which knows them as special."""
+    kin = kin_of(name)
+    inputs = kin.encode()
+    inp = PromptInput(inputs, kin.model)
+    where = (inputs["input_ids"][0] == kin.model.config.image_token_id).nonzero()[:, 0]
+    assert not [p for p in inp.positions.tolist() if int(where[0]) <= p <= int(where[-1])]
+    tokens = kin.processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0][inp.positions])
+    assert not [token for token in tokens if token.startswith(("<row", "<global", "<fake"))]
+
+
 def test_captums_token_attr_denoised(kin):
     """ARC's text side on captum's result: each column times its relevance, by the definition."""
     import reference

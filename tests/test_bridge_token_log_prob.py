@@ -414,6 +414,15 @@ def test_arguments_are_checked():
         made(kin)[0].from_maps(torch.zeros(1, 1, 4, 4))
 
 
+def test_a_model_compiled_meanwhile_is_refused():
+    kin = kin_of("Llava")
+    model = copy.deepcopy(kin.model)
+    f = TokenLogProb(model, kin.encode(), kin.answer)
+    model.model._compiled_call_impl = model.model.forward  # as nn.Module.compile leaves it
+    with pytest.raises(ValueError, match="'model' is compiled"):
+        f(f.pixels)
+
+
 def test_half_precision(kin):
     model = copy.deepcopy(kin.model).to(torch.bfloat16)
     inputs = kin.encode()
