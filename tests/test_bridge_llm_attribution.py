@@ -14,7 +14,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from captum_mllm import PromptInput, RankCorrelationDenoiser, TeacherForced, TokenLogProb
-from captum_mllm.bridge import check_llm_attribution, image_input
+from captum_mllm.bridge import ExactLabels, check_llm_attribution, image_input
 from captum_mllm.functional import grid_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -283,3 +283,39 @@ def test_inputs_of_captums_are_checked():
         with pytest.raises(ValueError, match=r"baseline must be a token id in 0\.\.96"):
             PromptInput(inputs, kin.model, baseline=baseline)
     assert PromptInput(inputs, kin.model).values[0].startswith("<id")
+
+
+# ---- labels ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_of_ids_that_no_text_encodes(kin, seed):
+    """Random ids, specials and repeats among them: one label for each, in order."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 90, (6,), generator=g)
+    ids = torch.cat(
+        [torch.where(ids == kin.model.config.image_token_id, 50, ids), ids.new_tensor([2])]
+    )
+    inp = image_input(kin.picture, None, kin.prompt, kin.processor)
+    method = LLMAttribution(FeatureAblation(TeacherForced(kin.model)), ExactLabels(kin.processor))
+    result = method.attribute(inp, ids, forward_in_tokens=False)
+    expected = kin.processor.tokenizer.convert_ids_to_tokens(ids.tolist())
+    assert [token.strip() for token in result.output_tokens] == [
+        token.replace("\n", "\\n").strip() for token in expected
+    ]
+    assert result.token_attr.shape == (7, 1)
+
+
+def test_other_calls_go_to_the_tokenizer():
+    kin = kin_of("Llava")
+    tokenizer, own = ExactLabels(kin.processor), kin.processor.tokenizer
+    assert tokenizer.encode("dog left", add_special_tokens=False) == own.encode(
+        "dog left", add_special_tokens=False
+    )
+    assert tokenizer.decode(20) == own.decode(20)
+    assert tokenizer.pad_token == own.pad_token
+    assert tokenizer("dog")["input_ids"] == own("dog")["input_ids"]
+    with pytest.raises(TypeError, match="processor must be"):
+        ExactLabels(None)
+    with pytest.raises(TypeError, match="processor must be"):
+        ExactLabels(object())

@@ -423,6 +423,21 @@ def test_a_model_compiled_meanwhile_is_refused():
         f(f.pixels)
 
 
+def test_perturbations_of_an_offloaded_model(tmp_path):
+    import accelerate
+
+    kin = kin_of("Llava")
+    inputs = kin.encode()
+    model = accelerate.disk_offload(copy.deepcopy(kin.model), str(tmp_path), execution_device="cpu")
+    scores = []
+    with torch.no_grad():
+        for own in (model, kin.model):
+            f = TokenLogProb(own, inputs, kin.answer)
+            scores.append(f(noisy((f.pixels,), 3)[0]))
+    assert_close(*scores, rtol=1e-5, atol=1e-6)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 def test_half_precision(kin):
     model = copy.deepcopy(kin.model).to(torch.bfloat16)
     inputs = kin.encode()
