@@ -8,7 +8,7 @@ flows one way::
 
 ``inputs`` reads a sample, ``adapters`` hold what differs between model families, ``capture`` sets
 the hooks, ``runner`` runs the model, ``functional`` holds the formulas, ``attr`` the captum
-attributors, ``result`` what they return.
+attributors, ``result`` what they return, ``bridge`` what captum's own methods need on such models.
 """
 
 from captum_mllm.attr import (
@@ -19,6 +19,7 @@ from captum_mllm.attr import (
     RankCorrelationDenoiser,
     TokenActivationMap,
 )
+from captum_mllm.bridge import PromptInput, TeacherForced, TokenLogProb, check_llm_attribution
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.result import MLLMAttributionResult
 
@@ -31,7 +32,11 @@ __all__ = [
     "LogitLens",
     "MLLMAttributionResult",
     "MultiScaleAttribution",
+    "PromptInput",
     "RankCorrelationDenoiser",
+    "TeacherForced",
     "TokenActivationMap",
+    "TokenLogProb",
     "__version__",
+    "check_llm_attribution",
 ]

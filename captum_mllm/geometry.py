@@ -271,6 +271,35 @@ def _crop_start(size: int, crop: int) -> int:
     return (size - crop) // 2 if size >= crop else -ceil((crop - size) / 2)
 
 
+def picture_geometry(
+    grid: ImageGrid, size: tuple[int, int], rule: Preprocessing | None
+) -> ImageGeometry:
+    """The box of the original picture that a frame shows.
+
+    Args:
+        grid: the frame.
+        size: (height, width) of the original picture, pixels.
+        rule: what the processor did to it; needed where the inputs don't tell the box.
+
+    Raises:
+        ValueError: it is not known, or ``size`` does not give the frame that the model saw.
+    """
+    if grid.box is not None:
+        if grid.picture not in (None, size):
+            raise ValueError(
+                f"size must be that of the picture, (height, width) = {grid.picture}, got {size}."
+            )
+        return ImageGeometry(grid.box)
+    if rule is None:
+        raise ValueError(
+            "to_image needs a processor (give it to the attributor, e.g. MSEA(model, processor), "
+            "or as processor=) or geometry=ImageGeometry(box) to know which part of the picture "
+            "the model saw."
+        )
+    rule.check(*size, grid)
+    return rule.geometry(*size)
+
+
 def maps_to_picture(
     maps: Float[Tensor, "targets *time rows cols"], geometry: ImageGeometry, size: tuple[int, int]
 ) -> Float[Tensor, "targets *time height width"]:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from captum_mllm.checks import picture_size
 from captum_mllm.functional import upsample
-from captum_mllm.geometry import ImageGeometry, ImageGrid, Preprocessing, maps_to_picture
+from captum_mllm.geometry import (
+    ImageGeometry,
+    ImageGrid,
+    Preprocessing,
+    maps_to_picture,
+    picture_geometry,
+)
 from captum_mllm.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -154,29 +160,17 @@ class MLLMAttributionResult:
             ValueError: it is not known, or ``size`` does not give the frame that the model saw.
             IndexError: no such image.
         """
-        grid, (height, width) = self._image(i)[0], size
+        grid = self._image(i)[0]
         if geometry is not None:
             if not isinstance(geometry, ImageGeometry):
                 raise TypeError(
                     f"geometry must be an ImageGeometry(box), got {type(geometry).__name__}."
                 )
             return geometry
-        if grid.box is not None:
-            if grid.picture not in (None, size):
-                raise ValueError(
-                    f"size must be that of the picture, (height, width) = {grid.picture}, got "
-                    f"{size}."
-                )
-            return ImageGeometry(grid.box)
-        rule = Preprocessing.of(processor) if processor is not None else self.preprocessing
-        if rule is None:
-            raise ValueError(
-                "to_image needs a processor (give it to the attributor, e.g. "
-                "MSEA(model, processor), or as processor=) or geometry=ImageGeometry(box) "
-                "to know which part of the picture the model saw."
-            )
-        rule.check(height, width, grid)
-        return rule.geometry(height, width)
+        rule = self.preprocessing
+        if processor is not None and grid.box is None:
+            rule = Preprocessing.of(processor)
+        return picture_geometry(grid, size, rule)
 
     def time_profile(self, i: int = 0) -> Float[Tensor, "targets frames"]:
         """When each token looked: the mean of its map over the cells of each frame of a video.
@@ -329,6 +323,12 @@ class MLLMAttributionResult:
         from captum_mllm.visualization import plot_time_profile
 
         return plot_time_profile(self, show, target_token_pos, image)
+
+    def to_captum(self, picture: Any = None, image: int = 0, **where: Any) -> Any:
+        """As captum's ``LLMAttributionResult``; see :func:`captum_mllm.bridge.to_captum`."""
+        from captum_mllm.bridge import to_captum
+
+        return to_captum(self, picture, image, **where)
 
     def select(self, targets: Sequence[int]) -> "MLLMAttributionResult":
         """The same result with only some of its rows.

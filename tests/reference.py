@@ -393,3 +393,24 @@ def frames_to_patches(frames: Tensor, patch: int, temporal: int, merge: int) -> 
                                 row += frames[t, c, y : y + patch, x : x + patch].flatten().tolist()
                         rows.append(row)
     return _f64(rows)
+
+
+# ---- segments of a picture ---------------------------------------------------------------------
+
+
+def grid_mask(size: tuple[int, int], rows: int, cols: int) -> torch.Tensor:
+    mask = torch.zeros(size, dtype=torch.int64)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            mask[y, x] = (y * rows // size[0]) * cols + x * cols // size[1]
+    return mask
+
+
+def rank_mask(values: torch.Tensor, segments: int) -> torch.Tensor:
+    """A pixel's band by how many pixels come before it: higher ones, and equal ones above it."""
+    flat = values.flatten().tolist()
+    bands = [
+        sum(w > v or (w == v and j < i) for j, w in enumerate(flat)) * segments // len(flat)
+        for i, v in enumerate(flat)
+    ]
+    return torch.tensor(bands).reshape(values.shape)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -21,8 +22,11 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
     found = blocks(name)
     assert found
     namespace: dict = {}
-    for number, code in enumerate(found):
-        exec(compile(code, f"{name}, block {number + 1}", "exec"), namespace)
+    try:
+        for number, code in enumerate(found):
+            exec(compile(code, f"{name}, block {number + 1}", "exec"), namespace)
+    finally:
+        plt.close("all")
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from captum_mllm.adapters.devices import input_device, tables_loaded
 from captum_mllm.adapters.head import Matrix, head_matrix, head_size
 from captum_mllm.adapters.hooks import unchanged
+from captum_mllm.adapters.picture_frames import PictureFrames
 from captum_mllm.functional import WHOLE, Box
 from captum_mllm.geometry import ImageGrid
 
@@ -42,7 +43,7 @@ _SPECIAL_IDS = (
 )
 
 
-class Adapter(ABC):
+class Adapter(PictureFrames, ABC):
     """What one family needs so that every method works on it.
 
     A subclass declares where the modules are and how image tokens lie on the grid; it holds no
@@ -77,9 +78,6 @@ class Adapter(ABC):
     prompt_sees_ahead: ClassVar[bool] = False
     """Whether prompt tokens see those after them (a prefix LM): then none of them was predicted,
     so none is a target or context, and maps need the whole prompt."""
-
-    tile_axis: ClassVar[bool] = False
-    """Whether a sample's pixel_values are (1, tiles, ...), not (tiles or images, ...)."""
 
     fixed_size: ClassVar[bool] = False
     """Whether the model takes one size only: then larger scales are seen through windows of the

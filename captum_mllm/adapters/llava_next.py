@@ -156,6 +156,33 @@ class LlavaNextAdapter(Adapter):
         return enlarged(grid, scale)
 
     @override
+    def frames(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
+    ) -> tuple[Tensor, ...]:
+        """The whole picture as it lies on its canvas of tiles, without the padding."""
+        found = []
+        for own, grid in zip(inputs["pixel_values"], grids, strict=True):
+            (h, w), (y, x) = self._content(self._picture(grid))
+            canvas = join_tiles(own[1 : 1 + grid.tiles[0] * grid.tiles[1]], grid.tiles)
+            found.append(canvas[None, :, y : y + h, x : x + w])
+        return tuple(found)
+
+    @override
+    def with_frames(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        made = []
+        before = self.frames(inputs, grids)
+        for own, old, new, grid in zip(inputs["pixel_values"], before, frames, grids, strict=True):
+            (h, w), (y, x) = self._content(self._picture(grid))
+            n = 1 + grid.tiles[0] * grid.tiles[1]
+            canvas = join_tiles(own[1:n], grid.tiles).to(new.dtype, copy=True)
+            canvas[:, y : y + h, x : x + w] = new[0]
+            base = own[:1] + resize_pixels(new - old, (self.side, self.side))
+            made.append(torch.cat([base, split_tiles(canvas, grid.tiles), own[n:]]))
+        return {"pixel_values": torch.stack(made)}
+
+    @override
     def window_pixels(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], boxes: Sequence[Box]
     ) -> dict[str, Tensor]:

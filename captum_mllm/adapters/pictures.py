@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from captum_mllm.functional import Box, resize_pixels
+from captum_mllm.functional import Box, join_tiles, resize_pixels, split_tiles
 from captum_mllm.geometry import ImageGrid
 
 
@@ -75,3 +75,39 @@ def cut_window(
     large = resize_pixels(pixels[None], (height, width))[0]
     top, start = round(upper * height), round(left * width)
     return large[:, top : top + size[0], start : start + size[1]]
+
+
+def tiles_frame(
+    tiles: Float[Tensor, "tiles c h w"], layout: tuple[int, int]
+) -> Float[Tensor, "1 c height width"]:
+    """The picture that an image's tiles make, its overview left out.
+
+    Args:
+        tiles: the tiles row by row, then the overview if there is one.
+        layout: tiles down and across.
+    """
+    return join_tiles(tiles[: layout[0] * layout[1]], layout)[None]
+
+
+def frame_tiles(
+    tiles: Float[Tensor, "tiles c h w"],
+    layout: tuple[int, int],
+    frame: Float[Tensor, "1 c height width"],
+) -> Float[Tensor, "tiles c h w"]:
+    """The same tiles with another picture; the overview changes by what the picture does.
+
+    Args:
+        tiles: the tiles row by row, then the overview if there is one.
+        layout: tiles down and across.
+        frame: the new picture; differentiable.
+
+    Example:
+        >>> import torch
+        >>> tiles = torch.rand(5, 3, 8, 8)  # 2 x 2 and an overview
+        >>> torch.equal(frame_tiles(tiles, (2, 2), tiles_frame(tiles, (2, 2))), tiles)
+        True
+    """
+    n = layout[0] * layout[1]
+    change = frame - tiles_frame(tiles, layout)
+    overview = [t[None] + resize_pixels(change, (t.shape[-2], t.shape[-1])) for t in tiles[n:]]
+    return torch.cat([split_tiles(frame[0], layout), *overview])

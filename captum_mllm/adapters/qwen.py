@@ -135,6 +135,39 @@ class QwenVLAdapter(Adapter):
             made.append(self._patches(pixels.expand(self.temporal, -1, -1, -1)))
         return {"pixel_values": torch.cat(made), "image_grid_thw": self._shapes(grids)}
 
+    @override
+    def frames(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
+    ) -> tuple[Tensor, ...]:
+        """One frame of an image (the processor repeats it for a step), all of a video."""
+        found = []
+        for name, shape_name in _KINDS.items():
+            if inputs.get(name) is None:
+                continue
+            shapes = inputs[shape_name]
+            for rows, shape in zip(
+                inputs[name].split(shapes.prod(-1).tolist()), shapes.tolist(), strict=True
+            ):
+                frames = self._frames(rows, shape)
+                if name == "pixel_values" and not bool((frames == frames[:1]).all()):
+                    raise ValueError(
+                        "pixel_values hold an image whose step in time is of different frames, "
+                        "so it is no picture; pass what the processor returns."
+                    )
+                found.append(frames[:1] if name == "pixel_values" else frames[None])
+        return tuple(found)
+
+    @override
+    def with_frames(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        made: dict[str, list[Tensor]] = {}
+        for grid, frame in zip(grids, frames, strict=True):
+            name = "pixel_values_videos" if grid.steps else "pixel_values"
+            whole = frame[0] if grid.steps else frame.expand(self.temporal, -1, -1, -1)
+            made.setdefault(name, []).append(self._patches(whole))
+        return {name: torch.cat(rows) for name, rows in made.items()}
+
     def _frames(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         steps, h, w = shape
         layout = {"patch": self.patch, "temporal": self.temporal, "merge": self.merge}

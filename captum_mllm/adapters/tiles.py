@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters.base import Adapter, View
-from captum_mllm.adapters.pictures import picture_pixels
+from captum_mllm.adapters.pictures import frame_tiles, picture_pixels, tiles_frame
 from captum_mllm.adapters.registry import register_adapter
 from captum_mllm.functional import find_layout, join_tiles, resize_pixels, split_tiles
 from captum_mllm.geometry import ImageGrid
@@ -173,6 +173,21 @@ class TileAdapter(Adapter):
         return self.as_inputs(torch.cat(made))
 
     @override
+    def frames(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
+    ) -> tuple[Tensor, ...]:
+        own = self.tiles(inputs).split([self.count(grid) for grid in grids])
+        return tuple(tiles_frame(t, g.tiles) for t, g in zip(own, grids, strict=True))
+
+    @override
+    def with_frames(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        own = self.tiles(inputs).split([self.count(grid) for grid in grids])
+        made = zip(own, grids, frames, strict=True)
+        return self.as_inputs(torch.cat([frame_tiles(t, g.tiles, new) for t, g, new in made]))
+
+    @override
     def pixels_from_pictures(
         self, pictures: Sequence[Any], settings: Any, grids: Sequence[ImageGrid]
     ) -> dict[str, Tensor]:
@@ -315,6 +330,16 @@ class IdeficsAdapter(TileAdapter):
         shape = (1, len(tiles), *tiles.shape[-2:])
         mask = torch.ones(shape, dtype=torch.int64, device=tiles.device)
         return {"pixel_values": tiles[None], "pixel_attention_mask": mask}
+
+    @override
+    def with_frames(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """A tile that is 0 everywhere would count as padding: it gets the least value above 0."""
+        made = super().with_frames(inputs, grids, frames)
+        pixels = made["pixel_values"]
+        blank = (pixels == 0).flatten(2).all(2)[:, :, None, None, None]
+        return made | {"pixel_values": pixels + blank * torch.finfo(pixels.dtype).tiny}
 
     @override
     def features_shape(self, grids: Sequence[ImageGrid]) -> tuple[int, ...]:

@@ -98,7 +98,9 @@ class TokenAttribution(Attribution):
                 teacher-forced; a string needs a processor. With noisy copies of the pixels
                 (``NoiseTunnel``) a 1-D target that captum repeated per copy is understood; a
                 tuple of ids is never repeated.
-            additional_forward_args: with a pixel tensor, the rest of the mapping.
+            additional_forward_args: with a pixel tensor, the rest of the mapping; with the whole
+                mapping a tensor (N, C, H, W) holds versions of the picture's frame, as
+                ``TokenLogProb(...).pixels`` gives it in every family.
             explain: "answer" (default), "prompt", "all", or positions in ``input_ids`` + answer.
             gen_args: keyword arguments of ``generate`` in place of ours (greedy, one beam, no
                 repetition penalty, 128 new tokens). Image and video ids are always barred and
@@ -110,7 +112,7 @@ class TokenAttribution(Attribution):
         Returns:
             :class:`~captum_mllm.result.MLLMAttributionResult`; for a pixel tensor (N, C, H, W) of
             N versions of one image, maps (N, targets, H, W) in pixels of the image as the model
-            saw it.
+            saw it; a tuple for a tuple of one tensor.
 
         Raises:
             TypeError: arguments of another kind.
@@ -122,14 +124,17 @@ class TokenAttribution(Attribution):
             "images": images,
             "show_progress": show_progress,
         }
-        if isinstance(inputs, Tensor):
-            return self._attribute_pixels(inputs, target, additional_forward_args, options)
+        pixels = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else inputs
+        if isinstance(pixels, Tensor):
+            maps = self._attribute_pixels(pixels, target, additional_forward_args, options)
+            return maps if pixels is inputs else (maps,)  # tuple in, tuple out, as captum's
         if additional_forward_args is not None:
             raise TypeError(
                 "additional_forward_args goes with a pixel tensor as inputs; a mapping holds "
                 "everything itself."
             )
-        return self.read(self.trace(inputs, target, top_k=self.ranking_depth, **options))
+        mapping: Any = inputs
+        return self.read(self.trace(mapping, target, top_k=self.ranking_depth, **options))
 
     def _attribute_pixels(
         self, pixels: Tensor, target: Any, rest: Any, options: dict[str, Any]
@@ -145,8 +150,9 @@ class TokenAttribution(Attribution):
         if pixels.ndim not in (4, 5):
             raise ValueError(
                 f"inputs must be pixels (N, channels, height, width), or (N, tiles, channels, "
-                f"height, width) where the model takes tiles, got {tuple(pixels.shape)}; other "
-                f"pixels (Qwen's rows of patches) go in a mapping."
+                f"height, width) where the model takes tiles, got {tuple(pixels.shape)}; Qwen's "
+                f"rows of patches go in a mapping, or as the frame that they were cut from "
+                f"(TokenLogProb(...).pixels) with the whole mapping as additional_forward_args."
             )
         if options["images"] is not None:
             raise ValueError(
@@ -158,8 +164,7 @@ class TokenAttribution(Attribution):
         target = _one_target(target, len(pixels))
         maps = []
         for row in pixels.detach():
-            whole = pixels.ndim == 5 and not self.runner.adapter.tile_axis
-            mapping = {**rest, "pixel_values": row if whole else row[None]}
+            mapping = self.runner.adapter.of_version(row, rest)
             trace = self.trace(mapping, target, top_k=self.ranking_depth, **options)
             result = self.read(trace)
             if len(result.grids) != 1:

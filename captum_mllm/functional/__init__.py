@@ -24,6 +24,7 @@ from captum_mllm.functional.maps import (
     resize_attributions,
     upsample,
 )
+from captum_mllm.functional.masks import grid_mask, rank_mask
 from captum_mllm.functional.pixels import (
     find_layout,
     frames_to_patches,
@@ -53,6 +54,7 @@ __all__ = [
     "eci_subtract",
     "find_layout",
     "frames_to_patches",
+    "grid_mask",
     "join_tiles",
     "join_windows",
     "joint_min_max",
@@ -61,6 +63,7 @@ __all__ = [
     "patches_to_frames",
     "rank_biased_overlap",
     "rank_gaussian_filter",
+    "rank_mask",
     "resample_cells",
     "resize_attributions",
     "resize_pixels",

@@ -4,8 +4,8 @@ The models are real ones of transformers, a `LlavaForConditionalGeneration` ("ll
 `Qwen2VLForConditionalGeneration` ("qwen2vl": pictures of any shape) and an
 `InternVLForConditionalGeneration` ("internvl": tiles and a thumbnail), and a smaller LLaVA with a
 planted co-occurrence ("biased": it hallucinates, and which words is known); only their size and
-their world are small. They exist because a saliency map can only be judged on a model that *sees*, on
-pictures whose masks are known exactly. They are no substitute for results on public models.
+their world are small. They exist because a saliency map can only be judged on a model that *sees*,
+on pictures whose masks are known exactly. They are no substitute for results on public models.
 
 What is here (everything loads on first use; importing this package imports no torch):
 
@@ -23,9 +23,9 @@ What is here (everything loads on first use; importing this package imports no t
     named_objects(text) -> list of categories in the order in which the text names them
 
 `Scene.objects` run from left to right; `Word.obj` is an index into them (-1: about no object) and
-`Word.role` one of `captions.ROLES`. `captions.DEFAULT_QUESTION` is the prompt for the list caption. `export`
-writes test sets in COCO format, `openmoji` makes the third style, `train` and `evaluate_model` are the
-programs behind the models.
+`Word.role` one of `captions.ROLES`. `captions.DEFAULT_QUESTION` is the prompt for the list caption.
+`export` writes test sets in COCO format, `openmoji` makes the third style, `train` and
+`evaluate_model` are the programs behind the models.
 """
 
 from __future__ import annotations

@@ -245,6 +245,15 @@ def weights_of(name: str) -> str:
     return sha256(model_path(name) / "model.safetensors")
 
 
+def rounded(values: Any) -> Any:
+    """The same with numbers to four digits: the record is read from them, and stays small."""
+    if isinstance(values, Mapping):
+        return {name: rounded(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [rounded(value) for value in values]
+    return round(values, 4) if isinstance(values, float) else values
+
+
 def write(out: Path, measured: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Write the record and the table.
 
@@ -257,7 +266,8 @@ def write(out: Path, measured: Mapping[str, Any], settings: Mapping[str, Any]) -
         The table with its heading.
     """
     measured = {
-        name: {one: sets[one] for one in SETS if one in sets} for name, sets in measured.items()
+        name: {one: rounded(sets[one]) for one in SETS if one in sets}
+        for name, sets in measured.items()
     }
     hashes = {name: weights_of(name) for name in measured}
     done = {set_name for sets in measured.values() for set_name in sets}

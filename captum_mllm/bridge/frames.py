@@ -1,0 +1,185 @@
+"""Frames of other sizes, and attributions of frames brought to pictures and back."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import sqrt
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from captum_mllm.adapters import Adapter
+from captum_mllm.checks import picture_size
+from captum_mllm.functional import resize_attributions, resize_pixels
+from captum_mllm.geometry import (
+    ImageGeometry,
+    ImageGrid,
+    Preprocessing,
+    maps_to_picture,
+    picture_geometry,
+)
+from captum_mllm.inputs import Sample, rescaled_inputs
+
+Size = tuple[int, int]
+
+
+def base_sizes(adapter: Adapter, sample: Sample) -> tuple[Size, ...]:
+    """(height, width) of each image's frame."""
+    return tuple(_size(frame) for frame in adapter.frames(sample.kwargs, sample.grids))
+
+
+def read_tensors(
+    inputs: tuple[Any, ...], own: Sequence[Tensor], tokens: int
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The frames and the embeddings among the tensors that captum hands over.
+
+    Args:
+        inputs: the tensors; those of three axes are embeddings.
+        own: the sample's own frames.
+        tokens: number of tokens of prompt and answer.
+
+    Raises:
+        TypeError: no tensors.
+        ValueError: shapes that fit neither frames nor embeddings.
+    """
+    if any(not isinstance(value, Tensor) for value in inputs):
+        kinds = ", ".join(type(value).__name__ for value in inputs)
+        raise TypeError(f"inputs must be tensors (f.pixels, f.embeddings), got {kinds}.")
+    frames = tuple(value for value in inputs if value.ndim > 3)
+    rest = [value for value in inputs if value.ndim <= 3]
+    if frames and [f.shape[1:-2] for f in frames] != [f.shape[1:-2] for f in own]:
+        raise ValueError(
+            f"inputs must hold one frame per image, shapes {[('N', *f.shape[1:]) for f in own]} as "
+            f".pixels gives them (or resized), got {[tuple(f.shape) for f in frames]}."
+        )
+    if len(rest) > 1 or any(v.ndim != 3 or v.shape[1] != tokens for v in rest):
+        raise ValueError(
+            f"inputs must be frames of four axes, or embeddings (N, {tokens} tokens, width) as "
+            f".embeddings gives them, got {[tuple(value.shape) for value in rest]}."
+        )
+    lengths = {len(value) for value in inputs}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError(f"inputs must be of one batch length >= 1, got {sorted(lengths)}.")
+    return frames, rest[0] if rest else None
+
+
+def at_size(
+    adapter: Adapter, sample: Sample, frames: tuple[Tensor, ...], base: Sequence[Size]
+) -> tuple[Sample, tuple[Tensor, ...]]:
+    """The sample whose images are as large as the frames, and the frames at exactly its size.
+
+    Args:
+        adapter: the model's adapter.
+        sample: prompt and answer at their own scale.
+        frames: one per image, (n, ..., height, width); or none.
+        base: sizes of the sample's own frames.
+
+    Returns:
+        The sample itself and the frames as they are, if they are of the base sizes; otherwise the
+        sample with the nearest grids that the model accepts, and the frames resized to those.
+
+    Raises:
+        ValueError: frames that are no rescaled form of the sample's; a model of one size.
+    """
+    sizes = [_size(frame) for frame in frames]
+    if not frames or sizes == list(base):
+        return sample, frames
+    scale = sqrt(sum(h * w for h, w in sizes) / sum(h * w for h, w in base))
+    triples = zip(sizes, base, sample.grids, strict=True)
+    if any(
+        abs(h - old_h * scale) > grid.height / grid.rows
+        or abs(w - old_w * scale) > grid.width / grid.cols
+        for (h, w), (old_h, old_w), grid in triples
+    ):  # to within a cell, to which models round
+        raise ValueError(
+            f"inputs hold frames of {sizes} pixels, which are not the images of {list(base)} "
+            f"pixels by one factor: resize all sides of all frames alike."
+        )
+    if adapter.fixed_size:
+        raise ValueError(
+            f"inputs hold frames of {sizes} pixels, but this model takes images of {list(base)} "
+            f"only: attribute at that size. Several scales of such a model: MSEA(model), which "
+            f"looks through windows of the enlarged image."
+        )
+    grids = tuple(adapter.scaled_grid(grid, scale) for grid in sample.grids)
+    pixels = adapter.rescale_pixels(sample.kwargs, grids)
+    scaled = rescaled_inputs(sample.kwargs, sample, grids, pixels, adapter)
+    wanted = base_sizes(adapter, scaled)
+    return scaled, tuple(_resized(f, size) for f, size in zip(frames, wanted, strict=True))
+
+
+def place(
+    attribution: Float[Tensor, "n c h w"],
+    grid: ImageGrid,
+    size: Any,
+    rule: Preprocessing | None,
+    geometry: ImageGeometry | None,
+) -> Float[Tensor, "n height width"]:
+    """An attribution of a frame or of a grid's cells, its channels summed, in picture pixels.
+
+    Args:
+        attribution: (n, channels, h, w).
+        grid: the image's.
+        size: (height, width) of the picture, or the picture.
+        rule: what the processor does to a picture's frame, or None.
+        geometry: the box that the frame shows, in place of ``rule``.
+
+    Raises:
+        ValueError: another shape; nothing tells where the frame lies.
+    """
+    if attribution.ndim != 4:
+        raise ValueError(
+            f"attribution must be (n, channels, height, width), got {tuple(attribution.shape)}."
+        )
+    size = picture_size(size)
+    if geometry is None:
+        if grid.picture is not None and _size(attribution) != (grid.rows, grid.cols):
+            # Such a frame shows the whole picture, its cells may not.
+            high, wide = grid.picture
+            grid = replace(grid, box=ImageGeometry.stretched(high, wide).box)
+        geometry = picture_geometry(grid, size, rule)
+    return maps_to_picture(attribution.detach().sum(1), geometry, size)
+
+
+def spread(
+    maps: Float[Tensor, "targets rows cols"], grid: ImageGrid, frame: Float[Tensor, "1 c h w"]
+) -> Float[Tensor, "targets c h w"]:
+    """Maps on a grid as attributions of a frame's pixels, the sum of each kept.
+
+    Args:
+        maps: one map per token, on any grid over what the image's grid shows.
+        grid: the image's.
+        frame: the frame.
+
+    Raises:
+        ValueError: maps of another shape, or of a video.
+    """
+    if maps.ndim != 3 or frame.ndim != 4:
+        raise ValueError(
+            f"maps must be (targets, rows, cols) of an image, got {tuple(maps.shape)}."
+        )
+    size, channels = _size(frame), frame.shape[1]
+    if grid.picture is None or grid.box is None:
+        wide = resize_attributions(maps[:, None], size)
+    else:  # the frame shows the whole picture, of which the maps show a part
+        by_h, by_w = size[0] / grid.picture[0], size[1] / grid.picture[1]
+        left, upper, right, lower = grid.box
+        box = ImageGeometry((left * by_w, upper * by_h, right * by_w, lower * by_h))
+        wide = maps_to_picture(maps, box, size)[:, None]
+        total = wide.sum((-2, -1), keepdim=True)
+        factor = maps.sum((-2, -1))[:, None, None, None] / torch.where(total == 0, 1, total)
+        wide = wide * factor
+    return (wide / channels).expand(-1, channels, -1, -1).contiguous()
+
+
+def _size(frame: Tensor) -> Size:
+    return frame.shape[-2], frame.shape[-1]
+
+
+def _resized(frames: Tensor, size: Size) -> Tensor:
+    """Frames (n, ..., height, width) resized as image processors do; differentiable."""
+    if _size(frames) == size:
+        return frames
+    flat = frames.flatten(0, -4)
+    return resize_pixels(flat, size).unflatten(0, frames.shape[:-3])

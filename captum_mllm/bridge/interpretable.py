@@ -1,0 +1,145 @@
+"""Inputs of captum's LLMAttribution: segments of a picture, words of a multimodal prompt."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from captum.attr import ImageMaskInput, TextTokenInput
+from torch import Tensor, nn
+from typing_extensions import override
+
+from captum_mllm.adapters import find_adapter
+from captum_mllm.inputs import read_sample
+from captum_mllm.labels import token_labels, tokenizer_of
+
+
+def image_input(
+    pictures: Any,
+    mask: Tensor | None,
+    text: str,
+    processor: Any,
+    *,
+    image: int = 0,
+    baseline: tuple[int, int, int] = (255, 255, 255),
+) -> ImageMaskInput:
+    """A picture of a prompt as captum's ``ImageMaskInput``.
+
+    Args:
+        pictures: PIL picture, or a sequence of all pictures of the prompt.
+        mask: (height, width): number of each pixel's segment, e.g.
+            :func:`~captum_mllm.functional.grid_mask` or
+            :func:`~captum_mllm.functional.rank_mask`; None for the whole picture as one.
+        text: the prompt as the processor takes it, placeholders included.
+        processor: the model's processor; its default resizing and cropping apply.
+        image: which of the pictures is perturbed, default the first.
+        baseline: RGB colour that stands in for an absent segment, default white as in captum.
+
+    Raises:
+        TypeError: no PIL pictures.
+        ValueError: a mask of another size than the picture; a processor that pads.
+        IndexError: no such picture.
+
+    Example:
+        >>> from captum_mllm.functional import grid_mask
+        >>> from captum_mllm.reference import load, make_scene, render_pil
+        >>> picture, _ = render_pil(make_scene(1))
+        >>> mask = grid_mask((picture.height, picture.width), 3, 3)
+        >>> inp = image_input(picture, mask, "USER: <image> what ? ASSISTANT:", load()[1])
+        >>> inp.n_itp_features
+        9
+    """
+    own = list(pictures) if isinstance(pictures, Sequence) else [pictures]
+    for picture in own:
+        if not hasattr(picture, "convert"):
+            raise TypeError(
+                f"pictures must be PIL pictures, got {type(picture).__name__}: open paths by "
+                f"PIL.Image.open(path)."
+            )
+    if not 0 <= image < len(own):
+        raise IndexError(f"image {image} is out of range: there are {len(own)} pictures.")
+    perturbed = own[image].convert("RGB")  # captum paints three channels
+    if mask is not None and tuple(mask.shape) != (perturbed.height, perturbed.width):
+        raise ValueError(
+            f"mask must be (height, width) = {(perturbed.height, perturbed.width)} as the picture, "
+            f"got {tuple(mask.shape)}."
+        )
+
+    def process(changed: Any) -> dict[str, Any]:
+        shown = [changed if n == image else picture for n, picture in enumerate(own)]
+        made = dict(processor(images=shown, text=text, return_tensors="pt"))
+        made.pop("labels", None)  # PaliGemma's, for training
+        if not bool(made.get("attention_mask", torch.ones(1)).all()):
+            raise ValueError("processor pads the prompt, which captum would attend to; don't pad.")
+        return made
+
+    return ImageMaskInput(perturbed, mask, baseline=baseline, processor_fn=process)
+
+
+class PromptInput(TextTokenInput):
+    r"""The prompt of an image as captum's ``TextTokenInput``: its features are the text tokens.
+
+    Placeholders, special tokens and markers stay; the images stay.
+
+    Args:
+        inputs: the mapping that the processor returns for one sample.
+        model: the model (its adapter tells what is text).
+        processor: its processor, for labels; default None.
+        baseline: id that stands in for an absent token, default 0.
+
+    Raises:
+        ValueError: inputs that don't fit the model; ``baseline`` outside the vocabulary or an
+            image token; no text.
+
+    Example:
+        >>> from captum.attr import FeatureAblation, LLMAttribution
+        >>> from captum_mllm import TeacherForced
+        >>> from captum_mllm.reference import load, make_scene, render_pil
+        >>> model, processor = load()
+        >>> picture, _ = render_pil(make_scene(1))
+        >>> inputs = processor(images=picture, text="USER: <image>\nwhat is this ? ASSISTANT:",
+        ...     return_tensors="pt")
+        >>> inp = PromptInput(inputs, model, processor)
+        >>> ablation = LLMAttribution(FeatureAblation(TeacherForced(model)), processor.tokenizer)
+        >>> result = ablation.attribute(inp, "there is a dog", forward_in_tokens=False)
+        >>> result.token_attr.shape == (4, len(inp.values))
+        True
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Any],
+        model: nn.Module,
+        processor: Any = None,
+        baseline: int = 0,
+    ) -> None:
+        adapter, tokenizer = find_adapter(model), tokenizer_of(processor)
+        sample = read_sample(inputs, adapter)
+        if not 0 <= baseline < adapter.vocabulary or baseline in adapter.visual_ids:
+            raise ValueError(
+                f"baseline must be a token id in 0..{adapter.vocabulary - 1} and no image token, "
+                f"got {baseline!r}."
+            )
+        special = adapter.special_ids | set(getattr(tokenizer, "all_special_ids", []))
+        ids = sample.prompt_ids
+        found = [p for p in sample.text_positions if int(ids[p]) not in special]
+        if not found:
+            raise ValueError("inputs hold no text but special tokens, so there is no feature.")
+        self.positions = torch.tensor(found, device=ids.device)
+        """(features,): where each feature stands in ``input_ids`` without padding."""
+        self._kwargs = {k: v for k, v in sample.kwargs.items() if k != "attention_mask"}
+        self.tokenizer, self.skip_tokens, self.baselines = tokenizer, None, baseline
+        self.inp_tensor = ids[None]
+        self.itp_mask = torch.zeros_like(self.inp_tensor, dtype=torch.bool)
+        self.itp_mask[0, self.positions] = True
+        self.itp_tensor = self.inp_tensor[:, self.positions]
+        self.values = list(token_labels(ids[self.positions].tolist(), tokenizer))
+        self.n_itp_features = len(found)
+
+    @override
+    def to_model_input(self, perturbed_tensor: Tensor | None = None) -> Any:
+        """The model's inputs with absent tokens replaced.
+
+        Args:
+            perturbed_tensor: (1, features): 1 for those that are present; None for all.
+        """
+        return {**self._kwargs, "input_ids": super().to_model_input(perturbed_tensor)}

@@ -1,0 +1,210 @@
+"""TeacherForced: a model that captum's LLMAttribution computes right values with."""
+
+import warnings
+from typing import Any
+
+import torch
+from captum.attr import LLMAttribution
+from torch import Tensor, nn
+from typing_extensions import override
+
+from captum_mllm.adapters import find_adapter
+from captum_mllm.bridge.running import differentiable
+
+_TOLERANCE = 1e-3  # of a log-probability; half precision: _TOLERANCE_HALF
+_TOLERANCE_HALF = 5e-2
+
+
+class TeacherForced(nn.Module):
+    """A multimodal model as ``captum.attr.LLMAttribution`` can use it, in all of its modes.
+
+    captum 0.9 with transformers 5 drops the image in its default mode, feeds the sequence twice
+    (also for text alone), and extends ``input_ids`` by the answer but none of the inputs that go
+    with it. Here every forward is a whole teacher-forced one with all inputs extended.
+    ``forward_in_tokens=False`` is the fast way: one forward per perturbation for the whole answer.
+
+    Args:
+        model: a transformers model of a registered family; left bit for bit as it was.
+
+    Raises:
+        ValueError: no adapter for the model.
+
+    Reference:
+        Our reading of captum 0.9.0's ``llm_attr.py``.
+
+    Example:
+        >>> from captum.attr import FeatureAblation, LLMAttribution
+        >>> from captum_mllm import TeacherForced
+        >>> from captum_mllm.bridge import image_input
+        >>> from captum_mllm.functional import grid_mask
+        >>> from captum_mllm.reference import load, make_scene, render_pil
+        >>> model, processor = load()
+        >>> picture, _ = render_pil(make_scene(1))
+        >>> mask = grid_mask((picture.height, picture.width), 2, 2)
+        >>> inp = image_input(picture, mask, "USER: <image> what is this ? ASSISTANT:", processor)
+        >>> ablation = LLMAttribution(FeatureAblation(TeacherForced(model)), processor.tokenizer)
+        >>> ablation.attribute(inp, "there is a dog", forward_in_tokens=False).token_attr.shape
+        torch.Size([4, 4])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._adapter = find_adapter(model)
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        """Where captum puts what it makes: where the model's inputs belong."""
+        return self._adapter.device
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The model's own ``generate``; image and video ids are barred, as no target may be one."""
+        kwargs.setdefault("suppress_tokens", list(self._adapter.visual_ids))
+        with torch.no_grad(), differentiable(self._adapter):
+            return self._adapter.model.generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, **kwargs: Any) -> dict[str, Any]:
+        """What captum's cached mode calls before a forward: nothing is cached, nothing dropped."""
+        return {k: v for k, v in kwargs.items() if k not in ("cache_position", "use_cache")}
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What captum's cached mode calls after a forward: inputs are extended in the next one."""
+        del outputs
+        return model_kwargs
+
+    @override
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """The model's output over a prompt and an answer.
+
+        Args:
+            input_ids: (1, tokens): prompt, then any number of tokens of the answer.
+            kwargs: the prompt's other inputs as the processor returns them; token-wise ones are
+                extended to the length of ``input_ids``.
+
+        Raises:
+            ValueError: a side input is missing, or the prompt is padded as far as can be seen.
+        """
+        adapter = self._adapter
+        inputs = {
+            name: value.to(adapter.device)
+            for name, value in {"input_ids": input_ids, **kwargs}.items()
+            if isinstance(value, Tensor) and name != "labels"
+        }
+        length = input_ids.shape[1]
+        if "attention_mask" in inputs and not bool(inputs["attention_mask"].all()):
+            raise ValueError(
+                "attention_mask holds zeros, but captum's LLMAttribution attends to padding in "
+                "some of its modes: call the processor without padding, for one sample."
+            )
+        sides = [name for name in adapter.suffix_fill if name in inputs]
+        prompt = min(inputs[name].shape[1] for name in ("input_ids", *sides))
+        adapter.check_inputs(
+            {k: v[:, :prompt] if k in adapter.token_wise else v for k, v in inputs.items()}
+        )
+        for name in sides:
+            value, fill = inputs[name], adapter.suffix_fill[name]
+            more = value.new_full((len(value), length - value.shape[1]), fill)
+            inputs[name] = torch.cat([value, more], dim=1)
+        with torch.no_grad(), differentiable(adapter):
+            return adapter.model(**inputs, use_cache=False, return_dict=True)
+
+
+def check_llm_attribution(
+    attribution: LLMAttribution,
+    inp: Any,
+    target: Tensor,
+    *,
+    use_cached_outputs: bool = True,
+    forward_in_tokens: bool = True,
+) -> bool:
+    """Whether a call of ``LLMAttribution.attribute`` would rest on right values; warns if not.
+
+    Runs what captum would run, for the input as it is and with every feature taken away, and
+    compares the answer's log-probabilities with teacher-forced ones: four forwards and, in
+    captum's token by token modes, two for each token.
+
+    Args:
+        attribution: captum's, around any perturbation method.
+        inp: captum's ``ImageMaskInput`` or another of its inputs.
+        target: (targets,): ids of the answer.
+        use_cached_outputs: as ``attribute`` will get it, default True as there.
+        forward_in_tokens: as ``attribute`` will get it, default True as there.
+
+    Returns:
+        True if the values are right; otherwise False, after a ``UserWarning`` that says what would
+        come out and how to mend it.
+
+    Raises:
+        TypeError: no ``LLMAttribution``.
+
+    Reference:
+        Defects of captum 0.9.0 with transformers 5.
+
+    Example:
+        >>> import warnings
+        >>> from captum.attr import FeatureAblation, LLMAttribution
+        >>> from captum_mllm.bridge import check_llm_attribution, image_input
+        >>> from captum_mllm.reference import load, make_scene, render_pil
+        >>> model, processor = load()
+        >>> picture, _ = render_pil(make_scene(1))
+        >>> inp = image_input(picture, None, "USER: <image> what is this ? ASSISTANT:", processor)
+        >>> plain = LLMAttribution(FeatureAblation(model), processor.tokenizer)
+        >>> with warnings.catch_warnings(record=True) as told:
+        ...     warnings.simplefilter("always")
+        ...     right = check_llm_attribution(plain, inp, torch.tensor([20, 31]))
+        >>> right, len(told)
+        (False, 1)
+    """
+    if not isinstance(attribution, LLMAttribution):
+        raise TypeError(
+            f"attribution must be captum's LLMAttribution, got {type(attribution).__name__}."
+        )
+    model: Any = attribution.model
+    right = model if isinstance(model, TeacherForced) else TeacherForced(model)
+    whole = inp.to_tensor().to(right.device)
+    theirs: list[Tensor] = []
+    try:
+        for present in (whole, torch.zeros_like(whole)):
+            made = attribution.attr_method.forward_func(
+                present, inp, target, use_cached_outputs, None, forward_in_tokens
+            )
+            theirs.append(made.flatten()[0].float().cpu())
+    except Exception as error:  # whatever a model raises on inputs that don't fit
+        _tell(f"raise {type(error).__name__}: {error}")
+        return False
+    ours = [
+        _score(right, inp.to_model_input(present), target, attribution.attr_target)
+        for present in (whole, torch.zeros_like(whole))
+    ]
+    half = next(right.parameters()).dtype in (torch.float16, torch.bfloat16)
+    tolerance = _TOLERANCE_HALF if half else _TOLERANCE
+    worst = max(float((a - b).abs()) for a, b in zip(ours, theirs, strict=True))
+    if worst <= tolerance * max(1.0, *(float(v.abs()) for v in ours)):
+        return True
+    if bool(theirs[0] == theirs[1]):
+        _tell("give zeros: what is perturbed never reaches the model")
+    else:
+        _tell(f"give wrong values: scores of the answer are off by {worst:.3g}")
+    return False
+
+
+def _score(model: TeacherForced, inputs: Any, target: Tensor, kind: str) -> Tensor:
+    """The answer's log-probability (or probability) in one teacher-forced forward."""
+    inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    ids = inputs.pop("input_ids").to(model.device)
+    inputs.pop("attention_mask", None)
+    target = target.to(model.device)
+    logits = model(torch.cat([ids, target[None]], 1), **inputs).logits[0, ids.shape[1] - 1 : -1]
+    total = logits.float().log_softmax(-1).gather(1, target[:, None].to(logits.device)).sum().cpu()
+    return total if kind == "log_prob" else total.exp()
+
+
+def _tell(what: str) -> None:
+    warnings.warn(
+        f"captum's LLMAttribution would {what}. Wrap the model: "
+        f"LLMAttribution(FeatureAblation(captum_mllm.TeacherForced(model)), tokenizer), and call "
+        f"attribute(..., forward_in_tokens=False).",
+        stacklevel=3,
+    )

@@ -1,0 +1,298 @@
+"""TokenLogProb: an answer's log-probabilities as a module that captum's methods can explain."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from typing_extensions import override
+
+from captum_mllm.adapters import find_adapter
+from captum_mllm.bridge.frames import at_size, base_sizes, place, read_tensors, spread
+from captum_mllm.bridge.running import forward_logits, replaced
+from captum_mllm.bridge.scored import ScoredTokens
+from captum_mllm.functional import top_k_rankings
+from captum_mllm.generation import generate_answer
+from captum_mllm.geometry import ImageGeometry, Preprocessing
+from captum_mllm.inputs import Sample, append_answer, read_sample, read_target
+from captum_mllm.labels import tokenizer_of
+from captum_mllm.targets import Explain, explained_columns, text_positions
+
+SCORES = ("log_prob", "logit")
+
+
+class TokenLogProb(ScoredTokens):
+    r"""Log-probability of an answer's tokens as a function of pixels, token embeddings, or both.
+
+    A plain ``nn.Module`` for ``captum.attr``: hand it to ``IntegratedGradients``,
+    ``FeatureAblation``, ``LayerGradCam``... with :attr:`pixels` or :attr:`embeddings` as inputs
+    and the token to explain as ``target=``. The answer is teacher-forced; one forward of the
+    model per call, of as many copies as captum hands over in a batch. What is not handed over
+    stays as it is in ``inputs``.
+
+    Pixels are the *picture's own frame* in every family: tiles put together, Qwen's patches back
+    in place, an overview following its picture. Parameters get no gradient, and the model is left
+    bit for bit as it was.
+
+    Args:
+        model: a transformers model of a registered family.
+        inputs: the mapping that the processor returns for one sample.
+        target: the answer: ids, a string (needs a processor), or None (default) to generate it.
+        processor: the model's processor, default None; gives labels, string targets and the
+            geometry for :meth:`to_image`.
+        explain: the tokens that are scored: "answer" (default), "prompt", "all", or positions in
+            ``input_ids`` + answer.
+        score: "log_prob" (default) or "logit", the raw output of the LM head.
+        sequence: True gives one score for the sequence, the sum over those tokens; then captum
+            needs no ``target``. Default False.
+        gen_args: keyword arguments of ``generate`` where ``target`` is None.
+
+    Raises:
+        TypeError: arguments of another kind.
+        ValueError: bad input; the message names the argument and how to mend it.
+
+    Reference:
+        Our reading; see docs/captum.md for what works with which family.
+
+    Example:
+        >>> from captum.attr import IntegratedGradients
+        >>> from captum_mllm import TokenLogProb
+        >>> from captum_mllm.reference import load, make_scene, render_pil
+        >>> model, processor = load()
+        >>> picture, _ = render_pil(make_scene(1))
+        >>> inputs = processor(images=picture, text="USER: <image>\nwhat is this ? ASSISTANT:",
+        ...     return_tensors="pt")
+        >>> f = TokenLogProb(model, inputs, "there is a dog", processor)
+        >>> f(f.pixels).shape, f.output_tokens
+        (torch.Size([1, 4]), (' there', ' is', ' a', ' dog'))
+        >>> attr = IntegratedGradients(f).attribute(f.pixels, target=3, n_steps=2)
+        >>> f.to_image(attr, picture).shape == (1, picture.height, picture.width)
+        True
+        >>> words = IntegratedGradients(f).attribute(f.embeddings, target=3, n_steps=2).sum(-1)
+        >>> words.shape[1] == len(f.input_tokens)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        target: Any = None,
+        processor: Any = None,
+        *,
+        explain: Explain = "answer",
+        score: str = "log_prob",
+        sequence: bool = False,
+        gen_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}.")
+        adapter, tokenizer = find_adapter(model), tokenizer_of(processor)
+        sample = read_sample(inputs, adapter)
+        if target is None:
+            with adapter.running():
+                answer = generate_answer(sample, adapter, gen_args)
+        else:
+            answer = read_target(target, sample, adapter, tokenizer)
+        text = text_positions(sample, len(answer), adapter, tokenizer, "after_image")
+        rows = text[explained_columns(explain, text, sample, adapter)]
+        full = append_answer(sample, answer, adapter)
+        super().__init__(full["input_ids"][0], rows, answer, tokenizer)
+        self.model, self._adapter, self._processor = model, adapter, processor
+        self.score, self.sequence = score, bool(sequence)
+        self._sample = Sample(
+            full, sample.grids, sample.image_positions, sample.prefix_length, sample.padding
+        )
+        self._frames = adapter.frames(full, sample.grids)
+        self._sizes = base_sizes(adapter, self._sample)
+        views = [adapter.views(grid) for grid in sample.grids]
+        self._layers = nn.ModuleList(nn.ModuleList(nn.Identity() for _ in own) for own in views)
+        self._text_layer = nn.Identity()
+        self._embeddings: Tensor | None = None
+
+    # ---- what to hand to captum ---------------------------------------------------------------
+
+    @property
+    def pixels(self) -> Tensor | tuple[Tensor, ...]:
+        """The picture, (1, channels, height, width); a tuple of them if there are several.
+
+        A video's is (1, frames, channels, height, width). LLaVA-NeXT's is the whole picture as it
+        lies on the canvas of tiles; others' show what the model's frame shows.
+        """
+        own = tuple(frame.detach().clone() for frame in self._frames)
+        return own[0] if len(own) == 1 else own
+
+    @property
+    def embeddings(self) -> Float[Tensor, "1 tokens width"]:
+        """Token embeddings of prompt and answer, (1, tokens, width).
+
+        Image features take the place of placeholders afterwards, so that these have no say. An
+        answer's token has a say in those after it.
+        """
+        if self._embeddings is None:
+            seen: list[Tensor] = []
+
+            def keep(given: Tensor) -> Tensor:
+                seen.append(given.detach())
+                return given
+
+            with torch.no_grad():
+                self._logits(self._sample, (), 1, on_embeddings=keep)
+            self._embeddings = seen[0]
+        return self._embeddings.clone()
+
+    def layer(self, image: int = 0, view: int = 0) -> nn.Module:
+        """A layer for captum's layer methods: an image's features as the language model gets them.
+
+        Its output is (batch, width, rows, cols), one value per cell of the image: what
+        ``LayerGradCam`` and ``LayerIntegratedGradients`` take as a convolution's. (Qwen3-VL adds
+        further image features after its first layers; those are not in it.)
+
+        Args:
+            image: which image, default the first.
+            view: 0 (default) the image's own grid; 1 its overview (thumbnail, global or base
+                image), where it has one.
+
+        Raises:
+            IndexError: no such image or view.
+        """
+        if not 0 <= image < len(self._layers):
+            raise IndexError(f"image {image} is out of range: there are {len(self._layers)}.")
+        views: Any = self._layers[image]
+        if not 0 <= view < len(views):
+            raise IndexError(f"view {view} is out of range: image {image} has {len(views)}.")
+        return views[view]
+
+    def text_layer(self) -> nn.Module:
+        """A layer for captum's layer methods: all tokens' embeddings, (batch, width, tokens).
+
+        Its values are :attr:`embeddings`' with tokens last, as a convolution over a line has them.
+        """
+        return self._text_layer
+
+    # ---- the function -------------------------------------------------------------------------
+
+    @override
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Scores of the tokens, differentiable in what is handed over.
+
+        Args:
+            inputs: frames as :attr:`pixels` gives them (all images or none), and/or embeddings
+                (batch, tokens, width) as :attr:`embeddings`; with a leading batch axis of any
+                length. Frames may be of another size, one factor for all: they are resized to
+                the nearest size that the model takes.
+
+        Returns:
+            (batch, targets); with ``sequence=True`` (batch,). float32, or float64 of such a model.
+
+        Raises:
+            TypeError: no tensors.
+            ValueError: shapes that fit neither frames nor embeddings.
+        """
+        frames, embeddings = read_tensors(inputs, self._frames, len(self._ids))
+        n = len(inputs[0]) if inputs else 1
+        sample, frames = at_size(self._adapter, self._sample, frames, self._sizes)
+        if embeddings is not None and sample is not self._sample:
+            raise ValueError(
+                "inputs hold embeddings beside frames of another size, which has another number "
+                "of image tokens: hand over one of the two."
+            )
+
+        def lead(given: Tensor) -> Tensor:
+            new = given if embeddings is None else replaced(given, embeddings)
+            return self._text_layer(new.transpose(1, 2)).transpose(1, 2)
+
+        logits = self._logits(sample, frames, n, on_embeddings=lead)
+        if self.score == "log_prob":
+            logits = logits.log_softmax(-1)
+        scores = logits[..., range(len(self._rows)), self.output_ids.to(logits.device)]
+        return scores.sum(-1) if self.sequence else scores
+
+    def rankings(self, top_k: int = 50) -> Int64[Tensor, "tokens k"]:
+        """Top-k ids of the prediction that led to each token: what ``denoise`` needs.
+
+        ``RankCorrelationDenoiser(None).denoise(token_attr, r, target_rankings=r[f.positions])``
+        with ``r = f.rankings()`` takes attributions of all tokens; cut ``r`` to the prompt for
+        attributions of the prompt alone.
+
+        Args:
+            top_k: depth, default 50.
+
+        Returns:
+            (tokens, k): prompt and answer. The first token was predicted from nothing: its row
+            holds negative numbers, which agree with no other row.
+
+        Raises:
+            ValueError: ``top_k`` out of range; a prefix LM, whose prompt is not predicted.
+        """
+        if self._adapter.prompt_sees_ahead:
+            raise ValueError(
+                "model: its prompt sees itself whole (prefix LM), so that none of its tokens is "
+                "predicted from those before it and there are no rankings."
+            )
+        rows = torch.arange(1, len(self._ids), device=self._ids.device)
+        with torch.no_grad():
+            logits = forward_logits(self._adapter, self._sample, (), 1, rows - 1)[0]
+        found = top_k_rankings(logits, top_k)
+        return torch.cat([-1 - torch.arange(top_k, device=found.device)[None], found])
+
+    # ---- back to the picture ------------------------------------------------------------------
+
+    def to_image(
+        self,
+        attribution: Float[Tensor, "n c h w"],
+        size: Any,
+        image: int = 0,
+        *,
+        geometry: ImageGeometry | None = None,
+    ) -> Float[Tensor, "n height width"]:
+        """An attribution of a frame, or of :meth:`layer`'s cells, in pixels of the user's picture.
+
+        Args:
+            attribution: (n, channels, height, width), as captum gives it for :attr:`pixels` or for
+                :meth:`layer`; channels are summed.
+            size: (height, width) of the original picture, or the PIL picture itself.
+            image: which image, default the first.
+            geometry: the box of the picture that the model saw; needed without a processor.
+
+        Returns:
+            (n, height, width): levels as in the attribution, 0 where the model saw nothing.
+
+        Raises:
+            ValueError: neither a processor nor ``geometry`` tells where the frame lies.
+            IndexError: no such image.
+        """
+        self.layer(image)  # raises on an image that is not there
+        rule = None
+        if self._processor is not None and self._sample.grids[image].box is None:
+            rule = Preprocessing.of(self._processor)
+        return place(attribution, self._sample.grids[image], size, rule, geometry)
+
+    def from_maps(
+        self, maps: Float[Tensor, "targets rows cols"], image: int = 0
+    ) -> Float[Tensor, "targets channels height width"]:
+        """Maps on the model's grid as attributions of :attr:`pixels`, their sum kept.
+
+        So a result of ours (``result.grid_attr[image]``) goes into ``captum.metrics``.
+
+        Args:
+            maps: one map per token.
+            image: which image, default the first.
+
+        Returns:
+            (targets, channels, height, width): each cell's value over its pixels and channels.
+
+        Raises:
+            IndexError: no such image.
+        """
+        self.layer(image)
+        return spread(maps, self._sample.grids[image], self._frames[image])
+
+    def _logits(self, sample: Sample, frames: tuple[Tensor, ...], n: int, **options: Any) -> Tensor:
+        """Logits (n, targets, vocabulary) of one forward, from which the tokens are predicted."""
+        # Scored tokens stand after the last image, whose tokens may have become more or fewer.
+        grown = sample.kwargs["input_ids"].shape[1] - len(self._ids)
+        before = self._rows + grown - 1
+        layers: Any = self._layers
+        return forward_logits(self._adapter, sample, frames, n, before, layers=layers, **options)
