@@ -75,7 +75,7 @@ def noun_threshold(
     if any(not tokens for tokens in nouns):
         raise ValueError("nouns must name at least one token each, got an empty one; leave it out.")
     pixels = upsample(torch.from_numpy(as_maps(map)), size)
-    largest = [max(otsu_threshold(pixels[token]) for token in tokens) for tokens in nouns]
+    largest = [max(float(otsu_threshold(pixels[t])) for t in tokens) for tokens in nouns]
     return float(np.mean(largest)) if largest else float("nan")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,9 +50,12 @@ class Family(ABC):
     tiny_layouts: ClassVar[tuple[Layout, ...]] = (Layout(),)
     ways: ClassVar[Mapping[str, Way]]
     steps: ClassVar[tuple[int, int]]  # of the shipped model's two stages
-    draw: ClassVar[Callable[[Tensor], SceneBatch]] = staticmethod(draw_scenes)  # its scenes
     planted: ClassVar[bool] = False  # whether a co-occurrence was planted in them
     card: ClassVar[Mapping[str, str]]  # the model card's words on this family
+
+    def draw(self, seeds: Tensor) -> SceneBatch:
+        """The scenes that it is trained on."""
+        return draw_scenes(seeds)
 
     @abstractmethod
     def build_model(self, size: str) -> Any:

@@ -18,6 +18,7 @@ from transformers import (
 from captum_mllm.reference.families import SIDES, Family, Way, square
 from captum_mllm.reference.layouts import NATIVE, Layout
 from captum_mllm.reference.planted import draw_planted
+from captum_mllm.reference.scenes import SceneBatch
 from captum_mllm.reference.tokenizer import LLAVA_TOKENS, build_processor
 
 
@@ -129,7 +130,6 @@ class BiasedLlava(Llava):
     }
     ways = {name: Llava.ways[name] for name in ("native", "from_448", "side_168")}  # noqa: RUF012
     steps = (2400, 5100)
-    draw = staticmethod(draw_planted)
     planted = True
     card = {  # noqa: RUF012
         **Llava.card,
@@ -139,3 +139,7 @@ class BiasedLlava(Llava):
         "object, where it can hardly be seen.\nOn scenes that break the rule the model names the "
         "partner all the same: a hallucination that is\nknown word by word.\n",
     }
+
+    def draw(self, seeds: Tensor) -> SceneBatch:
+        """Scenes with the planted co-occurrence."""
+        return draw_planted(seeds)

@@ -139,4 +139,5 @@ def make_example(name: str, number: int, split: str = "test") -> Example:
     place = number + ROOM * list(SETS).index(name)
     scene = kind.make(place, split)
     talk = kind.talks[number // (2 if name == "biased" else 1) % len(kind.talks)]
-    return Example(name, number, split, scene, converse(scene, *talk[:1], number, *talk[1:]))
+    second = talk[1] if len(talk) > 1 else None
+    return Example(name, number, split, scene, converse(scene, talk[0], number, second))
