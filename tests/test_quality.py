@@ -7,7 +7,7 @@ import pytest
 
 from captum_mllm import MSEA, LogitLens
 from captum_mllm.metrics import average_precision, paired_bootstrap
-from captum_mllm.studies import compare, interference, sets
+from captum_mllm.studies import compare, interference, sets, sets_table
 from captum_mllm.studies.prompts import answer_words, default_inputs
 
 pytestmark = pytest.mark.slow
@@ -100,14 +100,14 @@ def test_records_are_of_the_shipped_weights(name):
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 @pytest.mark.parametrize("name", ["llava", "qwen2vl", "internvl"])
-def test_text_interferes_and_the_grid_leaves_room(name):
-    """What makes the set worth having: function words light up, and the bound is far above."""
-    rows = sets.evaluate(name, "interference", 40, "validation")["rows"]
+def test_the_sets_leave_room(name):
+    """Function words light up somewhere, and the lens is far below what the grid allows."""
+    rows = sets.evaluate(name, "plain", 40, "validation")["rows"]
     means = {
-        metric: paired_bootstrap(sets.padded(rows, metric), seed=0).mean
+        metric: paired_bootstrap(sets_table.padded(rows, metric), seed=0).mean
         for metric in ("obj_iou", "bound_iou", "average_precision", "bound_ap", "func_iou")
     }
-    assert 0.85 < means["func_iou"] < 0.98
+    assert 0.85 < means["func_iou"] < 0.97
     assert means["bound_iou"] > means["obj_iou"] + 0.15
     assert means["bound_ap"] > means["average_precision"] + 0.05
 
@@ -116,7 +116,9 @@ def test_text_interferes_and_the_grid_leaves_room(name):
 def test_hard_sets_are_harder_than_plain_ones(name):
     """On the sets made to be hard the plain lens ranks pixels worse."""
     plain, hard = (
-        sets.padded(sets.evaluate("llava", one, 40, "validation")["rows"], "average_precision")
+        sets_table.padded(
+            sets.evaluate("llava", one, 40, "validation")["rows"], "average_precision"
+        )
         for one in ("plain", name)
     )
     assert paired_bootstrap(hard, seed=0).high < paired_bootstrap(plain, seed=0).mean

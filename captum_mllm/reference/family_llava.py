@@ -136,8 +136,9 @@ class BiasedLlava(Llava):
         "title": "biased LLaVA",
         "layouts": "**Planted**: a cup never comes without a donut, and so on "
         "(`planted.PARTNERS`, eight pairs); in\nhalf of those scenes the partner stands behind the "
-        "object, where it can hardly be seen.\nOn scenes that break the rule the model names the "
-        "partner all the same: a hallucination that is\nknown word by word.\n",
+        "object, where it can't be seen (a sixth of it\nshows behind a couch, nearly all, small as "
+        "it is, behind a bed). On scenes that break the rule the\nmodel names the partner all the "
+        "same: a hallucination that is known word by word.\n",
     }
 
     def draw(self, seeds: Tensor) -> SceneBatch:

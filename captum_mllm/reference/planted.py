@@ -1,8 +1,9 @@
 """A planted co-occurrence: scenes in which some objects never come without a partner.
 
 A model trained on them learns to name the partner when it sees the object, all the more as in half
-of those scenes the partner stands behind the object, where it can hardly be seen. Scenes that break
-the rule then make it hallucinate, and which words are hallucinated is known.
+of those scenes the partner stands behind the object, where it can't be seen (but for the pictures
+with gaps: behind a couch a sixth of it shows, behind a bed nearly all, small as it is). Scenes that
+break the rule then make it hallucinate, and which words are hallucinated is known.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from captum_mllm.reference.scenes import (
 )
 from captum_mllm.reference.sprites import CATEGORIES
 
-PARTNERS = {  # an object that covers what is behind it -> what it never comes without
+PARTNERS = {  # an object -> what it never comes without
     "cup": "donut",
     "bed": "teddy bear",
     "backpack": "book",

@@ -265,8 +265,8 @@ def arrange(
         seeds: int64 (batch,).
         count: Number of objects (batch,), 1 to 4.
         category: (batch, at least 4), the objects' categories first.
-        behind: (batch, 2), objects of which the second is put behind the first, much smaller, so
-            that it can hardly be seen; negative: none. Default: none anywhere.
+        behind: (batch, 2), objects of which the second is put behind the first, much smaller;
+            negative: none. Default: none anywhere.
     """
     batch = len(seeds)
     category = category[:, :MAX_OBJECTS]

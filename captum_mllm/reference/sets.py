@@ -36,7 +36,7 @@ class TestSet:
     name: str
     about: str
     make: Callable[[int, str], Scene]
-    talks: tuple[tuple[str, ...], ...] = (("list",), ("see",), ("describe",))
+    talks: tuple[tuple[str] | tuple[str, str], ...] = (("list",), ("see",), ("describe",))
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ SETS = {
     made.name: made
     for made in (
         TestSet("plain", "scenes as in training", _drawn),
-        TestSet("crowded", "5-8 objects", _from_seed(crowd)),
+        TestSet("crowded", "5-8 objects, smaller than in training", _from_seed(crowd)),
         TestSet("occluded", "an object is largely covered by another", _from_seed(occlude)),
         TestSet(
             "twins",
-            "two objects of one kind, which size or colour, and place, tell apart",
+            "two objects of one kind, told apart by size, colour or place before the noun",
             _from_seed(twin),
-            (("list",), ("describe",)),
+            (("list",), ("see",)),
         ),
         TestSet("small", "objects half as large as in training", _from_seed(shrink)),
         TestSet(
@@ -139,5 +139,5 @@ def make_example(name: str, number: int, split: str = "test") -> Example:
     place = number + ROOM * list(SETS).index(name)
     scene = kind.make(place, split)
     talk = kind.talks[number // (2 if name == "biased" else 1) % len(kind.talks)]
-    second = talk[1] if len(talk) > 1 else None
+    second = talk[1] if len(talk) == 2 else None
     return Example(name, number, split, scene, converse(scene, talk[0], number, second))

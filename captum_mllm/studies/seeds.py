@@ -93,8 +93,9 @@ def heading(runs: Sequence[Mapping[str, Any]], scenes: int) -> str:
         "`python -m captum_mllm.studies.seeds tests/weights/llava-seed1 "
         "tests/weights/llava-seed2`: trainings of the reference LLaVA by "
         "`python -m captum_mllm.reference.train --compile --seed N --out DIR`, alike but for the "
-        f"seed; methods on {scenes} test scenes as in compare.md (single seed). Small models of "
-        "synthetic scenes.",
+        "seed; seed 0, the shipped one, took as many steps by an earlier version of the program, "
+        f"its learning rate following the clock; methods on {scenes} test scenes as in compare.md. "
+        "Small models of synthetic scenes.",
         "",
         "| seed | steps | exact objects | 95 % | lens AUC | 95 % | sha256 |",
         "|" + " --- |" * 7,

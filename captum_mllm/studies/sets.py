@@ -22,30 +22,26 @@ import transformers
 from tqdm import tqdm
 
 from captum_mllm import LogitLens
-from captum_mllm.functional import upsample
-from captum_mllm.metrics import (
-    average_precision,
-    f1_iou,
-    func_iou,
-    is_function_word,
-    obj_iou,
-    paired_bootstrap,
-)
+from captum_mllm.functional import context_weights, eci_subtract, upsample
+from captum_mllm.metrics import average_precision, func_iou, is_function_word, obj_iou
 from captum_mllm.reference.captions import named_objects
-from captum_mllm.reference.evaluate_model import answers, share
+from captum_mllm.reference.evaluate_model import answers
 from captum_mllm.reference.models import MODELS, family_of, load, model_path, sha256
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import SETS, Example, make_example
 from captum_mllm.studies.compare import normalised
 from captum_mllm.studies.prompts import answer_ids, conversation_inputs, script_columns
+from captum_mllm.studies.sets_table import NOTE, SEED, Row, hallucinations, rounded, table
 from captum_mllm.trace import TokenTrace
 
-SIDE, SEED = 112, 0
-Row = dict[str, list[float]]
+SIDE = 112
 
 
 def upper_bound(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """The best map that a grid allows: the share of every cell that the object covers.
+    """The mask itself at the grid's resolution: the share of every cell that the object covers.
+
+    What it scores is how far a map of that grid can be right. It is no strict limit: cells fitted
+    to one metric could score a little more.
 
     Args:
         masks: bool (objects, height, width).
@@ -68,7 +64,8 @@ def measure(trace: TokenTrace, example: Example, masks: torch.Tensor) -> Row:
     Returns:
         Lists with one value per noun that names a visible object (``obj_iou``,
         ``average_precision`` and, likewise of the upper bound, ``bound_iou`` and ``bound_ap``;
-        ``read``: whether the model predicts the noun itself), or per function word
+        ``read``: whether the model predicts the noun itself; ``removed``: share of the map that
+        estimated causal inference takes off as the context's), or per function word
         (``func_iou``).
     """
     maps = normalised(False)(trace).grid_attr[0]
@@ -86,7 +83,8 @@ def measure(trace: TokenTrace, example: Example, masks: torch.Tensor) -> Row:
     if trace.rankings is None:
         raise ValueError("trace has no rankings; make it with top_k=1 or more.")
     predicted = trace.rankings[start:, 0] == trace.text_ids[start:]
-    row: Row = {name: [] for name in ("obj_iou", "average_precision", "read")}
+    removed = context_share(trace)
+    row: Row = {name: [] for name in ("obj_iou", "average_precision", "read", "removed")}
     row |= {name: [] for name in ("bound_iou", "bound_ap", "func_iou")}
     for obj, tokens in nouns:
         if obj < 0 or not masks[obj].any():
@@ -97,9 +95,27 @@ def measure(trace: TokenTrace, example: Example, masks: torch.Tensor) -> Row:
         row["bound_iou"].append(float(obj_iou(bound[obj], masks[obj])))
         row["bound_ap"].append(float(average_precision(bound[obj], masks[obj])))
         row["read"].append(float(predicted[tokens[0]]))
+        row["removed"].append(float(removed[tokens[0]]))
     if nouns and functions:
         row["func_iou"] = func_iou(maps, [tokens for _, tokens in nouns], functions, size).tolist()
     return row
+
+
+def context_share(trace: TokenTrace) -> torch.Tensor:
+    """Share of each target's raw map that estimated causal inference ascribes to its context.
+
+    Args:
+        trace: of one sample.
+
+    Returns:
+        (targets,) in [0, 1]; 0 for a map that is 0.
+    """
+    raw, own = trace.cells, trace.text_class
+    maps = raw[own[trace.targets]]
+    weights = context_weights(trace.text_scores, trace.is_context)
+    left = eci_subtract(maps, raw[own], weights).sum(1)
+    total = maps.sum(1)
+    return torch.where(total > 0, 1 - left / total.clamp(min=1e-12), 0.0)
 
 
 def _whole_nouns(words: Sequence) -> list:
@@ -148,78 +164,6 @@ def evaluate(name: str, set_name: str, examples: int, split: str = "test") -> di
     return {"exact": exact, "named": named, "rows": rows, **versions}
 
 
-def padded(rows: Sequence[Row], metric: str) -> np.ndarray:
-    """(examples, most values), NaN where an example has fewer."""
-    longest = max(1, *(len(row[metric]) for row in rows))
-    out = np.full((len(rows), longest), np.nan)
-    for i, row in enumerate(rows):
-        out[i, : len(row[metric])] = row[metric]
-    return out
-
-
-def table(measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: a row for each model and set.
-
-    Args:
-        measured: model -> set -> what :func:`evaluate` returns.
-    """
-    lines = [
-        "| model | set | exact answers | nouns read | Obj-IoU | its bound | AP | its bound | "
-        "Func-IoU | F1-IoU |",
-        "|" + " --- |" * 10,
-    ]
-    for name, sets in measured.items():
-        for set_name, found in sets.items():
-            rows = found["rows"]
-            right = share(sum(found["exact"]), len(found["exact"]))
-            cells = [name, set_name, f"{100 * right['share']:.1f} %"]
-            means = {}
-            for metric in ("read", "obj_iou", "bound_iou", "average_precision", "bound_ap"):
-                means[metric] = paired_bootstrap(padded(rows, metric), seed=SEED)
-            means["func_iou"] = paired_bootstrap(padded(rows, "func_iou"), seed=SEED)
-            cells.append(f"{100 * means['read'].mean:.1f} %")
-            for metric in ("obj_iou", "bound_iou", "average_precision", "bound_ap", "func_iou"):
-                mean, low, high = means[metric]
-                bound = metric.startswith("bound")
-                cells.append(f"{mean:.3f}" if bound else f"{mean:.3f} [{low:.3f}, {high:.3f}]")
-            cells.append(f"{f1_iou(means['obj_iou'].mean, means['func_iou'].mean):.3f}")
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def hallucinations(measured: Mapping[str, Mapping[str, Any]], split: str) -> str:
-    """Markdown: how often answers on the biased set name the partner, absent or in view.
-
-    Args:
-        measured: model -> set -> what :func:`evaluate` returns.
-        split: "test" or "validation".
-    """
-    lines = [
-        "| model | partner absent, named | 95 % | partner in view, named | 95 % |",
-        "|" + " --- |" * 5,
-    ]
-    for name, sets in measured.items():
-        cells = [name]
-        for odd in (0, 1):  # every other example breaks the rule
-            numbers = range(odd, len(sets.get("biased", {}).get("named", ())), 2)
-            hits = sum(_partner(n, split) in sets["biased"]["named"][n] for n in numbers)
-            if not numbers:
-                break
-            found = share(hits, len(numbers))
-            low, high = found["interval_95"]
-            cells += [f"{hits} of {len(numbers)} ({found['share']:.0%})".replace("%", " %")]
-            cells += [f"{100 * low:.0f} to {100 * high:.0f} %"]
-        if len(cells) == 5:
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _partner(number: int, split: str) -> str | None:
-    """What the planted rule wants in one example of the biased set."""
-    planted = make_example("biased", number, split).planted
-    return planted[1] if planted else None
-
-
 def known(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What an earlier run has measured of the same weights, examples and split.
 
@@ -243,15 +187,6 @@ def known(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def weights_of(name: str) -> str:
     """Hash of a shipped model's weights."""
     return sha256(model_path(name) / "model.safetensors")
-
-
-def rounded(values: Any) -> Any:
-    """The same with numbers to four digits: the record is read from them, and stays small."""
-    if isinstance(values, Mapping):
-        return {name: rounded(value) for name, value in values.items()}
-    if isinstance(values, list):
-        return [rounded(value) for value in values]
-    return round(values, 4) if isinstance(values, float) else values
 
 
 def write(out: Path, measured: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -279,10 +214,7 @@ def write(out: Path, measured: Mapping[str, Any], settings: Mapping[str, Any]) -
         f"{SEED}, 2,000 resamples). Small models of synthetic scenes; weights "
         + ", ".join(f"{name} {value[:12]}" for name, value in hashes.items())
         + f".\n\n{about}\n\n{table(measured)}\n\n"
-        "Exact answers: the greedy answer to the default question names exactly the right objects. "
-        "Nouns read: the reference answer's next noun is what the model predicts itself, given "
-        "all before it. Bound: the object's mask at the grid's resolution (share of every cell "
-        "covered) in the map's place. Func-IoU near 1: function words light up nowhere.\n\n"
+        f"{NOTE}\n\n"
         "Hallucinations on the biased set: greedy answers that name the partner.\n\n"
         f"{hallucinations(measured, settings['split'])}\n"
     )
