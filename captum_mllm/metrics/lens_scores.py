@@ -134,7 +134,7 @@ def mass_area(
     mass = check_number("mass", mass, "above 0 and up to 1", lambda m: 0 < m <= 1)
     shares = _shares(maps).sort(1, descending=True).values
     short = shares.cumsum(1) < mass - 1e-9  # sums of equal shares round
-    return ((short.sum(1) + 1).clamp(max=shares.shape[1]) / shares.shape[1]).double()
+    return (short.sum(1) + 1).clamp(max=shares.shape[1]).double() / shares.shape[1]
 
 
 def _shares(maps: Tensor) -> Float64[Tensor, "targets cells"]:
