@@ -12,7 +12,7 @@ from test_attr_hygiene import check_same, state, worn
 from captum_mllm import LogitLens
 from captum_mllm.adapters import find_adapter
 from captum_mllm.metrics import insertion_deletion
-from captum_mllm.metrics._perturbation import black_pixel
+from captum_mllm.metrics._perturbation import BASELINES, black_pixel
 from captum_mllm.reference.models import load
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import make_scene
@@ -302,12 +302,15 @@ def test_true_masks_beat_random_and_reversed_ones():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("baseline", ["black", "mean", "blur"])
 @pytest.mark.parametrize(
-    ("name", "side"), [("llava", 112), ("qwen2vl", 112), ("internvl", 112), ("internvl", 224)]
+    ("name", "side", "baseline"),
+    [
+        *((name, 112, b) for name in ("llava", "qwen2vl", "internvl") for b in BASELINES),
+        ("internvl", 224, "mean"),  # four tiles and a thumbnail
+    ],
 )
 def test_true_masks_beat_random_and_reversed_ones_everywhere(name, side, baseline):
     numbers = (3,) if side > 112 else (3, 5, 8)
-    runs = [difference(name, n, baseline, side, 1 if side > 112 else None) for n in numbers]
+    runs = [difference(name, number, baseline, side, 1) for number in numbers]
     for truth, random, reversed_ in runs:
         assert truth > random > reversed_, runs

@@ -135,12 +135,9 @@ def hallucination_scores(
     given = None if attribution is None else read_maps(attribution, sample.grids, answer, chosen)
     blank = ChangeablePictures(adapter, sample, baseline, black_pixel(processor))
     with adapter.running():
-        lens, decodability, rank = _decoded(adapter, sample, answer, chosen)
-        own = {name: sample.kwargs[name] for name in blank.replaced(all_masks(sample, False))}
-        seen, unseen = (
-            answer_log_probs(adapter, sample, answer, [pixels], [chosen])[0].double().cpu()
-            for pixels in (own, blank.replaced(all_masks(sample, True)))
-        )
+        lens, decodability, rank, seen = _decoded(adapter, sample, answer, chosen)
+        dark = blank.replaced(all_masks(sample, True))
+        unseen = answer_log_probs(adapter, sample, answer, [dark], [chosen])[0].double().cpu()
     maps = lens if given is None else _packed(given, len(chosen))
     return HallucinationScores(
         log_prob=seen,
@@ -161,12 +158,15 @@ def _packed(maps: Sequence[tuple[Tensor, ...]], n: int) -> Float[Tensor, "target
 
 def _decoded(
     adapter: Adapter, sample: Sample, answer: Tensor, chosen: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logit-lens maps (targets, cells), decodability and rank at its peak, of chosen tokens."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of chosen tokens: lens maps (targets, cells), decodability, rank at its peak, log p."""
     full = append_answer(sample, answer, adapter)
-    none = sample.prompt_ids[:0]
-    hidden = captured_forward(adapter, full, sample.grids, rows=none).final_hidden
     ids = answer[list(chosen)]
+    rows = torch.tensor(chosen, device=ids.device) + len(sample.prompt_ids) - 1
+    captured = captured_forward(adapter, full, sample.grids, rows=rows)
+    seen = captured.logits.to(torch.promote_types(captured.logits.dtype, torch.float32))
+    seen = seen.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    hidden = captured.final_hidden
     weights = adapter.class_weights(ids)
     maps, states = [], []
     for where, grid in zip(sample.image_positions, sample.grids, strict=True):
@@ -183,4 +183,4 @@ def _decoded(
     log_probs = lens_logits(cells, *weights) - log_normalizer(there, matrix, bias).to(cells.device)
     best, peak = log_probs.max(1)
     ranks = rank_of(there[peak.to(there.device)], ids.to(there.device), matrix, bias)
-    return torch.cat(maps, 1), best.double().cpu(), ranks.cpu()
+    return torch.cat(maps, 1), best.double().cpu(), ranks.cpu(), seen.double().cpu()
