@@ -167,6 +167,9 @@ def insertion_deletion(
     from the upper left, so that a flat map scans from the top. Every view of an image (tiles,
     thumbnail) is changed alike. The model is left bit for bit as it is.
 
+    Where any patch of black already takes the probability to nothing, both curves lie near 0 and
+    tell no map from another: look at ``means()`` for "mean" or "blur" beside "black".
+
     Args:
         model: a transformers model of a registered family.
         inputs: the processor's mapping for one sample, of any number of images or videos.
