@@ -1,12 +1,28 @@
-"""How good a map is: pure functions on numpy arrays or torch tensors, one value per example.
+"""How good a map is: mostly pure functions on numpy arrays or torch tensors, one value per example.
 
 A map is ``(*examples, height, width)``, on [0, 1] where a function thresholds it; a mask has the
 same shape. One map gives a ``float``, a batch gives an array of shape ``examples``. An example
 whose mask is empty has nothing to find: its value is NaN, and :func:`paired_bootstrap` leaves it
 out. A map that points at nothing gets the lowest value, never NaN, so that no method can gain by
 staying silent.
+
+:func:`insertion_deletion` and :func:`hallucination_scores` run the model; :func:`score_words`
+brings an answer's words, their categories and masks together.
 """
 
+from captum_mllm.metrics.categories import (
+    COCO_NAMES,
+    COCO_SYNONYMS,
+    CategoryTable,
+    match_categories,
+    plural,
+)
+from captum_mllm.metrics.faithfulness import (
+    Faithfulness,
+    curve_at,
+    curve_auc,
+    insertion_deletion,
+)
 from captum_mllm.metrics.function_words import (
     FUNCTION_WORDS,
     f1_iou,
@@ -14,6 +30,8 @@ from captum_mllm.metrics.function_words import (
     is_function_word,
     noun_threshold,
 )
+from captum_mllm.metrics.hallucination import HallucinationScores, hallucination_scores
+from captum_mllm.metrics.lens_scores import log_normalizer, map_entropy, mass_area, rank_of
 from captum_mllm.metrics.localization import (
     auc,
     average_precision,
@@ -26,22 +44,41 @@ from captum_mllm.metrics.localization import (
     precision_recall,
 )
 from captum_mllm.metrics.statistics import Interval, paired_bootstrap
+from captum_mllm.metrics.word_scores import WordScores, score_words, word_obj_iou
 
 __all__ = [
+    "COCO_NAMES",
+    "COCO_SYNONYMS",
     "FUNCTION_WORDS",
+    "CategoryTable",
+    "Faithfulness",
+    "HallucinationScores",
     "Interval",
+    "WordScores",
     "auc",
     "average_precision",
+    "curve_at",
+    "curve_auc",
     "energy_in_mask",
     "f1_iou",
     "func_iou",
+    "hallucination_scores",
+    "insertion_deletion",
     "iou",
     "is_function_word",
+    "log_normalizer",
+    "map_entropy",
+    "mass_area",
+    "match_categories",
     "noun_threshold",
     "obj_iou",
     "oracle_iou",
     "otsu_threshold",
     "paired_bootstrap",
+    "plural",
     "pointing_game",
     "precision_recall",
+    "rank_of",
+    "score_words",
+    "word_obj_iou",
 ]

@@ -1,0 +1,186 @@
+"""Is a word seen or made up? Scores of an answer's tokens that need no mask and no caption."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from captum_mllm.adapters import Adapter
+from captum_mllm.capture import captured_forward
+from captum_mllm.functional import lens_logits, merge_views
+from captum_mllm.inputs import Sample, append_answer
+from captum_mllm.metrics._answers import answer_log_probs, chosen_tokens, read_question
+from captum_mllm.metrics._perturbation import (
+    BASELINES,
+    Baseline,
+    ChangeablePictures,
+    black_pixel,
+    read_maps,
+)
+from captum_mllm.metrics._versions import all_masks
+from captum_mllm.metrics.lens_scores import log_normalizer, map_entropy, mass_area, rank_of
+
+
+@dataclass(frozen=True, eq=False)
+class HallucinationScores:
+    """Scores of each target token; all on the CPU, float64 but for the rank.
+
+    Args:
+        log_prob: (targets,): log p(y | image), the baseline to beat. Low: doubtful.
+        decodability: (targets,): max over image cells of log p(y) by the logit lens. Low: nothing
+            in the picture reads as that word.
+        rank: (targets,): place of y in the vocabulary at the cell of that maximum, 1 the first.
+        entropy: (targets,): :func:`map_entropy` of the token's map. High: it looked nowhere.
+        area: (targets,): :func:`mass_area` of the token's map at 85 % of its mass.
+        reliance: (targets,): log p(y | image) - log p(y | blank image). Low: said anyway.
+        tokens: position of each target in the answer.
+    """
+
+    log_prob: Float64[Tensor, " targets"]
+    decodability: Float64[Tensor, " targets"]
+    rank: Int64[Tensor, " targets"]
+    entropy: Float64[Tensor, " targets"]
+    area: Float64[Tensor, " targets"]
+    reliance: Float64[Tensor, " targets"]
+    tokens: tuple[int, ...]
+
+    def of_words(self, words: Sequence[Sequence[int]]) -> "HallucinationScores":
+        """The scores of words of several tokens.
+
+        Probabilities follow the chain rule (``log_prob`` and ``reliance`` are sums); the rest is
+        that of the word's most decodable token.
+
+        Args:
+            words: per word, positions of its tokens in the answer, all among ``tokens``.
+
+        Raises:
+            ValueError: a word without tokens, or with tokens that have no scores.
+        """
+        at = {token: row for row, token in enumerate(self.tokens)}
+        for word in words:
+            if not len(word) or any(token not in at for token in word):
+                raise ValueError(
+                    f"words must hold positions among {list(self.tokens)}, got {list(word)}."
+                )
+        rows = [torch.tensor([at[token] for token in word]) for word in words]
+        best = torch.tensor(
+            [int(own[self.decodability[own].argmax()]) for own in rows], dtype=torch.int64
+        )
+
+        def sums(values: Tensor) -> Tensor:
+            return torch.tensor([float(values[own].sum()) for own in rows], dtype=torch.float64)
+
+        return HallucinationScores(
+            log_prob=sums(self.log_prob),
+            decodability=self.decodability[best],
+            rank=self.rank[best],
+            entropy=self.entropy[best],
+            area=self.area[best],
+            reliance=sums(self.reliance),
+            tokens=tuple(self.tokens[int(row)] for row in best),
+        )
+
+
+def hallucination_scores(
+    model: Any,
+    inputs: Mapping[str, Any],
+    target: Any,
+    *,
+    processor: Any,
+    tokens: Sequence[int] | None = None,
+    attribution: Any = None,
+    baseline: Baseline = "black",
+) -> HallucinationScores:
+    r"""How far the picture bears out each token of an answer: two forwards for all tokens.
+
+    Args:
+        model: a transformers model of a registered family; left bit for bit as it is.
+        inputs: the processor's mapping for one sample; several images count as one.
+        target: the answer: token ids, or a string.
+        processor: the model's processor; tells what black is after normalisation.
+        tokens: positions in the answer that are scored, default all; e.g. those of its nouns.
+        attribution: maps for ``entropy`` and ``area``, as in
+            :func:`captum_mllm.metrics.insertion_deletion`; default None: the logit lens.
+        baseline: the blank image of ``reliance``: "black" (default), "mean" or "blur".
+
+    Returns:
+        :class:`HallucinationScores`; ``of_words`` makes them those of whole words.
+
+    Raises:
+        TypeError: no target, or arguments of another kind.
+        ValueError: bad input; the message names the argument and how to mend it.
+
+    Reference:
+        Decodability: the maximum of the logit lens's probability over the image, as in Jiang et
+        al., "Interpreting and editing vision-language representations to mitigate
+        hallucinations", ICLR 2025. The others are ours.
+
+    Example:
+        >>> from captum_mllm.reference import load, make_scene, render_pil
+        >>> model, processor = load()
+        >>> picture, _ = render_pil(make_scene(1))
+        >>> inputs = processor(images=picture, text="USER: <image>\nwhat is this ? ASSISTANT:",
+        ...     return_tensors="pt")
+        >>> scores = hallucination_scores(model, inputs, "there is a dog", processor=processor)
+        >>> scores.decodability.shape, bool((scores.decodability <= 0).all())
+        (torch.Size([4]), True)
+    """
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {baseline!r}.")
+    adapter, sample, answer = read_question(model, inputs, target, processor)
+    chosen = chosen_tokens(tokens, len(answer))
+    given = None if attribution is None else read_maps(attribution, sample.grids, answer, chosen)
+    blank = ChangeablePictures(adapter, sample, baseline, black_pixel(processor))
+    with adapter.running():
+        lens, decodability, rank, seen = _decoded(adapter, sample, answer, chosen)
+        dark = blank.replaced(all_masks(sample, True))
+        unseen = answer_log_probs(adapter, sample, answer, [dark], [chosen])[0].double().cpu()
+    maps = lens if given is None else _packed(given, len(chosen))
+    return HallucinationScores(
+        log_prob=seen,
+        decodability=decodability,
+        rank=rank,
+        entropy=map_entropy(maps),
+        area=mass_area(maps),
+        reliance=seen - unseen,
+        tokens=tuple(chosen),
+    )
+
+
+def _packed(maps: Sequence[tuple[Tensor, ...]], n: int) -> Float[Tensor, "targets cells"]:
+    """The cells of all images side by side, a row per target."""
+    rows = [torch.cat([image.detach().cpu().double().flatten() for image in own]) for own in maps]
+    return torch.stack(rows).expand(n, -1)
+
+
+def _decoded(
+    adapter: Adapter, sample: Sample, answer: Tensor, chosen: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of chosen tokens: lens maps (targets, cells), decodability, rank at its peak, log p."""
+    full = append_answer(sample, answer, adapter)
+    ids = answer[list(chosen)]
+    rows = torch.tensor(chosen, device=ids.device) + len(sample.prompt_ids) - 1
+    captured = captured_forward(adapter, full, sample.grids, rows=rows)
+    seen = captured.logits.to(torch.promote_types(captured.logits.dtype, torch.float32))
+    seen = seen.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    hidden = captured.final_hidden
+    weights = adapter.class_weights(ids)
+    maps, states = [], []
+    for where, grid in zip(sample.image_positions, sample.grids, strict=True):
+        views, boxes = [], []
+        for view in adapter.views(grid):
+            own = hidden[where[view.tokens.flatten().to(where.device)]]
+            views.append(lens_logits(own, *weights).clamp(min=0).unflatten(1, view.tokens.shape))
+            boxes.append(view.box)
+            states.append(own)
+        maps.append(merge_views(views, boxes, grid.shape).flatten(1).cpu())
+    cells = torch.cat(states)
+    matrix, bias = adapter.class_weights(slice(None))
+    there = cells.to(matrix.device)
+    log_probs = lens_logits(cells, *weights) - log_normalizer(there, matrix, bias).to(cells.device)
+    best, peak = log_probs.max(1)
+    ranks = rank_of(there[peak.to(there.device)], ids.to(there.device), matrix, bias)
+    return torch.cat(maps, 1), best.double().cpu(), ranks.cpu(), seen.double().cpu()

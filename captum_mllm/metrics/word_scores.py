@@ -1,0 +1,207 @@
+"""Obj-IoU and Func-IoU of an answer: its words, the categories they name, their masks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from captum_mllm.functional import upsample
+from captum_mllm.geometry import ImageGeometry, maps_to_picture
+from captum_mllm.metrics._arrays import Maps, Masks, as_maps, as_masks
+from captum_mllm.metrics.categories import CategoryTable, match_categories
+from captum_mllm.metrics.function_words import func_iou, is_function_word
+from captum_mllm.metrics.localization import obj_iou
+from captum_mllm.result import UNIT, MLLMAttributionResult
+from captum_mllm.words import Word, group_words, marks_spaces
+
+
+@dataclass(frozen=True, eq=False)
+class WordScores:
+    """What :func:`score_words` found in one image.
+
+    Args:
+        obj: (mentions,): Obj-IoU of each mention of an annotated category.
+        mentions: the category of each.
+        func: (function words,): Func-IoU of each; NaN where the answer names no category.
+        function_words: those words.
+    """
+
+    obj: Float64[np.ndarray, " mentions"]
+    mentions: tuple[str, ...]
+    func: Float64[np.ndarray, " words"]
+    function_words: tuple[str, ...]
+
+
+def word_obj_iou(
+    map: Maps,
+    words: Sequence[Sequence[int]],
+    labels: Sequence[str | None],
+    masks: Mapping[str, Masks],
+) -> Float64[np.ndarray, " mentions"]:
+    """Obj-IoU of the words of an answer that name annotated objects.
+
+    Of a word's tokens the best counts; adjacent words with the same label count once, the better
+    of them.
+
+    Args:
+        map: (tokens, height, width) in [0, 1], at the masks' size, jointly normalised.
+        words: the tokens of each word, in the order of the text, punctuation included (it parts
+            words that would else be adjacent).
+        labels: per word the category that it names, or None
+            (:func:`captum_mllm.metrics.match_categories`).
+        masks: per annotated category, everything of it in the picture, (height, width). Words of
+            other categories have nothing to be compared with and are left out.
+
+    Returns:
+        Value in [0, 1] per mention, in order; NaN where the mask is empty.
+
+    Raises:
+        ValueError: ``words`` and ``labels`` of different lengths, a word without tokens, or see
+            :func:`captum_mllm.metrics.obj_iou`.
+        ImportError: scikit-image is not installed.
+
+    Reference:
+        TAM's Obj-IoU.
+
+    Example:
+        >>> import numpy as np
+        >>> maps = np.array([[[0.0, 0.9]], [[0.9, 0.9]], [[0.9, 0.0]]])
+        >>> masks = {"hot dog": np.array([[0, 1]])}
+        >>> word_obj_iou(maps, [[0], [1, 2]], ["hot dog", "hot dog"], masks).tolist()
+        [1.0]
+    """
+    values = []
+    for label, tokens in _mentions(words, labels):
+        if label in masks:
+            truth = as_masks(masks[label], f"masks[{label!r}]")
+            pixels = as_maps(map)[tokens]
+            values.append(
+                np.max(obj_iou(pixels, np.broadcast_to(truth, (len(tokens), *truth.shape))))
+            )
+    return np.array(values, dtype=np.float64)
+
+
+def _mentions(
+    words: Sequence[Sequence[int]], labels: Sequence[str | None]
+) -> list[tuple[str, list[int]]]:
+    """Runs of adjacent words with one label: the label and all their tokens."""
+    if len(words) != len(labels):
+        raise ValueError(
+            f"labels must hold one entry per word, got {len(labels)} for {len(words)} words."
+        )
+    if any(not len(tokens) for tokens in words):
+        raise ValueError("words must name at least one token each, got an empty one; leave it out.")
+    runs = groupby(zip(words, labels, strict=True), key=lambda pair: pair[1])
+    return [
+        (label, [token for tokens, _ in run for token in tokens])
+        for label, run in runs
+        if label is not None
+    ]
+
+
+def score_words(
+    result: MLLMAttributionResult,
+    masks: Mapping[str, Masks],
+    *,
+    table: CategoryTable | None = None,
+    parity: bool = False,
+    image: int = 0,
+    geometry: ImageGeometry | None = None,
+    processor: Any = None,
+) -> WordScores:
+    r"""Obj-IoU and Func-IoU of one answer about one annotated picture.
+
+    A noun is a word that names a category of the table, annotated or not; there is no tagger.
+
+    Args:
+        result: jointly normalised maps (units "[0, 1]") of a whole answer.
+        masks: per annotated category, everything of it, (height, width) of the original picture.
+        table: the categories, default COCO's 80.
+        parity: default False. True reproduces two defects of TAM's released evaluation: the last
+            matching category wins (:func:`match_categories`), and the model's map is stretched
+            over the whole picture even where the processor had cut the centre out of it. (That
+            it skips samples whose token counts differ, and gives no interval, has no counterpart
+            here: another number of tokens is an error, intervals are :func:`paired_bootstrap`'s.)
+        image: which image the masks are of, default the first.
+        geometry: the box of the picture that the model saw; see ``result.to_image``.
+        processor: tells that box where the result doesn't know it.
+
+    Returns:
+        :class:`WordScores`. The mean over all values of all images is the metric; their harmonic
+        mean is :func:`captum_mllm.metrics.f1_iou`.
+
+    Raises:
+        ValueError: raw maps, no masks, masks of different sizes or of categories that the table
+            lacks, an unknown geometry, a video.
+        ImportError: scikit-image is not installed.
+
+    Reference:
+        TAM's evaluation, corrected unless ``parity``.
+
+    Example:
+        >>> from captum_mllm import TokenActivationMap
+        >>> from captum_mllm.reference import load, make_scene, render_pil
+        >>> model, processor = load()
+        >>> scene = make_scene(1)
+        >>> picture, own = render_pil(scene, 112)
+        >>> masks = {name: own[n] for n, name in enumerate(scene.categories)}
+        >>> inputs = processor(images=picture, text="USER: <image>\nwhat ? ASSISTANT:",
+        ...     return_tensors="pt")
+        >>> answer = f"there is a {scene.categories[0]}"
+        >>> result = TokenActivationMap(model, processor).attribute(inputs, target=answer)
+        >>> found = score_words(result, masks, table=CategoryTable.of(scene.categories))
+        >>> found.mentions == scene.categories[:1], found.function_words
+        (True, ('there', 'a'))
+    """
+    if result.units != UNIT:
+        raise ValueError(
+            f"result must hold jointly normalised maps (units {UNIT!r}), as ARC and "
+            f"TokenActivationMap give them, got units {result.units!r}: thresholds on raw logits "
+            f"don't compare."
+        )
+    table = table or CategoryTable.coco()
+    size = _check_masks(masks, table)
+    maps = result.grid_attr[image]
+    if maps.ndim != 3:
+        raise ValueError("result's image is a video, which has no mask of one picture.")
+    words = group_words(result.output_tokens, spaced=marks_spaces(result.input_tokens))
+    labels = match_categories([word.text for word in words], table, parity=parity)
+    if parity:
+        pixels = upsample(maps, size)
+    else:
+        box = result.geometry(image, size, geometry=geometry, processor=processor)
+        pixels = maps_to_picture(maps, box, size)
+    tokens = [word.tokens for word in words]
+    mentions = _mentions(tokens, labels)
+    dark: list[Word] = [word for word in words if is_function_word(word.text)]
+    return WordScores(
+        obj=word_obj_iou(pixels, tokens, labels, masks),
+        mentions=tuple(label for label, _ in mentions if label in masks),
+        func=func_iou(
+            maps,
+            nouns=[own for _, own in mentions],
+            function_words=[word.tokens for word in dark],
+            size=size,
+        ),
+        function_words=tuple(word.text for word in dark),
+    )
+
+
+def _check_masks(masks: Mapping[str, Masks], table: CategoryTable) -> tuple[int, int]:
+    """The masks' one size (height, width)."""
+    unknown = sorted(set(masks) - set(table.names))
+    if unknown:
+        raise ValueError(
+            f"masks are of categories {unknown}, which the table lacks: pass "
+            f"table=CategoryTable.of(names, synonyms)."
+        )
+    sizes = {tuple(mask.shape) for mask in masks.values()}
+    if len(sizes) != 1 or len(next(iter(sizes))) != 2:
+        raise ValueError(
+            f"masks must be (height, width), all of the picture's size, got {sorted(sizes)}."
+        )
+    height, width = next(iter(sizes))
+    return int(height), int(width)

@@ -1,0 +1,142 @@
+"""Words and categories: plurals, synonyms, the longest phrase; TAM's rule under parity."""
+
+import numpy as np
+import pytest
+
+from captum_mllm.metrics import (
+    COCO_NAMES,
+    COCO_SYNONYMS,
+    CategoryTable,
+    match_categories,
+    plural,
+)
+
+COCO = CategoryTable.coco()
+
+
+def named(text, table=COCO, **settings):
+    return match_categories(text.split(), table, **settings)
+
+
+def test_coco_has_its_eighty_names_in_order():
+    assert len(COCO_NAMES) == len(set(COCO_NAMES)) == 80
+    assert (COCO_NAMES[0], COCO_NAMES[16], COCO_NAMES[52]) == ("person", "dog", "hot dog")
+    assert (COCO_NAMES[21], COCO_NAMES[77], COCO_NAMES[79]) == ("bear", "teddy bear", "toothbrush")
+    assert set(COCO_SYNONYMS) <= set(COCO_NAMES)
+
+
+def test_no_phrase_of_coco_names_two_categories():
+    phrases = [phrase for own in COCO.phrases for phrase in own]
+    assert len(phrases) == len(set(phrases))
+
+
+@pytest.mark.parametrize("name", COCO_NAMES)
+def test_every_name_and_its_plural_name_it(name):
+    assert set(named(name)) == {name}
+    assert set(named(plural(name).upper())) == {name}
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [
+        ("dog", "dogs"), ("bus", "buses"), ("couch", "couches"), ("toothbrush", "toothbrushes"),
+        ("box", "boxes"), ("puppy", "puppies"), ("boy", "boys"), ("knife", "knives"),
+        ("giraffe", "giraffes"), ("person", "people"), ("woman", "women"), ("child", "children"),
+        ("policeman", "policemen"), ("human", "humans"), ("mouse", "mice"), ("sheep", "sheep"),
+        ("scissors", "scissors"), ("skis", "skis"), ("wine glass", "wine glasses"),
+        ("hair dryer", "hair dryers"), ("giraffe calf", "giraffe calves"), ("tv", "tvs"),
+    ],
+)  # fmt: skip
+def test_plurals(one, many):
+    assert plural(one) == many
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("a dog", [None, "dog"]),
+        ("hot dogs", ["hot dog"] * 2),
+        ("a hot sunny dog", [None, None, None, "dog"]),
+        ("bear", ["bear"]),
+        ("teddy bears", ["teddy bear"] * 2),
+        ("a teddy-bear", [None, "teddy bear"]),
+        ("TV", ["tv"]),
+        ("two puppies and men", [None, "dog", None, "person"]),
+        ("tennis racket", ["tennis racket"] * 2),
+        ("tennis ball", ["sports ball"] * 2),
+        ("tv remote control", ["tv", "remote", "remote"]),
+        ("traffic light bus", ["traffic light"] * 2 + ["bus"]),
+        ("doggy", [None]),
+        ("hot", [None]),
+        ("", []),
+    ],
+)
+def test_words_name_categories(text, labels):
+    assert list(named(text)) == labels
+
+
+def test_the_longest_phrase_wins_then_the_table_then_the_left():
+    table = CategoryTable.of(["a b", "b c", "c d e"])
+    assert named("a b c d", table) == ("a b", "a b", None, None)
+    assert named("a b c d e", table) == ("a b", "a b", "c d e", "c d e", "c d e")
+    assert named("b c d e", table) == (None, "c d e", "c d e", "c d e")
+    swapped = CategoryTable.of(["b c", "a b"])
+    assert named("a b c", swapped) == (None, "b c", "b c")
+    assert named("x x x", CategoryTable.of(["x x"])) == ("x x", "x x", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("dog", ["hot dog"]),
+        ("a bear", [None, "teddy bear"]),
+        ("hot dog", ["hot dog"] * 2),
+        ("people", ["person"]),
+        ("ball", ["sports ball"]),
+        ("cat", ["cat"]),
+    ],
+)
+def test_parity_lets_the_last_matching_category_win(text, labels):
+    assert list(named(text, parity=True)) == labels
+
+
+def slow_labels(words, table, parity):
+    if parity:
+        return [
+            ([n for n, own in zip(table.names, table.phrases, strict=True)
+              if any(word in phrase for phrase in own)] or [None])[-1]
+            for word in words
+        ]  # fmt: skip
+    spans = [(a, b) for a in range(len(words)) for b in range(a + 1, len(words) + 1)]
+    found = [
+        (b - a, n, a, b)
+        for a, b in spans
+        for n, own in enumerate(table.phrases)
+        if tuple(words[a:b]) in own
+    ]
+    labels = [None] * len(words)
+    while found:
+        best = min(found, key=lambda f: (-f[0], f[1], f[2]))
+        labels[best[2] : best[3]] = [table.names[best[1]]] * best[0]
+        found = [f for f in found if f[3] <= best[2] or f[2] >= best[3]]
+    return labels
+
+
+@pytest.mark.parametrize("parity", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_matching_is_that_of_the_slow_twin(seed, parity):
+    rng = np.random.default_rng(seed)
+    letters = "abcd"
+    names = {" ".join(rng.choice(list(letters), rng.integers(1, 4))) for _ in range(6)}
+    table = CategoryTable.of(sorted(names), {min(names): ["c c"]})
+    for _ in range(20):
+        words = [str(w) for w in rng.choice(list(letters), 8)]
+        expected = slow_labels(words, table, parity)
+        assert list(match_categories(words, table, parity=parity)) == expected
+
+
+def test_bad_tables_are_errors():
+    with pytest.raises(ValueError, match="names must be distinct"):
+        CategoryTable.of(["dog", "dog"])
+    with pytest.raises(ValueError, match=r"synonyms are given for \['cat'\]"):
+        CategoryTable.of(["dog"], {"cat": ["kitten"]})

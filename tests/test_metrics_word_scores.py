@@ -1,0 +1,156 @@
+"""Word-level Obj-IoU and the scores of a whole answer, corrected and in parity."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from captum_mllm import LogitLens, TokenActivationMap
+from captum_mllm.functional import upsample
+from captum_mllm.geometry import ImageGeometry, ImageGrid, Preprocessing
+from captum_mllm.metrics import CategoryTable, obj_iou, score_words, word_obj_iou
+from captum_mllm.result import MLLMAttributionResult
+
+
+def slow_word_obj_iou(maps, words, labels, masks):
+    """One word after the other; a neighbour with the same label replaces a worse value."""
+    values, last = [], None
+    for tokens, label in zip(words, labels, strict=True):
+        if label is not None and label in masks:
+            best = max(obj_iou(maps[t], masks[label]) for t in tokens)
+            if label == last:
+                values[-1] = max(values[-1], best)
+            else:
+                values.append(best)
+        last = label
+    return values
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_best_token_and_adjacent_words_once(seed):
+    rng = np.random.default_rng(seed)
+    maps = rng.random((9, 5, 6))
+    masks = {name: rng.random((5, 6)) < 0.4 for name in "ab"}
+    words, at = [], 0
+    while at < 9:
+        n = min(int(rng.integers(1, 4)), 9 - at)
+        words.append(tuple(range(at, at + n)))
+        at += n
+    labels = [["a", "b", "c", None][k] for k in rng.integers(4, size=len(words))]
+    found = word_obj_iou(maps, words, labels, masks)
+    assert found.tolist() == pytest.approx(slow_word_obj_iou(maps, words, labels, masks))
+    tensors = {name: torch.tensor(mask) for name, mask in masks.items()}
+    assert word_obj_iou(torch.tensor(maps), words, labels, tensors).tolist() == found.tolist()
+
+
+def test_by_hand():
+    left, right = np.array([[0.9, 0.0]]), np.array([[0.0, 0.9]])
+    masks = {"dog": np.array([[1, 0]])}
+    maps = np.stack([right, left, right, left])
+    words = [[0], [1], [2], [3]]
+    assert word_obj_iou(maps, words, ["dog"] * 4, masks).tolist() == [1.0]
+    assert word_obj_iou(maps, words, ["dog", None, "dog", "dog"], masks).tolist() == [0.0, 1.0]
+    assert word_obj_iou(maps, words, ["cat", "cat", None, "dog"], masks).tolist() == [1.0]
+    assert word_obj_iou(maps, words, [None] * 4, masks).shape == (0,)
+
+
+def test_bad_words_are_errors():
+    maps, masks = np.zeros((1, 2, 2)), {"a": np.ones((2, 2))}
+    with pytest.raises(ValueError, match="labels must hold one entry per word, got 2 for 1"):
+        word_obj_iou(maps, [[0]], ["a", "a"], masks)
+    with pytest.raises(ValueError, match="at least one token"):
+        word_obj_iou(maps, [[]], ["a"], masks)
+
+
+def made_result(tokens, maps, preprocessing=None):
+    """A result of jointly normalised maps on 4 x 4 cells, of a frame of 8 x 8 pixels."""
+    n = len(tokens)
+    return MLLMAttributionResult(
+        grid_attr=(torch.as_tensor(np.stack(maps)).float(),),
+        token_attr=torch.zeros(n, n),
+        input_tokens=tuple(tokens),
+        output_tokens=tuple(tokens),
+        output_ids=torch.arange(n),
+        output_probs=torch.ones(n),
+        units="[0, 1]",
+        grids=(ImageGrid(4, 4, 8, 8),),
+        preprocessing=preprocessing,
+    )
+
+
+def cells(*where):
+    made = np.zeros((4, 4))
+    for row, col in where:
+        made[row, col] = 1.0
+    return made
+
+
+def test_parity_differs_by_the_last_category():
+    stretched = Preprocessing(resize=(8, 8))
+    right = cells((0, 3), (1, 3), (2, 3), (3, 3))
+    result = made_result([" a", " d", "og"], [cells(), cells((0, 0)), right], stretched)
+    mask = np.zeros((16, 16), dtype=bool)
+    mask[:, 12:] = True
+    masks = {"dog": mask, "hot dog": ~mask}
+    good, bad = score_words(result, masks), score_words(result, masks, parity=True)
+    assert (good.mentions, bad.mentions) == (("dog",), ("hot dog",))
+    pixels = upsample(result.grid_attr[0], (16, 16))
+    assert good.obj.tolist() == pytest.approx([float(obj_iou(pixels[2], mask))], abs=1e-6)
+    assert bad.obj.tolist() == pytest.approx(
+        [max(obj_iou(pixels[t], ~mask) for t in (1, 2))], abs=1e-6
+    )
+    assert good.function_words == bad.function_words == ("a",)
+    assert good.func.tolist() == [1.0]
+
+
+def test_parity_ignores_the_crop():
+    """A wide picture whose centre the model saw: parity stretches the map over all of it."""
+    cropped = Preprocessing(shortest_edge=8, crop=(8, 8))
+    left = cells((0, 0), (1, 0), (2, 0), (3, 0))
+    result = made_result([" cat"], [left], cropped)
+    mask = np.zeros((8, 24), dtype=bool)
+    mask[:, 8:10] = True  # the leftmost quarter of the centre
+    found, parity = (
+        score_words(result, {"cat": mask}),
+        score_words(result, {"cat": mask}, parity=True),
+    )
+    assert found.obj[0] > 0.6
+    assert parity.obj[0] == 0.0
+    whole = ImageGeometry.stretched(8, 24)
+    given = score_words(result, {"cat": mask}, geometry=whole)
+    assert given.obj[0] == pytest.approx(parity.obj[0], abs=1e-6)
+
+
+def test_bad_answers_are_errors(model, processor, inputs, answer):
+    raw = LogitLens(model, processor).attribute(inputs, answer)
+    mask = {"dog": np.ones((40, 40))}
+    with pytest.raises(ValueError, match="jointly normalised"):
+        score_words(raw, mask)
+    unit = TokenActivationMap(model, processor).attribute(inputs, answer)
+    with pytest.raises(ValueError, match=r"\['zebu'\], which the table lacks"):
+        score_words(unit, {"zebu": mask["dog"]})
+    with pytest.raises(ValueError, match="masks must be"):
+        score_words(unit, {})
+    with pytest.raises(ValueError, match="masks must be"):
+        score_words(unit, mask | {"cat": np.ones((2, 2))})
+    unknown = replace(unit, preprocessing=None)
+    with pytest.raises(ValueError, match="geometry"):
+        score_words(unknown, mask)
+    assert score_words(unknown, mask, parity=True).obj.shape[0] <= len(answer)
+
+
+def test_user_tables_and_two_word_names(shipped):
+    """The reference model on a scene: every object that it lists has a value."""
+    from captum_mllm.reference import make_scene, render_pil
+    from captum_mllm.studies.prompts import default_inputs
+
+    model, processor = shipped
+    scene = make_scene(3)
+    picture, own = render_pil(scene, 112)
+    result = TokenActivationMap(model, processor).attribute(default_inputs(processor, picture))
+    masks = {name: own[n] for n, name in enumerate(scene.categories)}
+    found = score_words(result, masks, table=CategoryTable.of(scene.categories))
+    assert sorted(found.mentions) == sorted(scene.categories)
+    assert found.obj.min() > 0.1
+    assert found.func.mean() > 0.5
