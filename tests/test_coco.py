@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as tools
 
 from captum_mllm.coco import CocoDataset
-from captum_mllm.coco_masks import _compressed_total, draw_mask
+from captum_mllm.coco_masks import _compressed_total, draw_mask, mask_problem
 
 HEIGHT, WIDTH = 6, 8
 SQUARE = np.zeros((HEIGHT, WIDTH), bool)
@@ -234,6 +234,9 @@ MASKS = [  # segmentation -> what the error says
     ([[1, 2, 3, 4, 5, float("nan")]], "holds a polygon that is"),
     ([[1, 2, 3, 4]], "holds a polygon of 4 numbers; it takes 3 points"),
     ([[1, 2, 3, 4, 5, 6, 7]], "holds a polygon of 7 numbers"),
+    ([polygon(0, 0, 3e8, 9)], "holds a polygon with the coordinate 300000000.0; give pixels"),
+    ([polygon(0, -100_001, 3, 3)], "holds a polygon with the coordinate -100001; give pixels"),
+    ([polygon(0, 0, 10**400, 3)], "holds a polygon that is"),
     ({}, "has size None"),
     ({"size": SIZE[::-1], "counts": GOOD}, r"has size \[8, 6\]; the image's \[height, width\] is"),
     ({"size": SIZE}, "has counts None"),
@@ -248,6 +251,7 @@ MASKS = [  # segmentation -> what the error says
     ({"size": SIZE, "counts": "PPPPPPP"}, "has counts that are no run lengths"),
     ({"size": SIZE, "counts": "ooooooooooooooo0"}, "has counts that are no run lengths"),
     ({"size": SIZE, "counts": "é"}, "has counts that are no run lengths"),
+    ({"size": SIZE, "counts": "\ud800"}, r"has counts that are no run lengths: '\\ud800'"),
 ]
 
 
@@ -304,21 +308,46 @@ def test_tables_that_are_wrong(write):
             CocoDataset(*write({**data, name: [5]}))
 
 
-def test_captions_that_are_wrong(write):
+def test_annotations_that_are_refused_are_named_together(write):
+    data, box = instances(), {"image_id": 139, "category_id": 1}
+    wrong = ({"segmentation": []}, {"segmentation": [[0, 0, 4, 4]]}, {}, {"area": None})
+    square = [polygon(2, 1, 6, 4)]
+    for n in range(8):
+        more = wrong[n % 4] if n % 4 < 3 else {**wrong[3], "segmentation": square}
+        data["annotations"].insert(1, {"id": 50 - n, **box, **more})
+    message = r"annotation 43: field 'area' is None.* refused: 8 of 11 \(ids 43, 44, 45, \.\.\.\)"
+    with pytest.raises(ValueError, match=message):
+        CocoDataset(*write(data))
+
+
+def test_captions_of_other_images_are_left_out(write):
     said = captions()
     said["annotations"][1]["image_id"] = 1
-    with pytest.raises(ValueError, match=r"captions.json: annotation 30: .*images of instances"):
+    data = CocoDataset(*write(instances(), said))
+    assert [sample.captions for sample in data] == [["Ein Hündchen."], [], ["A dog."]]
+    for caption in said["annotations"]:
+        caption["image_id"] = 1
+    with pytest.raises(ValueError, match=r"captions.json: none of its 3 captions is of an image"):
         CocoDataset(*write(instances(), said))
-    said = captions()
-    said["annotations"][1]["caption"] = ["a dog"]
-    with pytest.raises(ValueError, match=r"captions.json: annotations\[1\]: field 'caption' is \["):
-        CocoDataset(*write(instances(), said))
-    said = captions()
-    said["annotations"][1]["id"] = 31
-    with pytest.raises(ValueError, match=r"annotations\[1\]: field 'id' is 31, as another's"):
-        CocoDataset(*write(instances(), said))
+    assert CocoDataset(*write(instances(), {"annotations": []}))[0].captions == []
+
+
+def test_captions_that_are_wrong(write):
+    for field, value in (("caption", ["a dog"]), ("id", 31)):
+        said = captions()
+        said["annotations"][1][field] = value
+        with pytest.raises(
+            ValueError, match=rf"captions.json: annotations\[1\]: field '{field}' is"
+        ):
+            CocoDataset(*write(instances(), said))
     with pytest.raises(ValueError, match=r"captions.json: .*field 'caption' is missing"):
         CocoDataset(*write(instances(), instances()))  # the files in the wrong order
+
+
+def test_polygons_may_reach_far_out():
+    (far,) = mask = [polygon(-1e5, -1e5, 1e5, 1e5)]
+    assert mask_problem(mask, HEIGHT, WIDTH) is None
+    assert draw_mask(tools, [far], HEIGHT, WIDTH).all()
 
 
 def test_totals_of_compressed_runs_are_pycocotools():

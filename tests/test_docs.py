@@ -1,9 +1,11 @@
 """Every Python block of README and CONTRIBUTING runs, in order, in one namespace per file."""
 
+import json
 import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -46,3 +48,20 @@ def test_commands_named_in_readme_exist():
     for module in set(re.findall(r"python -m (captum_mllm[\w.]*)", text)):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_readme_table_of_sets_is_the_recorded_one():
+    """The three families' means, to the digits that README gives."""
+    record = json.loads((ROOT / "captum_mllm/studies/records/sets.json").read_text())["measured"]
+    text = (ROOT / "README.md").read_text()
+    columns = ("average_precision", "obj_iou", "func_iou", "removed", "read")
+    for name in record["llava"]:
+        (row,) = re.findall(rf"^\| {name} \| (.*) \|$", text, re.M)
+        cells = row.split(" | ")
+        shown = [cells[0], cells[2], cells[4], cells[5], cells[6].removesuffix(" %")]
+        for metric, cell in zip(columns, shown, strict=True):
+            for family, value in zip(("llava", "qwen2vl", "internvl"), cell.split(), strict=True):
+                values = np.concatenate([row[metric] for row in record[family][name]["rows"]])
+                mean = values.mean() * (100 if metric == "read" else 1)
+                digits = len(value.split(".")[1]) if "." in value else 0
+                assert float(value) == pytest.approx(mean, abs=0.51 * 10**-digits), (name, metric)

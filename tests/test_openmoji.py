@@ -5,6 +5,7 @@ import tarfile
 import urllib.error
 import zipfile
 from dataclasses import replace
+from http.client import HTTPResponse
 
 import numpy as np
 import pytest
@@ -134,6 +135,13 @@ def test_archives_that_are_refused(home, tmp_path, monkeypatch, capsys):
         openmoji.rasterise(package({"1F600": "<svg/>"}))
 
 
+class Cut:
+    """A connection that ends in the middle of an answer."""
+
+    def makefile(self, mode):
+        return io.BytesIO(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
+
+
 class Line:
     """Answers of the network, one after the other."""
 
@@ -146,19 +154,26 @@ class Line:
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
+        if isinstance(answer, Cut):
+            answer = HTTPResponse(answer)
+            answer.begin()
+            return answer
         return io.BytesIO(answer)
 
 
 def test_fetching_it_is_tried_again(archive, monkeypatch):
-    line = Line(urllib.error.URLError("no route"), archive[:-5], TimeoutError("slow"), archive)
+    line = Line(urllib.error.URLError("no route"), Cut(), TimeoutError("slow"), archive)
     monkeypatch.setattr(openmoji.urllib.request, "urlopen", line)
     assert openmoji.download(wait=0) == archive
     assert line.asked == [openmoji.URL] * 4
 
 
 def test_fetching_it_fails_with_a_way_out(archive, monkeypatch):
-    lines = ([urllib.error.URLError("no route")] * 9, "no route"), ([b"page"] * 9, r"\(4 bytes\)")
-    for answers, message in lines:
+    for answers, message in (
+        ([urllib.error.URLError("no route")] * 9, "no route"),
+        ([b"page"] * 9, r"\(4 bytes\)"),
+        ([Cut()] * 9, r"IncompleteRead\(4 bytes read, 5 more expected\)"),
+    ):
         monkeypatch.setattr(openmoji.urllib.request, "urlopen", Line(*answers))
         with pytest.raises(ConnectionError, match=rf"fetched.*{message}.*--archive"):
             openmoji.download(wait=0)

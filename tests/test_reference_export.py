@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -226,6 +227,80 @@ def test_nothing_is_left_half_written(tmp_path, monkeypatch):
     with pytest.raises(PermissionError):
         export("plain", tmp_path / "out", count=3, size=32, force=True)
     assert files(folder) == before
+
+
+@pytest.mark.parametrize("moved", ["before", "made"])
+def test_an_interrupt_keeps_the_earlier_export(moved, tmp_path, monkeypatch):
+    """Ctrl-C once the earlier export was moved away, and once the new one was moved in."""
+    folder = export("plain", tmp_path, count=1, size=32)
+    before, rename = files(folder), module.Path.rename
+
+    def interrupted(self, target):
+        rename(self, target)
+        if moved in (self.name, target.name):
+            monkeypatch.setattr(module.Path, "rename", rename)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export("plain", tmp_path, count=3, size=32, force=True)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == ["plain"]
+    assert (files(folder) == before) == (moved == "before")
+    assert len(read(folder)) == (1 if moved == "before" else 3)
+
+
+def test_only_an_export_is_replaced(tmp_path):
+    folder = export("plain", tmp_path, count=2, size=32)
+    again = {"count": 1, "size": 32, "force": True}
+    for stray in ("model.pt", "runs/log.txt", "images/mine.png", "images/000002.png"):
+        (folder / stray).parent.mkdir(exist_ok=True)
+        (folder / stray).write_text("mine")
+        with pytest.raises(FileExistsError, match=rf"more than an export: {stray.split('/t')[0]}"):
+            export("plain", tmp_path, **again)
+        assert (folder / stray).read_text() == "mine"
+        (folder / stray).unlink()
+        if stray.startswith("runs"):
+            with pytest.raises(
+                FileExistsError, match=r"more than an export: runs/\. .*not replaced"
+            ):
+                export("plain", tmp_path, **again)
+            (folder / "runs").rmdir()
+    ours = (folder / "instances.json").read_text()
+    for text in ("{", "[]", "{}", '{"info": []}', ours.replace('"set": "plain"', '"set": "small"')):
+        (folder / "instances.json").write_text(text)
+        with pytest.raises(FileExistsError, match=r"set 'plain', so it is no earlier export: not"):
+            export("plain", tmp_path, **again)
+    (folder / "instances.json").write_text(ours)
+    (folder / "NOTICE.md").unlink()  # what is there is ours, if not all of it
+    assert len(read(export("plain", tmp_path, **again))) == 1
+
+
+def test_what_comes_while_it_draws_is_kept(tmp_path, monkeypatch):
+    draw = module.render_pil
+
+    def slow(scene, size):
+        (tmp_path / "plain").mkdir(exist_ok=True)
+        (tmp_path / "plain" / "letter.txt").write_text("mine")
+        return draw(scene, size)
+
+    monkeypatch.setattr(module, "render_pil", slow)
+    with pytest.raises(FileExistsError, match="plain is not empty"):
+        export("plain", tmp_path, count=1, size=32)
+    assert (tmp_path / "plain" / "letter.txt").read_text() == "mine"
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path, monkeypatch):
+    def killed(scene, size):
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # else the tests end here
+        signal.raise_signal(signal.SIGTERM)
+
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.setattr(module, "render_pil", killed)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--set", "plain", "--out", str(tmp_path / "out"), "--count", "1", "--size", "32"])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert list((tmp_path / "out").iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_arguments_that_are_wrong(tmp_path):
