@@ -14,7 +14,7 @@ PACKAGE = Path(captum_mllm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LINE = {  # the way of the data; a part may import from parts with a smaller number only
     "functional": 0, "checks": 0, "geometry": 0, "_captum": 0, "words": 0, "labels": 0,
-    "storage": 0, "adapters": 1, "trace": 1, "inputs": 2, "capture": 2, "result": 2,
+    "storage": 0, "adapters": 1, "trace": 1, "batches": 2, "inputs": 2, "capture": 2, "result": 2,
     "rescale": 3, "targets": 3,
     "generation": 3, "runner": 4, "attr": 5,
     "coco_masks": 5, "coco": 6, "metrics": 6, "visualization": 6, "bridge": 6,

@@ -74,16 +74,18 @@ def change_patches(pixels, shapes, masks, black):
 
 
 def change_tiles(pixels, layouts, masks, black):
-    """Tiles of 32 px row by row, then the thumbnail, whose pixels blend."""
+    """Tiles of 32 px row by row, then the thumbnail: it gets their change, shrunk."""
     at = 0
     for mask, (down, across) in zip(masks, layouts, strict=True):
+        change = torch.zeros(3, 32 * down, 32 * across)
         for y in range(down):
             for x in range(across):
-                pixels[at][:, mask[32 * y : 32 * y + 32, 32 * x : 32 * x + 32]] = black[:, :, 0]
+                here = (slice(None), slice(32 * y, 32 * y + 32), slice(32 * x, 32 * x + 32))
+                change[here] = (black - pixels[at]) * mask[here[1:]]
+                pixels[at] += change[here]
                 at += 1
         if down * across > 1:
-            share = F.interpolate(mask[None, None].float(), size=(32, 32), mode="area")[0]
-            pixels[at] = pixels[at] * (1 - share) + black * share
+            pixels[at] += F.interpolate(change[None], (32, 32), mode="bicubic", antialias=True)[0]
             at += 1
 
 

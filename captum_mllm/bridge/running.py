@@ -1,6 +1,6 @@
 """One forward of the user's model that gradients may flow through, and hooks to look into it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captum_mllm.adapters import Adapter, refuse_compiled
 from captum_mllm.adapters.devices import tables_loaded
 from captum_mllm.adapters.hooks import unchanged
+from captum_mllm.batches import batched
 from captum_mllm.inputs import Sample
 
 
@@ -166,28 +167,3 @@ def replaced(given: Tensor, new: Tensor) -> Tensor:
             f"{tuple(given.shape)} (batch, tokens, width); .embeddings gives them."
         )
     return new.to(given)
-
-
-def batched(
-    adapter: Adapter,
-    kwargs: Mapping[str, Tensor],
-    pixels: Sequence[dict[str, Tensor]],
-    n: int,
-) -> dict[str, Tensor]:
-    """A sample's inputs repeated for n copies, each with pixels of its own.
-
-    Args:
-        adapter: tells which inputs are token-wise.
-        kwargs: the model's inputs of one sample.
-        pixels: the pixel inputs of each copy; empty if they are all the sample's own.
-        n: number of copies.
-    """
-    made = {}
-    for name, value in kwargs.items():
-        if name in adapter.token_wise:
-            made[name] = value.expand(n, -1)
-        else:  # images, tiles, rows of patches, sizes: one copy's follow the other's
-            made[name] = value.repeat(n, *[1] * (value.ndim - 1))
-    for name in pixels[0] if pixels else ():
-        made[name] = torch.cat([own[name] for own in pixels])
-    return made

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from captum_mllm.adapters import Adapter, find_adapter
+from captum_mllm.batches import batched
 from captum_mllm.inputs import Sample, append_answer, read_sample, read_target
 from captum_mllm.labels import tokenizer_of
 
@@ -71,7 +72,7 @@ def answer_log_probs(
         adapter: the model's adapter, already ``running()``.
         sample: the prompt.
         answer: ids of the answer, fixed.
-        versions: per version, the inputs that hold or describe its pixels.
+        versions: per version, the inputs that hold its pixels.
         tokens: per version, positions in the answer; of one length.
 
     Returns:
@@ -82,12 +83,7 @@ def answer_log_probs(
     """
     n, calls = len(versions), []
     full = append_answer(sample, answer, adapter)
-    batch = {
-        name: value.expand(n, -1) if name in adapter.token_wise else torch.cat([value] * n)
-        for name, value in full.items()
-        if name not in versions[0]
-    }
-    batch |= {name: torch.cat([v[name] for v in versions]) for name in versions[0]}
+    batch = batched(adapter, full, versions, n)
     where = torch.tensor([list(own) for own in tokens])
     rows = where + len(sample.prompt_ids) - 1  # the position that predicts the token
 

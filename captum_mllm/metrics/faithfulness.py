@@ -164,8 +164,12 @@ def insertion_deletion(
     The answer stays fixed; its tokens' probabilities are teacher-forced, given the changed image,
     the prompt and the true tokens before each. All pixels of all images are ranked by the map,
     brought to the model's frame bilinearly; ties keep the order of the images, then go row by row
-    from the upper left, so that a flat map scans from the top. Every view of an image (tiles,
-    thumbnail) is changed alike. The model is left bit for bit as it is.
+    from the upper left, so that a flat map scans from the top. The model is left bit for bit as
+    it is.
+
+    Where a model sees a picture twice (tiles and an overview: thumbnail, global or base image), the
+    overview changes by what the picture changes, resized. All replaced, it keeps a trace of the
+    picture: what the processor's resizing did otherwise than resizing the tiles' picture does.
 
     Where any patch of black already takes the probability to nothing, both curves lie near 0 and
     tell no map from another: look at ``means()`` for "mean" or "blur" beside "black".

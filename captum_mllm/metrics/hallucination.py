@@ -104,7 +104,8 @@ def hallucination_scores(
         tokens: positions in the answer that are scored, default all; e.g. those of its nouns.
         attribution: maps for ``entropy`` and ``area``, as in
             :func:`captum_mllm.metrics.insertion_deletion`; default None: the logit lens.
-        baseline: the blank image of ``reliance``: "black" (default), "mean" or "blur".
+        baseline: the blank image of ``reliance``: "black" (default), "mean" or "blur"; of an
+            overview as in :func:`captum_mllm.metrics.insertion_deletion`.
 
     Returns:
         :class:`HallucinationScores`; ``of_words`` makes them those of whole words.
