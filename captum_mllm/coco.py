@@ -115,13 +115,19 @@ class CocoDataset(Sequence[CocoSample]):
     """Pictures, masks and captions, ordered by image id.
 
     Everything but the pictures' pixels is checked when the set is opened. Images without
-    annotations or captions are kept. Masks are drawn when a sample is taken.
+    annotations or captions are kept; captions of images that the instances file lacks are left
+    out, so a part of a set can be read with the whole set's captions. Masks are drawn when a
+    sample is taken.
+
+    Every annotation needs a mask, and a number where it has `area`; a file with others is refused.
+    The second example takes those without a mask out of a file; an `area` that is null can be left
+    out of its annotation, and the mask's own is taken.
 
     Args:
         images: Folder that holds the image files.
         instances: JSON file with `images`, `annotations` (masks) and `categories`.
-        captions: JSON file whose `annotations` are captions of the same images. Default: none,
-            and samples have no captions.
+        captions: JSON file whose `annotations` are captions of the same images, or of more.
+            Default: none, and samples have no captions.
 
     Raises:
         FileNotFoundError: A file or the folder is missing, or image files are.
@@ -138,6 +144,17 @@ class CocoDataset(Sequence[CocoSample]):
         (2, '000001.png', (64, 64))
         >>> data[1].objects[0].mask.shape
         (64, 64)
+
+        >>> from captum_mllm.coco_masks import mask_problem
+        >>> file = json.loads((folder / "instances.json").read_text())
+        >>> file["annotations"][0]["segmentation"] = []  # only a box, say
+        >>> size = {image["id"]: (image["height"], image["width"]) for image in file["images"]}
+        >>> def has_mask(a):
+        ...     return mask_problem(a.get("segmentation"), *size[a["image_id"]]) is None
+        >>> file["annotations"] = list(filter(has_mask, file["annotations"]))
+        >>> _ = (folder / "with_masks.json").write_text(json.dumps(file))
+        >>> len(CocoDataset(folder / "images", folder / "with_masks.json"))
+        2
     """
 
     def __init__(
@@ -156,14 +173,31 @@ class CocoDataset(Sequence[CocoSample]):
         self._images = dict(sorted(file.table("images", _IMAGE).items()))
         self._categories = file.table("categories", _CATEGORY)
         self._objects: dict[int, list[dict]] = {id: [] for id in self._images}
-        for record in file.table("annotations", _OBJECT).values():
-            self._check_object(file, record)
-            self._objects[record["image_id"]].append(record)
+        self._add_objects(file)
         self._captions: dict[int, list[dict]] = {id: [] for id in self._images}
         if captions is not None:
             self._add_captions(_File("captions", captions), file)
         self._check_files(file)
         self._ids = list(self._images)
+
+    def _add_objects(self, file: _File) -> None:
+        records = file.table("annotations", _OBJECT)
+        refused: list[int] = []
+        first = ""
+        for id, record in records.items():
+            try:
+                self._check_object(file, record)
+            except ValueError as error:
+                first = first or str(error)
+                refused.append(id)
+            else:
+                self._objects[record["image_id"]].append(record)
+        if refused:
+            raise ValueError(
+                f"{first} Annotations refused: {len(refused)} of {len(records)} (ids "
+                f"{_first(refused)}); CocoDataset's docstring shows how to drop those without a "
+                "mask."
+            )
 
     def _check_object(self, file: _File, record: dict) -> None:
         where = f"annotation {record['id']}"
@@ -175,19 +209,24 @@ class CocoDataset(Sequence[CocoSample]):
             raise file.wrong(where, "segmentation", *problem)
 
     def _add_captions(self, file: _File, instances: _File) -> None:
-        for record in file.table("annotations", _CAPTION).values():
-            _known(file, record, "image_id", self._images, f"images of {instances.path.name}")
-            self._captions[record["image_id"]].append(record)
+        records = file.table("annotations", _CAPTION).values()
+        for record in records:
+            if record["image_id"] in self._captions:
+                self._captions[record["image_id"]].append(record)
+        if records and self._images and not any(self._captions.values()):
+            raise ValueError(
+                f"{file.path}: none of its {len(records)} captions is of an image that "
+                f"{instances.path} holds; give the captions of the same images, or none."
+            )
 
     def _check_files(self, file: _File) -> None:
         names = [image["file_name"] for image in self._images.values()]
         missing = [name for name in names if not (self._folder / name).is_file()]
         if missing:
-            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise FileNotFoundError(
                 f"{len(missing)} of the {len(names)} images that {file.path} names are not in "
-                f"{self._folder}: {shown}. Give the folder that holds them, or take them out of "
-                "the file."
+                f"{self._folder}: {_first(missing)}. Give the folder that holds them, or take "
+                "them out of the file."
             )
 
     @property
@@ -284,6 +323,10 @@ def _known(file: _File, record: dict, name: str, known: dict[int, dict], where: 
         came = f"is {record[name]}, which {where} does not hold"
         raise file.wrong(f"annotation {record['id']}", name, came, "add it there or leave this out")
     return known[record[name]]
+
+
+def _first(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:3])) + (", ..." if len(values) > 3 else "")
 
 
 def _extra(record: dict, *known: str) -> dict[str, Any]:

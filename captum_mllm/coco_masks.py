@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import math
+import sys
 import warnings
 from typing import Any
 
 import numpy as np
+
+_FAR = 100_000  # pixels; pycocotools counts fifths of them in 32 bits and crashes where they end
 
 
 def mask_tools(who: str) -> Any:
@@ -52,6 +54,10 @@ def mask_problem(mask: Any, height: int, width: int) -> tuple[str, str] | None:
             return f"holds a polygon that is {shown(points)}", kinds
         if len(points) < 6 or len(points) % 2:
             return f"holds a polygon of {len(points)} numbers", "it takes 3 points or more, x and y"
+        farthest = max(points, key=abs)
+        if abs(farthest) > _FAR:
+            mend = f"give pixels of the image, at most {_FAR} from its corner"
+            return f"holds a polygon with the coordinate {shown(farthest)}", mend
     return None
 
 
@@ -82,7 +88,9 @@ def _compressed_total(counts: str) -> int:
     lowest first, the last one without bit 5; from the fourth run on it is the difference to the
     run before the last.
     """
-    digits = np.frombuffer(counts.encode("utf-8"), np.uint8).astype(np.int64) - 48
+    if not counts.isascii():
+        return -1
+    digits = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero((digits & 32) == 0)
     if digits.min() < 0 or digits.max() > 63 or not len(ends) or ends[-1] != len(digits) - 1:
         return -1
@@ -119,8 +127,8 @@ def draw_mask(tools: Any, mask: Any, height: int, width: int) -> np.ndarray:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether a value of a JSON file is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def shown(value: Any) -> str:

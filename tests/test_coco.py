@@ -12,9 +12,9 @@ from PIL import Image
 from pycocotools import mask as tools
 
 from captum_mllm.coco import CocoDataset
-from captum_mllm.coco_masks import _compressed_total, draw_mask, mask_problem
+from captum_mllm.coco_masks import _compressed_total, draw_mask
 
-HEIGHT, WIDTH = 6, 8
+HEIGHT, WIDTH = SIZE = [6, 8]
 SQUARE = np.zeros((HEIGHT, WIDTH), bool)
 SQUARE[1:4, 2:6] = True
 L_SHAPE = np.zeros((HEIGHT, WIDTH), bool)
@@ -46,7 +46,6 @@ def annotation(id, image, category, mask, **more):
 
 def instances():
     """As val2017's: images out of order, one of them bare, polygons, a crowd as run lengths."""
-    size = [HEIGHT, WIDTH]
     two_parts = [polygon(2, 1, 6, 4), polygon(6, 4, 8, 6)]
     return {
         "info": {"description": "COCO 2017 Dataset", "year": 2017},
@@ -61,8 +60,8 @@ def instances():
         ],
         "annotations": [
             annotation(9, 785, 18, two_parts, area=15.5, iscrowd=0, bbox=[2, 1, 6, 5.0]),
-            annotation(7, 785, 1, {"size": size, "counts": runs_of(L_SHAPE)}, iscrowd=1, area=22),
-            annotation(8, 139, 18, {"size": size, "counts": compressed(SQUARE)}, style="noto"),
+            annotation(7, 785, 1, {"size": SIZE, "counts": runs_of(L_SHAPE)}, iscrowd=1, area=22),
+            annotation(8, 139, 18, {"size": SIZE, "counts": compressed(SQUARE)}, style="noto"),
         ],
         "categories": [
             {"supercategory": "animal", "id": 18, "name": "dog"},
@@ -96,14 +95,11 @@ def write(tmp_path):
 
 def test_samples(write):
     data = CocoDataset(*write(instances(), captions()))
-    assert len(data) == 3
-    assert data.categories == ("person", "dog")
+    assert (len(data), data.categories) == (3, ("person", "dog"))
     assert [sample.image_id for sample in data] == [139, 632, 785]
-    assert [sample.image_id for sample in data[1:]] == [632, 785]
-    assert data[-1].image_id == 785
+    assert [sample.image_id for sample in (*data[1:], data[-1])] == [632, 785, 785]
     first, bare, last = data
-    assert first.captions == ["Ein Hündchen."]
-    assert last.captions == ["A dog.", "Some people and a dog."]
+    assert first.captions + last.captions == ["Ein Hündchen.", "A dog.", "Some people and a dog."]
     assert (bare.captions, bare.objects) == ([], ())
     assert (first.file_name, first.size) == ("000000000139.png", (HEIGHT, WIDTH))
     assert [sample.image.getpixel((0, 0)) for sample in data] == [(n, 0, 255) for n in range(3)]
@@ -111,9 +107,8 @@ def test_samples(write):
         data[3]
     dog, crowd = last.objects
     assert (dog.category, dog.area, dog.is_crowd, dog.id) == ("dog", 15.5, False, 9)
-    assert dog.bbox == (2, 1, 6, 5)
+    assert (dog.bbox, crowd.bbox) == ((2, 1, 6, 5), None)
     assert (crowd.category, crowd.area, crowd.is_crowd, crowd.id) == ("person", 22, True, 7)
-    assert crowd.bbox is None
     assert first.objects[0].area == SQUARE.sum()  # not annotated: the mask's
     assert CocoDataset(*write(instances()))[2].captions == []
 
@@ -142,10 +137,11 @@ def test_masks_are_pycocotools_own(write):
             rng.uniform(-2, 10, 2 * rng.integers(3, 7)).round(2).tolist()
             for _ in range(rng.integers(1, 4))
         ]
-        mask = {"size": [HEIGHT, WIDTH], "counts": compressed(rng.random((HEIGHT, WIDTH)) < 0.4)}
+        mask = {"size": SIZE, "counts": compressed(rng.random((HEIGHT, WIDTH)) < 0.4)}
         data["annotations"].append(
             annotation(100 + n, (139, 632)[n % 2], 1, polygons if n % 3 else mask, iscrowd=0)
         )
+    data["annotations"].append(annotation(99, 139, 1, [polygon(-1e5, 0, 1e5, 1e5)]))  # far out
     paths = write(data)
     with contextlib.redirect_stdout(io.StringIO()):
         theirs = COCO(str(paths[1]))
@@ -155,7 +151,7 @@ def test_masks_are_pycocotools_own(write):
             expected = theirs.annToMask(theirs.anns[thing.id]).astype(bool)
             np.testing.assert_array_equal(thing.mask, expected)
             count += 1
-    assert count == 43
+    assert count == 44
 
 
 def test_own_fields(write):
@@ -180,8 +176,7 @@ def test_a_sub_folder_and_ids_shared_by_two_files(write):
 def test_pixels_are_as_stored(write):
     """No EXIF orientation; grey, transparent and palette images become RGB."""
     folder, path = write(instances())
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn by 90 degrees"
+    (exif := Image.Exif())[0x0112] = 6  # "turn by 90 degrees"
     grey = Image.fromarray(np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH))
     grey.save(folder / "000000000139.png", exif=exif)
     image = CocoDataset(folder, path)[0].image
@@ -216,16 +211,13 @@ def test_missing_files(write, tmp_path):
 
 def test_no_json(write):
     folder, path = write(instances())
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"instances='.*instances.json' is not a JSON file"):
-        CocoDataset(folder, path)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match=r"instances.json: must hold an object, got \[\]"):
-        CocoDataset(folder, path)
+    for text, error in (("{", "' is not a JSON file"), ("[]", r": must hold an object, got \[\]")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"instances.json{error}"):
+            CocoDataset(folder, path)
 
 
 GOOD = compressed(SQUARE)
-SIZE = [HEIGHT, WIDTH]
 MASKS = [  # segmentation -> what the error says
     ([], "is missing or empty"),
     ("text", "is 'text'; give polygons"),
@@ -250,7 +242,6 @@ MASKS = [  # segmentation -> what the error says
     ({"size": SIZE, "counts": "no run"}, "has counts that are no run lengths"),
     ({"size": SIZE, "counts": "PPPPPPP"}, "has counts that are no run lengths"),
     ({"size": SIZE, "counts": "ooooooooooooooo0"}, "has counts that are no run lengths"),
-    ({"size": SIZE, "counts": "é"}, "has counts that are no run lengths"),
     ({"size": SIZE, "counts": "\ud800"}, r"has counts that are no run lengths: '\\ud800'"),
 ]
 
@@ -309,13 +300,11 @@ def test_tables_that_are_wrong(write):
 
 
 def test_annotations_that_are_refused_are_named_together(write):
-    data, box = instances(), {"image_id": 139, "category_id": 1}
-    wrong = ({"segmentation": []}, {"segmentation": [[0, 0, 4, 4]]}, {}, {"area": None})
-    square = [polygon(2, 1, 6, 4)]
-    for n in range(8):
-        more = wrong[n % 4] if n % 4 < 3 else {**wrong[3], "segmentation": square}
-        data["annotations"].insert(1, {"id": 50 - n, **box, **more})
-    message = r"annotation 43: field 'area' is None.* refused: 8 of 11 \(ids 43, 44, 45, \.\.\.\)"
+    data, square = instances(), [polygon(2, 1, 6, 4)]
+    wrong = [(square, None), ([], 4), ([[0, 0, 4, 4]], 4), (None, 4)]
+    for id, (mask, area) in enumerate([*wrong, (square, 4), *wrong], 43):
+        data["annotations"].append(annotation(id, 139, 1, mask, area=area))
+    message = r"annotation 43: field 'area' is None.* refused: 8 of 12 \(ids 43, 44, 45, \.\.\.\)"
     with pytest.raises(ValueError, match=message):
         CocoDataset(*write(data))
 
@@ -323,8 +312,8 @@ def test_annotations_that_are_refused_are_named_together(write):
 def test_captions_of_other_images_are_left_out(write):
     said = captions()
     said["annotations"][1]["image_id"] = 1
-    data = CocoDataset(*write(instances(), said))
-    assert [sample.captions for sample in data] == [["Ein Hündchen."], [], ["A dog."]]
+    found = [sample.captions for sample in CocoDataset(*write(instances(), said))]
+    assert found == [["Ein Hündchen."], [], ["A dog."]]
     for caption in said["annotations"]:
         caption["image_id"] = 1
     with pytest.raises(ValueError, match=r"captions.json: none of its 3 captions is of an image"):
@@ -336,18 +325,10 @@ def test_captions_that_are_wrong(write):
     for field, value in (("caption", ["a dog"]), ("id", 31)):
         said = captions()
         said["annotations"][1][field] = value
-        with pytest.raises(
-            ValueError, match=rf"captions.json: annotations\[1\]: field '{field}' is"
-        ):
+        with pytest.raises(ValueError, match=rf"captions.json: .*\[1\]: field '{field}' is"):
             CocoDataset(*write(instances(), said))
     with pytest.raises(ValueError, match=r"captions.json: .*field 'caption' is missing"):
         CocoDataset(*write(instances(), instances()))  # the files in the wrong order
-
-
-def test_polygons_may_reach_far_out():
-    (far,) = mask = [polygon(-1e5, -1e5, 1e5, 1e5)]
-    assert mask_problem(mask, HEIGHT, WIDTH) is None
-    assert draw_mask(tools, [far], HEIGHT, WIDTH).all()
 
 
 def test_totals_of_compressed_runs_are_pycocotools():

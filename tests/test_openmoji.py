@@ -6,6 +6,7 @@ import urllib.error
 import zipfile
 from dataclasses import replace
 from http.client import HTTPResponse
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -135,11 +136,12 @@ def test_archives_that_are_refused(home, tmp_path, monkeypatch, capsys):
         openmoji.rasterise(package({"1F600": "<svg/>"}))
 
 
-class Cut:
-    """A connection that ends in the middle of an answer."""
-
-    def makefile(self, mode):
-        return io.BytesIO(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
+def cut():
+    """An answer whose connection ends in the middle of it."""
+    sent = io.BytesIO(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
+    answer = HTTPResponse(Mock(**{"makefile.return_value": sent}))
+    answer.begin()
+    return answer
 
 
 class Line:
@@ -154,15 +156,11 @@ class Line:
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        if isinstance(answer, Cut):
-            answer = HTTPResponse(answer)
-            answer.begin()
-            return answer
-        return io.BytesIO(answer)
+        return io.BytesIO(answer) if isinstance(answer, bytes) else answer
 
 
 def test_fetching_it_is_tried_again(archive, monkeypatch):
-    line = Line(urllib.error.URLError("no route"), Cut(), TimeoutError("slow"), archive)
+    line = Line(urllib.error.URLError("no route"), cut(), TimeoutError("slow"), archive)
     monkeypatch.setattr(openmoji.urllib.request, "urlopen", line)
     assert openmoji.download(wait=0) == archive
     assert line.asked == [openmoji.URL] * 4
@@ -172,7 +170,7 @@ def test_fetching_it_fails_with_a_way_out(archive, monkeypatch):
     for answers, message in (
         ([urllib.error.URLError("no route")] * 9, "no route"),
         ([b"page"] * 9, r"\(4 bytes\)"),
-        ([Cut()] * 9, r"IncompleteRead\(4 bytes read, 5 more expected\)"),
+        ([cut() for _ in range(9)], r"IncompleteRead\(4 bytes read, 5 more expected\)"),
     ):
         monkeypatch.setattr(openmoji.urllib.request, "urlopen", Line(*answers))
         with pytest.raises(ConnectionError, match=rf"fetched.*{message}.*--archive"):

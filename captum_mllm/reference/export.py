@@ -19,15 +19,24 @@ bytes. Beyond COCO's fields there are
 
 COCO knows no empty masks: an object without a visible pixel is not among the annotations. The
 captions still speak of it, with its index.
+
+A set is drawn in a folder `.NAME.*` beside its own and moved into place when it is whole. Errors,
+Ctrl-C and, on the command line, SIGTERM take that folder away and leave or bring back what was
+there. Only what ends the process at once (SIGKILL, a power cut) leaves it behind; it may be
+deleted, but if `--force` was replacing a set that is now missing, that one is its `before`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
+import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +91,9 @@ def export(
 ) -> Path:
     """Write the first examples of a test set; whole or, if anything goes wrong, not at all.
 
+    What `force` replaces is the same set as this function wrote it: not a folder that holds
+    anything else.
+
     Args:
         name: One of `sets.SETS`.
         out: Folder in which the set's own folder is made.
@@ -94,7 +106,8 @@ def export(
         The set's folder.
 
     Raises:
-        FileExistsError: The folder is not empty, and `force` is not given or it is no export.
+        FileExistsError: The folder is not empty, and `force` is not given or it is no export of
+            this set or holds other files too.
         FileNotFoundError: The set needs a style that was not made.
         ImportError: pycocotools is missing.
         ValueError: No such set or split, `count` or `size` out of range.
@@ -112,12 +125,13 @@ def export(
         (made / "images").mkdir(parents=True)
         _write(made, [make_example(name, n, split) for n in range(count)], size)
         before = Path(partial) / "before"
-        if target.exists():
-            target.rename(before)
+        _check_target(name, target, force)  # anew: drawing took its time
         try:
+            if target.exists():
+                target.rename(before)
             made.rename(target)
-        except OSError:
-            if before.exists():
+        except BaseException:
+            if before.exists() and not target.exists():
                 before.rename(target)
             raise
     return target
@@ -130,15 +144,42 @@ def _check(name: str, split: str, count: int, size: int, target: Path, force: bo
     make_example(name, 0, split)
     if name == "openmoji":
         openmoji.load_openmoji()
-    if target.is_dir() and any(target.iterdir()):
-        if not force:
-            raise FileExistsError(f"{target} is not empty; --force replaces an earlier export.")
-        if not (target / "instances.json").is_file():
-            raise FileExistsError(
-                f"{target} holds no instances.json, so it is no earlier export: not replaced."
-            )
-    elif target.exists() and not target.is_dir():
+    _check_target(name, target, force)
+
+
+def _check_target(name: str, target: Path, force: bool) -> None:
+    if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; name another folder.")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not force:
+        raise FileExistsError(f"{target} is not empty; --force replaces an earlier export.")
+    written = _written(name, target)
+    found = {p.relative_to(target).as_posix() + "/" * p.is_dir() for p in target.rglob("*")}
+    others = sorted(found - written)
+    shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+    if not written:
+        raise FileExistsError(
+            f"{target} holds no instances.json of the set {name!r}, so it is no earlier export: "
+            f"not replaced. It holds {shown}."
+        )
+    if others:
+        raise FileExistsError(
+            f"{target} holds more than an export: {shown}. --force would delete that: not "
+            "replaced. Move it elsewhere, or name another folder."
+        )
+
+
+def _written(name: str, target: Path) -> set[str]:
+    """What an earlier export of the set wrote into its folder; nothing if it is none."""
+    try:
+        data = json.loads((target / "instances.json").read_text(encoding="utf-8"))
+        if data["info"]["set"] != name:
+            return set()
+        pictures = {f"images/{image['file_name']}" for image in data["images"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+    return pictures | {"images/", "instances.json", "captions.json", "NOTICE.md"}
 
 
 def _write(folder: Path, examples: Sequence[Example], size: int) -> None:
@@ -257,6 +298,8 @@ def _words(words: Words) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the sets that the command line names.
 
+    SIGTERM ends it as Ctrl-C does, with nothing half written; a handler of the caller's is kept.
+
     Args:
         arguments: Of the command line. Default: the process's own.
     """
@@ -271,13 +314,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = list(SETS) if "all" in args.set else list(dict.fromkeys(args.set))
     how = (args.split, args.count, args.size)
     try:
-        for name in names:  # all of them before the first is written
-            _check(name, *how, args.out / name, args.force)
-        for name in names:
-            folder = export(name, args.out, *how, force=args.force)
-            print(f"{folder}: {args.count} pictures of {args.size} px", flush=True)
+        with _terminable():
+            for name in names:  # all of them before the first is written
+                _check(name, *how, args.out / name, args.force)
+            for name in names:
+                folder = export(name, args.out, *how, force=args.force)
+                print(f"{folder}: {args.count} pictures of {args.size} px", flush=True)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Make SIGTERM a SystemExit for a while, unless the caller handles it in its own way."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import importlib
 import io
 import os
@@ -204,7 +205,7 @@ def download(wait: float = _WAIT) -> bytes:
         try:
             with urllib.request.urlopen(URL, timeout=60) as answer:
                 archive = answer.read()
-        except (OSError, EOFError) as error:  # URLError is an OSError
+        except (OSError, EOFError, http.client.HTTPException) as error:  # URLError is an OSError
             problem = f"{type(error).__name__}: {error}"
             continue
         if hashlib.sha256(archive).hexdigest() == SHA256:
