@@ -142,10 +142,51 @@ def test_the_check_tells_of_wrong_values():
     inp = image_input(kin.picture, None, kin.prompt, kin.processor)
     wrong.model = kin.model
     wrong.attr_method.forward_func = attribution(Inner(kin.model), kin).attr_method.forward_func
-    with pytest.warns(UserWarning, match="wrong values: scores of the answer are off by"):
+    with pytest.warns(UserWarning, match="wrong values: a token's log-probability is off"):
         assert not check_llm_attribution(wrong, inp, kin.answer, forward_in_tokens=False)
     with pytest.raises(TypeError, match="LLMAttribution, got FeatureAblation"):
         check_llm_attribution(FeatureAblation(kin.model), inp, kin.answer)
+    with pytest.raises(TypeError, match="target must be ids, got the string 'dog'"):
+        check_llm_attribution(attribution(kin.model, kin), inp, "dog")
+    with pytest.raises(ValueError, match=r"target must be \(targets,\) ids"):
+        check_llm_attribution(attribution(kin.model, kin), inp, kin.answer[None])
+    with pytest.raises(TypeError, match="wrapped in TeacherForced already"):
+        TeacherForced(TeacherForced(kin.model))
+
+
+@pytest.mark.parametrize("score", ["log_prob", "prob"])
+@pytest.mark.parametrize("method", [FeatureAblation, KernelShap])
+def test_the_check_sees_zeros_of_unlikely_answers(score, method):
+    """Of many tokens' product of probabilities nothing is left, whatever the model does."""
+    kin = kin_of("Llava")
+    inp = image_input(kin.picture, None, kin.prompt, kin.processor)
+    answer = torch.cat([kin.answer] * 5)
+    plain = LLMAttribution(method(kin.model), kin.processor.tokenizer, score)
+    before = plain.attr_target, plain.include_per_token_attr
+    with pytest.warns(UserWarning, match="would give zeros"):
+        assert not check_llm_attribution(plain, inp, answer.tolist())
+    assert (plain.attr_target, plain.include_per_token_attr) == before
+    right = LLMAttribution(method(TeacherForced(kin.model)), kin.processor.tokenizer, score)
+    assert check_llm_attribution(right, inp, answer)
+
+
+def test_a_wrapped_model_is_not_told_to_be_wrapped():
+    kin = kin_of("Llava")
+    inp = image_input(kin.picture, None, kin.prompt, kin.processor)
+    wrapped = attribution(TeacherForced(kin.model), kin)
+    with pytest.warns(UserWarning, match="does the target fit the vocabulary"):
+        assert not check_llm_attribution(wrapped, inp, torch.tensor([10**6]))
+
+
+def test_nothing_to_see_is_not_called_zeros():
+    """A white picture, ablated to white, gives zeros rightly."""
+    kin = kin_of("Llava")
+    white = Image.new("RGB", kin.picture.size, (255, 255, 255))
+    inp = image_input(white, None, kin.prompt, kin.processor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        wrapped = attribution(TeacherForced(kin.model), kin)
+        assert check_llm_attribution(wrapped, inp, kin.answer)
 
 
 @pytest.mark.parametrize("name", ["Llava", "Qwen2VL", "InternVL"])
@@ -282,6 +323,13 @@ def test_inputs_of_captums_are_checked():
     for baseline in (-1, 97, 3):
         with pytest.raises(ValueError, match=r"baseline must be a token id in 0\.\.96"):
             PromptInput(inputs, kin.model, baseline=baseline)
+    with pytest.raises(ValueError, match="baseline must be a token id"):
+        PromptInput(inputs, kin.model, baseline="x")
+    with pytest.raises(TypeError, match="processor must be the model's processor, got NoneType"):
+        image_input(picture, None, kin.prompt, None)
+    segments_of = torch.zeros(16, 16, dtype=torch.long)
+    segments_of[8:] = 1
+    assert image_input(picture, segments_of.numpy(), kin.prompt, kin.processor).n_itp_features == 2
     assert PromptInput(inputs, kin.model).values[0].startswith("<id")
 
 

@@ -65,3 +65,8 @@ def test_readme_table_of_sets_is_the_recorded_one():
                 mean = values.mean() * (100 if metric == "read" else 1)
                 digits = len(value.split(".")[1]) if "." in value else 0
                 assert float(value) == pytest.approx(mean, abs=0.51 * 10**-digits), (name, metric)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_nothing_is_left_to_fill_in(name):
+    assert not re.findall(r"[A-Z]+_PLACE|TODO|FIXME|XXX", (ROOT / name).read_text())

@@ -128,6 +128,11 @@ def place(
     Raises:
         ValueError: another shape; nothing tells where the frame lies.
     """
+    if not isinstance(attribution, Tensor):
+        raise TypeError(
+            f"attribution must be the tensor of one image, got {type(attribution).__name__}: of "
+            f"several images take one after the other, to_image(attribution[i], size, i)."
+        )
     if attribution.ndim != 4:
         raise ValueError(
             f"attribution must be (n, channels, height, width), got {tuple(attribution.shape)}."

@@ -35,7 +35,7 @@ def image_input(
         baseline: RGB colour that stands in for an absent segment, default white as in captum.
 
     Raises:
-        TypeError: no PIL pictures.
+        TypeError: no PIL pictures; no processor.
         ValueError: a mask of another size than the picture; a processor that pads.
         IndexError: no such picture.
 
@@ -57,7 +57,11 @@ def image_input(
             )
     if not 0 <= image < len(own):
         raise IndexError(f"image {image} is out of range: there are {len(own)} pictures.")
+    if not callable(processor):
+        raise TypeError(f"processor must be the model's processor, got {type(processor).__name__}.")
+    encode: Any = processor
     perturbed = own[image].convert("RGB")  # captum paints three channels
+    mask = None if mask is None else torch.as_tensor(mask)
     if mask is not None and tuple(mask.shape) != (perturbed.height, perturbed.width):
         raise ValueError(
             f"mask must be (height, width) = {(perturbed.height, perturbed.width)} as the picture, "
@@ -66,7 +70,7 @@ def image_input(
 
     def process(changed: Any) -> dict[str, Any]:
         shown = [changed if n == image else picture for n, picture in enumerate(own)]
-        made = dict(processor(images=shown, text=text, return_tensors="pt"))
+        made = dict(encode(images=shown, text=text, return_tensors="pt"))
         made.pop("labels", None)  # PaliGemma's, for training
         if not bool(made.get("attention_mask", torch.ones(1)).all()):
             raise ValueError("processor pads the prompt, which captum would attend to; don't pad.")
@@ -114,7 +118,8 @@ class PromptInput(TextTokenInput):
     ) -> None:
         adapter, tokenizer = find_adapter(model), tokenizer_of(processor)
         sample = read_sample(inputs, adapter)
-        if not 0 <= baseline < adapter.vocabulary or baseline in adapter.visual_ids:
+        number = isinstance(baseline, int)
+        if not number or not 0 <= baseline < adapter.vocabulary or baseline in adapter.visual_ids:
             raise ValueError(
                 f"baseline must be a token id in 0..{adapter.vocabulary - 1} and no image token, "
                 f"got {baseline!r}."

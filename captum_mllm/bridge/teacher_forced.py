@@ -1,6 +1,8 @@
 """TeacherForced: a model that captum's LLMAttribution computes right values with."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ class TeacherForced(nn.Module):
 
     Raises:
         ValueError: no adapter for the model.
+        TypeError: a model that is wrapped already.
 
     Reference:
         Our reading of captum 0.9.0's ``llm_attr.py``.
@@ -49,6 +52,8 @@ class TeacherForced(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        if isinstance(model, TeacherForced):
+            raise TypeError("model is wrapped in TeacherForced already; pass it as it is.")
         self._adapter = find_adapter(model)
         self.model = model
 
@@ -122,13 +127,13 @@ def check_llm_attribution(
     """Whether a call of ``LLMAttribution.attribute`` would rest on right values; warns if not.
 
     Runs what captum would run, for the input as it is and with every feature taken away, and
-    compares the answer's log-probabilities with teacher-forced ones: four forwards and, in
+    compares each token's log-probability with the teacher-forced one: four forwards and, in
     captum's token by token modes, two for each token.
 
     Args:
         attribution: captum's, around any perturbation method.
         inp: captum's ``ImageMaskInput`` or another of its inputs.
-        target: (targets,): ids of the answer.
+        target: (targets,): ids of the answer, a tensor or a list.
         use_cached_outputs: as ``attribute`` will get it, default True as there.
         forward_in_tokens: as ``attribute`` will get it, default True as there.
 
@@ -137,7 +142,8 @@ def check_llm_attribution(
         come out and how to mend it.
 
     Raises:
-        TypeError: no ``LLMAttribution``.
+        TypeError: no ``LLMAttribution``; a string as target.
+        ValueError: a target of another shape.
 
     Reference:
         Defects of captum 0.9.0 with transformers 5.
@@ -161,50 +167,76 @@ def check_llm_attribution(
         raise TypeError(
             f"attribution must be captum's LLMAttribution, got {type(attribution).__name__}."
         )
+    target = _ids(target)
     model: Any = attribution.model
-    right = model if isinstance(model, TeacherForced) else TeacherForced(model)
+    wrapped = isinstance(model, TeacherForced)
+    right = model if wrapped else TeacherForced(model)
     whole = inp.to_tensor().to(right.device)
-    theirs: list[Tensor] = []
+    inputs = (whole, torch.zeros_like(whole))
+    options = (use_cached_outputs, None, forward_in_tokens)
     try:
-        for present in (whole, torch.zeros_like(whole)):
-            made = attribution.attr_method.forward_func(
-                present, inp, target, use_cached_outputs, None, forward_in_tokens
-            )
-            theirs.append(made.flatten()[0].float().cpu())
+        with _log_probs_per_token(attribution):
+            call = attribution.attr_method.forward_func
+            theirs = [call(x, inp, target, *options).flatten()[1:].float().cpu() for x in inputs]
     except Exception as error:  # whatever a model raises on inputs that don't fit
-        _tell(f"raise {type(error).__name__}: {error}")
+        _tell(f"raise {type(error).__name__}: {error}", wrapped)
         return False
-    ours = [
-        _score(right, inp.to_model_input(present), target, attribution.attr_target)
-        for present in (whole, torch.zeros_like(whole))
-    ]
+    ours = [_scores(right, inp.to_model_input(x), target) for x in inputs]
     half = next(right.parameters()).dtype in (torch.float16, torch.bfloat16)
     tolerance = _TOLERANCE_HALF if half else _TOLERANCE
-    worst = max(float((a - b).abs()) for a, b in zip(ours, theirs, strict=True))
-    if worst <= tolerance * max(1.0, *(float(v.abs()) for v in ours)):
-        return True
-    if bool(theirs[0] == theirs[1]):
-        _tell("give zeros: what is perturbed never reaches the model")
-    else:
-        _tell(f"give wrong values: scores of the answer are off by {worst:.3g}")
-    return False
+    off = [(a - b).abs() / b.abs().clamp(min=1) for a, b in zip(theirs, ours, strict=True)]
+    worst = float(torch.stack(off).max())
+    dead = torch.equal(*theirs) and not torch.allclose(*ours, rtol=0, atol=1e-7)
+    if dead:
+        _tell("give zeros: what is perturbed never reaches the model", wrapped)
+    elif worst > tolerance:
+        _tell(f"give wrong values: a token's log-probability is off by {worst:.3g}", wrapped)
+    return not dead and worst <= tolerance
 
 
-def _score(model: TeacherForced, inputs: Any, target: Tensor, kind: str) -> Tensor:
-    """The answer's log-probability (or probability) in one teacher-forced forward."""
+def _ids(target: Any) -> Tensor:
+    """The answer's ids as a tensor."""
+    if isinstance(target, str):
+        raise TypeError(
+            f"target must be ids, got the string {target!r}: encode it by tokenizer.encode(target, "
+            f"add_special_tokens=False)."
+        )
+    ids = torch.as_tensor(target)
+    if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+        raise ValueError(f"target must be (targets,) ids, got {ids.dtype} {tuple(ids.shape)}.")
+    return ids
+
+
+@contextmanager
+def _log_probs_per_token(attribution: LLMAttribution) -> Iterator[None]:
+    """Within it captum's forward gives every token's log-probability after their sum.
+
+    Of several tokens' product of probabilities nothing would be left to compare.
+    """
+    before = attribution.attr_target, attribution.include_per_token_attr
+    attribution.attr_target, attribution.include_per_token_attr = "log_prob", True
+    try:
+        yield
+    finally:
+        attribution.attr_target, attribution.include_per_token_attr = before
+
+
+def _scores(model: TeacherForced, inputs: Any, target: Tensor) -> Tensor:
+    """The log-probability of each token of the answer in one teacher-forced forward."""
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     ids = inputs.pop("input_ids").to(model.device)
     inputs.pop("attention_mask", None)
     target = target.to(model.device)
     logits = model(torch.cat([ids, target[None]], 1), **inputs).logits[0, ids.shape[1] - 1 : -1]
-    total = logits.float().log_softmax(-1).gather(1, target[:, None].to(logits.device)).sum().cpu()
-    return total if kind == "log_prob" else total.exp()
+    found = logits.float().log_softmax(-1).gather(1, target[:, None].to(logits.device))
+    return found[:, 0].cpu()
 
 
-def _tell(what: str) -> None:
-    warnings.warn(
-        f"captum's LLMAttribution would {what}. Wrap the model: "
-        f"LLMAttribution(FeatureAblation(captum_mllm.TeacherForced(model)), tokenizer), and call "
-        f"attribute(..., forward_in_tokens=False).",
-        stacklevel=3,
+def _tell(what: str, wrapped: bool) -> None:
+    mend = (
+        "Is the input of one sample, without padding, and does the target fit the vocabulary?"
+        if wrapped
+        else "Wrap the model: LLMAttribution(FeatureAblation(captum_mllm.TeacherForced(model)), "
+        "tokenizer), and call attribute(..., forward_in_tokens=False)."
     )
+    warnings.warn(f"captum's LLMAttribution would {what}. {mend}", stacklevel=3)

@@ -42,7 +42,7 @@ class TokenLogProb(ScoredTokens):
         processor: the model's processor, default None; gives labels, string targets and the
             geometry for :meth:`to_image`.
         explain: the tokens that are scored: "answer" (default), "prompt", "all", or positions in
-            ``input_ids`` + answer.
+            ``input_ids`` + answer; of the prompt the text after the last image.
         score: "log_prob" (default) or "logit", the raw output of the LM head.
         sequence: True gives one score for the sequence, the sum over those tokens; then captum
             needs no ``target``. Default False.
