@@ -94,9 +94,7 @@ def crowd(seed: Tensor) -> Scene:
     Args:
         seed: int64 (1,), from `scenes.seeds_of`.
     """
-    draws = _Draws(seed, 0)
-    names = draws.some(CATEGORIES, draws.whole(*CROWD))
-    return _scene(seed, draws, draws.placed([draws.object(name, CROWD_SIZE) for name in names]))
+    return _several(seed, 0, CROWD, CROWD_SIZE)
 
 
 def shrink(seed: Tensor) -> Scene:
@@ -105,9 +103,13 @@ def shrink(seed: Tensor) -> Scene:
     Args:
         seed: int64 (1,), from `scenes.seeds_of`.
     """
-    draws = _Draws(seed, 1)
-    names = draws.some(CATEGORIES, draws.whole(*SMALL_COUNT))
-    return _scene(seed, draws, draws.placed([draws.object(name, SMALL_SIZE) for name in names]))
+    return _several(seed, 1, SMALL_COUNT, SMALL_SIZE)
+
+
+def _several(seed: Tensor, stream: int, count: tuple[int, int], size: tuple[float, float]) -> Scene:
+    draws = _Draws(seed, stream)
+    names = draws.some(CATEGORIES, draws.whole(*count))
+    return _scene(seed, draws, draws.placed([draws.object(name, size) for name in names]))
 
 
 def twin(seed: Tensor) -> Scene:
