@@ -247,7 +247,7 @@ def test_cells_smaller_than_a_pixel_are_left_out():
 # ---- the trained models ------------------------------------------------------------------------
 
 
-STEPS = {"llava": 48, "qwen2vl": 96, "internvl": 96}
+STEPS = {"llava": 48, "qwen2vl": 96, "internvl": 96, "biased": 96}
 
 
 @pytest.mark.parametrize(
