@@ -14,6 +14,8 @@ attributors, ``result`` what they return, ``bridge`` what captum's own methods n
 from captum_mllm.attr import (
     ARC,
     MSEA,
+    PRESETS,
+    JointNormalization,
     LogitLens,
     MultiScaleAttribution,
     RankCorrelationDenoiser,
@@ -28,7 +30,9 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "ARC",
     "MSEA",
+    "PRESETS",
     "ImageGeometry",
+    "JointNormalization",
     "LogitLens",
     "MLLMAttributionResult",
     "MultiScaleAttribution",

@@ -1,7 +1,7 @@
 """Runs the model: one forward at its own scale, one prefix forward per further scale."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -119,6 +119,7 @@ class Runner:
         *,
         images: Any = None,
         consistency: bool = False,
+        mirrored: bool = False,
     ) -> tuple[tuple[Float[Tensor, "classes ..."], ...], float | None]:
         """Maps of the run's classes with the images on other grids: one prefix forward.
 
@@ -129,6 +130,7 @@ class Runner:
             grids: the grids to reach, one per image.
             images: original pictures to start from, or None to resize the pixel tensor.
             consistency: also run the text after it.
+            mirrored: show the images mirrored, and mirror the maps back.
 
         Returns:
             One tensor (classes, rows, cols) per image; the scale's consistency or None.
@@ -145,13 +147,16 @@ class Runner:
                     "are seen through windows, none of which shows the whole image: there is no "
                     "answer to compare. Leave consistency out."
                 )
-            return self._through_windows(run, grids, images), None
+            return self._through_windows(run, grids, images, mirrored), None
         pixels = scaled_inputs(adapter, self.processor, sample, grids, images)
         # With consistency the text runs too; maps do not see it.
         tokens = append_answer(sample, run.answer_ids, adapter)
         if not consistency:
             tokens = cut(tokens, sample.prefix_length, adapter)
         scaled = rescaled_inputs(tokens, sample, grids, pixels, adapter)
+        if mirrored:
+            turned = adapter.mirrored(scaled.kwargs, scaled.grids)
+            scaled = replace(scaled, kwargs={**scaled.kwargs, **turned})
         length = len(scaled.prompt_ids)
         n_rows = len(run.answer_ids) if consistency else 0
         rows = torch.arange(length - 1 - n_rows, length - 1, device=scaled.prompt_ids.device)
@@ -160,6 +165,8 @@ class Runner:
                 adapter, scaled.kwargs, scaled.grids, rows=rows, layer=self.layer
             )
             maps = self._maps(scaled, captured.lens_hidden, run.trace.class_ids)
+            if mirrored:
+                maps = tuple(own.flip(-1) for own in maps)
             if not consistency:
                 return maps, None
             logits = full_logits(adapter, captured.final_hidden[rows])
@@ -168,7 +175,7 @@ class Runner:
         return maps, float(drop.mean().exp())
 
     def _through_windows(
-        self, run: Run, grids: Sequence[ImageGrid], images: Any
+        self, run: Run, grids: Sequence[ImageGrid], images: Any, mirrored: bool
     ) -> tuple[Float[Tensor, "classes ..."], ...]:
         """Maps on the grids of an enlarged image, seen through windows of the model's own size."""
         adapter, sample = self.adapter, run.sample
@@ -180,16 +187,21 @@ class Runner:
         seen = []
         tokens = cut(sample.kwargs, sample.prefix_length, adapter)
         for window in zip(*boxes, strict=True):
-            pixels = window_inputs(adapter, self.processor, sample, window, images)
+            shown = dict(tokens)  # one window is the image as it is
+            if n > 1:
+                shown |= window_inputs(adapter, self.processor, sample, window, images)
+            if mirrored:
+                shown |= adapter.mirrored(shown, sample.grids)
             with adapter.running():
                 captured = captured_forward(
                     adapter,
-                    {**tokens, **pixels},
+                    shown,
                     sample.grids,
                     rows=sample.prompt_ids[:0],
                     layer=self.layer,
                 )
-                seen.append(self._maps(sample, captured.lens_hidden, run.trace.class_ids))
+                maps = self._maps(sample, captured.lens_hidden, run.trace.class_ids)
+                seen.append(tuple(own.flip(-1) for own in maps) if mirrored else maps)
         return tuple(
             join_windows(
                 list(maps), [adapter.window_frame(g, box) for box in own], (big.rows, big.cols)

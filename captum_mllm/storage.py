@@ -1,4 +1,4 @@
-"""One safetensors file with tensors and, as JSON in its header, everything else."""
+"""Files that appear whole or not at all; one of tensors with everything else in its header."""
 
 import json
 import os
@@ -27,6 +27,16 @@ def write_tensors(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         metadata={_KEY: json.dumps(header)},
     )
+    write_whole(path, data)
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all; what was there before stays until then.
+
+    Args:
+        path: file to write; its folder must exist.
+        data: what is to be in it.
+    """
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -59,3 +69,20 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
     if header is None:
         raise ValueError(f"path {os.fspath(path)!r} was not written by captum_mllm.")
     return header, tensors
+
+
+def no_nan(values: Any) -> Any:
+    """JSON knows no NaN: null stands for it.
+
+    Args:
+        values: plain data, lists and dictionaries.
+
+    Example:
+        >>> no_nan({"a": [1.0, float("nan")], "b": float("nan")})
+        {'a': [1.0, None], 'b': None}
+    """
+    if isinstance(values, dict):
+        return {name: no_nan(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [no_nan(value) for value in values]
+    return None if isinstance(values, float) and values != values else values

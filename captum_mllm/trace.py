@@ -89,7 +89,14 @@ class TokenTrace:
         self, cells: Float[Tensor, "targets cells"]
     ) -> tuple[Float[Tensor, "targets ..."], ...]:
         """Inverse of :meth:`pack_cells`: one map per image."""
-        return tuple(unpack(cells, [m.shape[1:] for m in self.maps], "t *"))
+        return self.unpack_like(cells, self.maps)
+
+    @staticmethod
+    def unpack_like(
+        cells: Float[Tensor, "n cells"], maps: Sequence[Float[Tensor, "m ..."]]
+    ) -> tuple[Float[Tensor, "n ..."], ...]:
+        """Cells laid end to end as maps of the given ones' shapes."""
+        return tuple(unpack(cells, [own.shape[1:] for own in maps], "n *"))
 
     @property
     def is_earlier(self) -> Bool[Tensor, "targets tokens"]:

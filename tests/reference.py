@@ -414,3 +414,46 @@ def rank_mask(values: torch.Tensor, segments: int) -> torch.Tensor:
         for i, v in enumerate(flat)
     ]
     return torch.tensor(bands).reshape(values.shape)
+
+
+# --- calibration and scales --------------------------------------------------------------------
+
+
+def calibrate(maps: Tensor, tau: float) -> Tensor:
+    """Each value by its distance from the peak, in population standard deviations of its map."""
+    rows = []
+    for row in maps.tolist():
+        spread = statistics.pstdev(row)
+        peak = max(row)
+        rows.append([peak * math.exp((v - peak) / (tau * spread)) if spread else v for v in row])
+    return _f64(rows)
+
+
+def match_levels(maps: Tensor, base: Tensor, how: str) -> Tensor:
+    """Times the base's level over the map's own."""
+    level = {"none": lambda _: 1.0, "max": max, "std": statistics.pstdev}[how]
+    rows = []
+    for row, other in zip(maps.tolist(), base.tolist(), strict=True):
+        own = level(row)
+        rows.append([v * level(other) / own if own else v for v in row])
+    return _f64(rows)
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation of ranks; equal values share the mean of their places."""
+
+    def ranks(row: list[float]) -> list[float]:
+        return [
+            statistics.mean(i for i, other in enumerate(sorted(row)) if other == v) for v in row
+        ]
+
+    def one(x: list[float], y: list[float]) -> float:
+        rx, ry = ranks(x), ranks(y)
+        mx, my = statistics.mean(rx), statistics.mean(ry)
+        cov = math.fsum((p - mx) * (q - my) for p, q in zip(rx, ry, strict=True))
+        size = math.sqrt(
+            math.fsum((p - mx) ** 2 for p in rx) * math.fsum((q - my) ** 2 for q in ry)
+        )
+        return cov / size if size else 0.0
+
+    return _f64([one(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)])

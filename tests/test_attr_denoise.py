@@ -3,9 +3,10 @@
 import pytest
 import reference
 import torch
+from published import ARC, RankCorrelationDenoiser
 from torch.testing import assert_close
 
-from captum_mllm import ARC, LogitLens, RankCorrelationDenoiser
+from captum_mllm import LogitLens
 
 
 @pytest.fixture

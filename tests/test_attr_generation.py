@@ -3,10 +3,11 @@
 import pytest
 import tiny
 import torch
+from published import ARC, MSEA
 from test_attr_multi_scale import same
 from transformers import GenerationConfig
 
-from captum_mllm import ARC, MSEA, LogitLens
+from captum_mllm import LogitLens
 
 END = 2
 

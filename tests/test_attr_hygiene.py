@@ -6,8 +6,9 @@ import pytest
 import tiny
 import torch
 import twins_model
+from published import ARC, MSEA
 
-from captum_mllm import ARC, MSEA, LogitLens, TokenActivationMap
+from captum_mllm import LogitLens, TokenActivationMap
 
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",

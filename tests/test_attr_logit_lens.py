@@ -4,9 +4,10 @@ import pytest
 import tiny
 import torch
 import twins_model
+from published import ARC, MSEA
 from torch.testing import assert_close
 
-from captum_mllm import ARC, MSEA, LogitLens, TokenActivationMap
+from captum_mllm import LogitLens, TokenActivationMap
 
 
 def close(actual, expected, share=1e-5):

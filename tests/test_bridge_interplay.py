@@ -9,9 +9,10 @@ from captum.attr import ImageMaskInput, IntegratedGradients, LLMAttributionResul
 from captum.metrics import infidelity, sensitivity_max
 from contract_tools import kin_of, pictures_of
 from families import NAMES
+from published import ARC, MSEA, MultiScaleAttribution
 from torch.testing import assert_close
 
-from captum_mllm import ARC, MSEA, LogitLens, MultiScaleAttribution, TokenLogProb
+from captum_mllm import LogitLens, TokenLogProb
 from captum_mllm.bridge import cell_mask
 from captum_mllm.functional import resize_attributions, upsample
 from captum_mllm.geometry import ImageGeometry

@@ -11,9 +11,10 @@ from captum.attr import FeatureAblation, KernelShap, LLMAttribution, ShapleyValu
 from contract_tools import QWEN, kin_of
 from families import NAMES
 from PIL import Image
+from published import RankCorrelationDenoiser
 from torch.testing import assert_close
 
-from captum_mllm import PromptInput, RankCorrelationDenoiser, TeacherForced, TokenLogProb
+from captum_mllm import PromptInput, TeacherForced, TokenLogProb
 from captum_mllm.bridge import ExactLabels, check_llm_attribution, image_input
 from captum_mllm.functional import grid_mask
 

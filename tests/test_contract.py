@@ -31,17 +31,11 @@ from contract_tools import (
 )
 from families import NAMES, video
 from PIL import Image, ImageDraw, ImageFilter
+from published import ARC, MSEA
 from test_attr_hygiene import check_same, state
 from torch.testing import assert_close
 
-from captum_mllm import (
-    ARC,
-    MSEA,
-    ImageGeometry,
-    LogitLens,
-    MLLMAttributionResult,
-    TokenActivationMap,
-)
+from captum_mllm import ImageGeometry, LogitLens, MLLMAttributionResult, TokenActivationMap
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers 5.5's InternVL and 5.23's PaliGemma processors, see `FamilySubject.encode`.

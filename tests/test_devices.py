@@ -8,9 +8,10 @@ import families
 import pytest
 import tiny
 import torch
+from published import ARC, MSEA
 from torch import nn
 
-from captum_mllm import ARC, MSEA, LogitLens
+from captum_mllm import LogitLens
 from captum_mllm.adapters.devices import input_device, loaded, unwrap
 from captum_mllm.adapters.head import head_matrix, head_size
 

@@ -6,17 +6,10 @@ import pytest
 import tiny
 import torch
 from captum.attr import IntegratedGradients, Saliency
+from published import ARC, MSEA, MultiScaleAttribution, RankCorrelationDenoiser
 from torch import nn
 
-from captum_mllm import (
-    ARC,
-    MSEA,
-    ImageGeometry,
-    LogitLens,
-    MultiScaleAttribution,
-    RankCorrelationDenoiser,
-    TokenActivationMap,
-)
+from captum_mllm import ImageGeometry, LogitLens, TokenActivationMap
 from captum_mllm.adapters import LlavaAdapter, find_adapter, register_adapter
 
 

@@ -8,9 +8,10 @@ import torch
 from captum.attr import NoiseTunnel
 from families import NAMES, family, video
 from PIL import Image
+from published import ARC, MSEA
 from tiny import random_picture
 
-from captum_mllm import ARC, MSEA, LogitLens
+from captum_mllm import LogitLens
 from captum_mllm.adapters import find_adapter
 from captum_mllm.functional import WHOLE
 

@@ -20,10 +20,10 @@ from captum.attr import (
     Occlusion,
     Saliency,
 )
+from published import MSEA, MultiScaleAttribution
 from torch import nn
 from torch.testing import assert_close
 
-from captum_mllm import MSEA, MultiScaleAttribution
 from captum_mllm.functional import resize_attributions
 
 SCALES = (1.0, 0.5, 1.5)

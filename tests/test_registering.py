@@ -4,9 +4,10 @@ import pytest
 import torch
 import transformers
 from families import without_mixing
+from published import ARC, MSEA
 from test_docs import blocks
 
-from captum_mllm import ARC, MSEA, LogitLens
+from captum_mllm import LogitLens
 from captum_mllm.adapters import find_adapter, registry
 
 IMAGE, SIDE, PATCH = 3, 16, 4

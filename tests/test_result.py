@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from published import ARC, MSEA
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_attr_logit_lens import with_two_images
 
-from captum_mllm import ARC, MSEA, LogitLens, MLLMAttributionResult, TokenActivationMap
+from captum_mllm import LogitLens, MLLMAttributionResult, TokenActivationMap
 
 METHODS = {
     "lens": lambda s: LogitLens(s.model),

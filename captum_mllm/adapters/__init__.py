@@ -3,6 +3,7 @@
 from captum_mllm.adapters.base import Adapter, View
 from captum_mllm.adapters.frames import FrameAdapter, Gemma3Adapter, LlavaAdapter, PaliGemmaAdapter
 from captum_mllm.adapters.hooks import interpolated_positions
+from captum_mllm.adapters.idefics import IdeficsAdapter
 from captum_mllm.adapters.llava_next import LlavaNextAdapter
 from captum_mllm.adapters.qwen import Qwen3VLAdapter, QwenVLAdapter
 from captum_mllm.adapters.registry import (
@@ -11,7 +12,7 @@ from captum_mllm.adapters.registry import (
     register_adapter,
     registered_classes,
 )
-from captum_mllm.adapters.tiles import IdeficsAdapter, InternVLAdapter, TileAdapter
+from captum_mllm.adapters.tiles import InternVLAdapter, TileAdapter
 
 __all__ = [
     "Adapter",

@@ -183,6 +183,14 @@ class LlavaNextAdapter(Adapter):
         return {"pixel_values": torch.stack(made)}
 
     @override
+    def mirrored(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
+    ) -> dict[str, Tensor]:
+        pixels = super().mirrored(inputs, grids)["pixel_values"].clone()
+        pixels[:, 0] = inputs["pixel_values"][:, 0].flip(-1)  # the base image, exactly
+        return {"pixel_values": pixels}
+
+    @override
     def window_pixels(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], boxes: Sequence[Box]
     ) -> dict[str, Tensor]:

@@ -61,6 +61,18 @@ class PictureFrames:
         del inputs, grids
         return {"pixel_values": torch.cat(list(frames))}
 
+    def mirrored(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
+    ) -> dict[str, Tensor]:
+        """The inputs that hold pixels, every picture mirrored left to right, its overview too.
+
+        Args:
+            inputs: the model's inputs of one sample.
+            grids: the images among them.
+        """
+        frames = [frame.flip(-1) for frame in self.frames(inputs, grids)]
+        return self.with_frames(inputs, grids, frames)
+
     def of_version(self, pixels: Tensor, rest: Mapping[str, Any]) -> dict[str, Any]:
         """A sample's inputs with one version of its only image, as captum's wrappers hand it over.
 

@@ -3,27 +3,29 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import isfinite, sqrt
+from math import isfinite
 from typing import Any
 
-import torch
 from captum.attr import Attribution
-from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import override
 
 from captum_mllm._captum import log_usage
 from captum_mllm.attr.base import TokenAttribution
-from captum_mllm.attr.logit_lens import LogitLens
+from captum_mllm.attr.presets import PRESET, FromPreset, preset_values
+from captum_mllm.attr.scale_views import SCALE_WEIGHTS, ScaleViews, achieved_scale
 from captum_mllm.attr.tensor_scales import attribute_at_scales, distinct_scales
-from captum_mllm.functional import AGGREGATIONS, Aggregation, aggregate, upsample
-from captum_mllm.geometry import ImageGrid
+from captum_mllm.functional import AGGREGATIONS, SCALE_NORMS, Aggregation, ScaleNorm
 from captum_mllm.result import MLLMAttributionResult
 from captum_mllm.runner import Runner
 from captum_mllm.targets import Explain
 from captum_mllm.trace import TokenTrace
 
-DEFAULT_SCALES = (1.0, 1.25, 1.5)
+_CHOICES = {
+    "aggregation": AGGREGATIONS,
+    "scale_norm": SCALE_NORMS,
+    "scale_weights": SCALE_WEIGHTS,
+}
 
 
 class MultiScaleAttribution(TokenAttribution):
@@ -42,21 +44,37 @@ class MultiScaleAttribution(TokenAttribution):
 
     Args:
         attribution_method: a captum attributor.
-        scales: factors of the input's height and width, default (1.0, 1.25, 1.5).
-        aggregation: "mean" (default, the paper's), "median" or "geometric_mean".
+        scales: factors of the input's height and width.
+        aggregation: "mean" (the paper's), "median" or "geometric_mean".
+        scale_norm: for token attributions, "none", "max" or "std": each scale's maps are brought
+            to the level of scale 1's (:func:`~captum_mllm.functional.match_levels`).
+        scale_weights: for token attributions, "equal", or "adaptive": a scale whose map orders
+            the cells otherwise than scale 1's counts less, token by token
+            (:func:`~captum_mllm.functional.adaptive_weights`; with ``consistency`` also one at
+            which the answer would be another).
+        mirrored: for token attributions, see the image mirrored (left to right) at each scale too,
+            and mirror the map back: what reading the cells in order leaves to the right of an
+            object then falls to its left half of the time. Twice the forwards. Leave it out where
+            the picture is read: mirrored writing is none.
         resize: for tensors, "mass" (default) keeps the sum of each scale's attributions,
             "density" their level (Grad-CAM and other maps that sum to nothing).
         consistency: for token attributions, also run the text on each scale's prefix cache and
             report how far the scale still predicts the same answer,
             ``exp(mean_t min(0, log p_s(y_t) - log p_1(y_t)))``; default False.
+        preset: "measured" (default: as chosen on validation scenes) or "paper" (the plain
+            published idea): gives every option that is left out its value
+            (:data:`captum_mllm.PRESETS`). For other attributors than token attributions the
+            published idea alone is there: scales and aggregation of "paper".
 
     Raises:
         TypeError: no captum attributor.
-        ValueError: scales empty, repeated or not positive; unknown ``aggregation`` or ``resize``.
+        ValueError: scales empty, repeated or not positive; unknown ``aggregation``, ``scale_norm``,
+            ``scale_weights``, ``resize`` or ``preset``; options for token attributions around
+            another attributor; "adaptive" with the median, which takes no weights.
 
     Reference:
         MSEA: the idea and the mean are of arXiv 2509.22415; its scale list is not known to us,
-        all other details are our reading.
+        normalisation, weights and mirrored views are ours, all other details are our reading.
 
     Example:
         >>> import torch
@@ -72,11 +90,15 @@ class MultiScaleAttribution(TokenAttribution):
     def __init__(
         self,
         attribution_method: Attribution,
-        scales: Sequence[float] = DEFAULT_SCALES,
-        aggregation: Aggregation = "mean",
+        scales: Sequence[float] | FromPreset = PRESET,
+        aggregation: Aggregation | FromPreset = PRESET,
         *,
+        scale_norm: ScaleNorm | FromPreset = PRESET,
+        scale_weights: str | FromPreset = PRESET,
+        mirrored: bool | FromPreset = PRESET,
         resize: str = "mass",
         consistency: bool = False,
+        preset: str = "measured",
     ) -> None:
         if not isinstance(attribution_method, Attribution):
             raise TypeError(
@@ -88,14 +110,34 @@ class MultiScaleAttribution(TokenAttribution):
             raise ValueError("attribution_method is multi-scale already; give it all the scales.")
         super().__init__(attribution_method.forward_func)
         self.attribution_method = attribution_method
-        self.scales = _check_scales(scales)
-        if aggregation not in AGGREGATIONS:
+        traces = isinstance(attribution_method, TokenAttribution)
+        per_token = {"scale_norm": scale_norm, "scale_weights": scale_weights, "mirrored": mirrored}
+        named = [name for name, value in per_token.items() if value is not PRESET]
+        if named and not traces:
             raise ValueError(
-                f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}."
+                f"{named[0]} is for token attributions, and {type(attribution_method).__name__} "
+                f"is none: leave it out, or use MSEA(model)."
+            )
+        values = preset_values(preset, scales=scales, aggregation=aggregation, **per_token)
+        if not traces:
+            values |= preset_values("paper", scales=scales, aggregation=aggregation)
+        self.scales = _check_scales(values["scales"])
+        for name, known in _CHOICES.items():
+            if values[name] not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {values[name]!r}.")
+        self.aggregation: Aggregation = values["aggregation"]
+        self.scale_norm: ScaleNorm = values["scale_norm"]
+        self.scale_weights: str = values["scale_weights"]
+        self.mirrored = bool(values["mirrored"])
+        if self.aggregation == "median" and scale_weights is PRESET:
+            self.scale_weights = "equal"  # the median takes no weights
+        if traces and self.aggregation == "median" and self.scale_weights == "adaptive":
+            raise ValueError(
+                "scale_weights 'adaptive' needs an aggregation that takes weights, and 'median' "
+                "takes none: use 'mean', or scale_weights='equal'."
             )
         if resize not in ("mass", "density"):
             raise ValueError(f"resize must be 'mass' or 'density', got {resize!r}.")
-        self.aggregation: Aggregation = aggregation
         self.resize = resize
         self.consistency = consistency
 
@@ -186,6 +228,38 @@ class MultiScaleAttribution(TokenAttribution):
         images: Any = None,
         show_progress: bool = False,
     ) -> TokenTrace:
+        return self.views(
+            inputs,
+            target,
+            explain=explain,
+            gen_args=gen_args,
+            top_k=top_k,
+            images=images,
+            show_progress=show_progress,
+        ).merged(self.aggregation, self.scale_norm, self.scale_weights)
+
+    def views(
+        self,
+        inputs: Mapping[str, Any],
+        target: Any = None,
+        *,
+        explain: Explain = "answer",
+        gen_args: Mapping[str, Any] | None = None,
+        top_k: int | None = None,
+        images: Any = None,
+        show_progress: bool = False,
+    ) -> ScaleViews:
+        """The maps at every scale, before they are aggregated; arguments as in :meth:`trace`.
+
+        Args:
+            inputs: see :meth:`trace`.
+            target: see :meth:`trace`.
+            explain: see :meth:`trace`.
+            gen_args: see :meth:`trace`.
+            top_k: see :meth:`trace`.
+            images: see :meth:`trace`.
+            show_progress: see :meth:`trace`.
+        """
         runner = self.runner
         run = runner.run(inputs, target, explain=explain, gen_args=gen_args, top_k=top_k)
         base = run.sample.grids
@@ -195,107 +269,31 @@ class MultiScaleAttribution(TokenAttribution):
             for s in scales
         }
         kept = distinct_scales(scales, [scaled[s] for s in scales])
-        per_scale, agreement = [], []
-        for scale in tqdm(kept, desc=type(self).__name__, disable=not show_progress):
-            if scaled[scale] == base:
+        wanted = [
+            (s, flip) for s in kept for flip in ((False, True) if self.mirrored else (False,))
+        ]
+        views, agreement = [], []
+        for scale, flip in tqdm(wanted, desc=type(self).__name__, disable=not show_progress):
+            if scaled[scale] == base and not flip:
                 maps, agrees = run.trace.maps, 1.0
             else:
                 maps, agrees = runner.rescaled(
-                    run, scaled[scale], images=images, consistency=self.consistency
+                    run,
+                    scaled[scale],
+                    images=images,
+                    consistency=self.consistency and not flip,
+                    mirrored=flip,
                 )
-            per_scale.append(maps)
-            agreement.append(agrees)
-        return replace(
+            views.append(maps)
+            # Mirrored, "left" is rightly "right": a view counts as its scale does.
+            agreement.append(agreement[-1] if flip else agrees)
+        return ScaleViews(
             run.trace,
-            maps=tuple(self._merge(maps) for maps in zip(*per_scale, strict=True)),
-            scales=tuple(_achieved(base, scaled[scale]) for scale in kept),
-            consistency=tuple(agreement) if self.consistency else None,
+            tuple(views),
+            tuple(achieved_scale(base, scaled[scale]) for scale, _ in wanted),
+            tuple(flip for _, flip in wanted),
+            tuple(agreement) if self.consistency else None,
         )
-
-    def _merge(self, maps: Sequence[Tensor]) -> Tensor:
-        """One image's maps of all scales on the finest grid, aggregated."""
-        finest = (max(m.shape[-2] for m in maps), max(m.shape[-1] for m in maps))
-        return aggregate(torch.stack([upsample(m, finest) for m in maps]), self.aggregation)
-
-
-class MSEA(MultiScaleAttribution):
-    """Multi-scale explanation aggregation over a model's logit lens or another attribution.
-
-    ``MSEA(model)`` is ``MultiScaleAttribution(LogitLens(model))``.
-
-    Args:
-        model_or_attribution: a transformers model, or a captum attribution.
-        processor: the model's processor, default None; with an attribution, give it to that.
-        layer: as for ``LogitLens``, default -1.
-        scales: see :class:`MultiScaleAttribution`.
-        aggregation: see :class:`MultiScaleAttribution`.
-        resize: see :class:`MultiScaleAttribution`.
-        consistency: see :class:`MultiScaleAttribution`.
-    """
-
-    def __init__(
-        self,
-        model_or_attribution: nn.Module | Attribution,
-        processor: Any = None,
-        *,
-        layer: int = -1,
-        scales: Sequence[float] = DEFAULT_SCALES,
-        aggregation: Aggregation = "mean",
-        resize: str = "mass",
-        consistency: bool = False,
-    ) -> None:
-        base = model_or_attribution
-        if not isinstance(base, Attribution):
-            base = LogitLens(base, processor, layer)
-        elif processor is not None or layer != -1:
-            raise ValueError(
-                f"processor and layer belong to the innermost attribution: give them to "
-                f"{type(base).__name__}, not to MSEA."
-            )
-        super().__init__(base, scales, aggregation, resize=resize, consistency=consistency)
-
-    @override
-    @log_usage(part_of_slo=True)
-    def attribute(
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        *,
-        explain: Explain = "answer",
-        gen_args: Mapping[str, Any] | None = None,
-        images: Any = None,
-        show_progress: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Explain each token of an answer at every scale and aggregate.
-
-        Args:
-            inputs: see :meth:`TokenAttribution.attribute`.
-            target: see :meth:`TokenAttribution.attribute`.
-            additional_forward_args: see :meth:`TokenAttribution.attribute`.
-            explain: see :meth:`TokenAttribution.attribute`.
-            gen_args: see :meth:`TokenAttribution.attribute`.
-            images: see :meth:`TokenAttribution.attribute`.
-            show_progress: see :meth:`TokenAttribution.attribute`.
-            kwargs: further arguments of a captum attributor that traces no tokens.
-
-        Returns:
-            See :meth:`TokenAttribution.attribute`; around an attributor that traces no tokens, see
-            :meth:`MultiScaleAttribution.attribute`.
-        """
-        given = {
-            "target": target,
-            "additional_forward_args": additional_forward_args,
-            "gen_args": gen_args,
-            "images": images,
-        }
-        kwargs |= {name: value for name, value in given.items() if value is not None}
-        if not (isinstance(explain, str) and explain == "answer"):
-            kwargs["explain"] = explain
-        if show_progress:
-            kwargs["show_progress"] = True
-        return super().attribute(inputs, **kwargs)
 
 
 def _is_multi_scale(method: Any) -> bool:
@@ -333,8 +331,3 @@ def _without_small(scales: Sequence[float]) -> tuple[float, ...]:
             stacklevel=3,
         )
     return tuple(scale for scale in scales if scale >= 1) or (1.0,)
-
-
-def _achieved(base: Sequence[ImageGrid], scaled: Sequence[ImageGrid]) -> float:
-    """Square root of the ratio of grid areas, over all images."""
-    return sqrt(sum(grid.cells for grid in scaled) / sum(grid.cells for grid in base))

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.attr.base import TokenAttribution, make_result
+from captum_mllm.attr.finishing import Finishing
 from captum_mllm.attr.logit_lens import raw_maps_of
+from captum_mllm.attr.presets import PRESET, FromPreset, preset_values
 from captum_mllm.checks import check_alpha_max, check_number
 from captum_mllm.functional import (
     arc_subtract,
     context_weights,
     joint_min_max,
     rank_biased_overlap,
-    rank_gaussian_filter,
 )
 from captum_mllm.result import UNIT, MLLMAttributionResult
 from captum_mllm.runner import Runner
@@ -37,15 +38,20 @@ class RankCorrelationDenoiser(TokenAttribution):
     Args:
         attribution_method: a token attribution that gives raw maps (``LogitLens(model)``,
             ``MSEA(model)``); for :meth:`denoise` alone any captum attribution, or None.
-        top_k: depth of the rankings, default 50 (the paper's).
-        rbo_p: persistence of the rank-biased overlap in (0, 1), default 0.9.
-        strength: lambda >= 0 of the subtraction, default 1; on the text side the factor is
-            ``1 - strength * (1 - relevance)``, at least 0.
-        alpha_max: bound > 0 of the fitted alpha, default None (none).
-        rank_filter: apply TAM's rank Gaussian filter at the end, default False.
+        top_k: depth of the rankings; 50 (the paper's) in both presets.
+        rbo_p: persistence of the rank-biased overlap in (0, 1); 0.9 in both presets.
+        strength: lambda >= 0 of the subtraction; on the text side the factor is
+            ``1 - strength * (1 - relevance)``, at least 0; 1 in both presets.
+        alpha_max: bound > 0 of the fitted alpha, or None for none.
+        rank_filter: apply TAM's rank Gaussian filter at the end; False in both presets.
+        upsampling: see :class:`~captum_mllm.attr.finishing.Finishing`.
+        calibration: see :class:`~captum_mllm.attr.finishing.Finishing`.
+        preset: "measured" (default: as chosen on validation scenes) or "paper" (the plain
+            published idea): gives every option that is left out its value
+            (:data:`captum_mllm.PRESETS`).
 
     Raises:
-        ValueError: numbers out of range; a base that already subtracts context.
+        ValueError: numbers out of range; a base that already subtracts context; no such preset.
 
     Reference:
         Idea: arXiv 2509.22415; formulas: our reading, in
@@ -64,12 +70,15 @@ class RankCorrelationDenoiser(TokenAttribution):
     def __init__(
         self,
         attribution_method: Attribution | None,
-        top_k: int = 50,
-        rbo_p: float = 0.9,
-        strength: float = 1.0,
+        top_k: int | FromPreset = PRESET,
+        rbo_p: float | FromPreset = PRESET,
+        strength: float | FromPreset = PRESET,
         *,
-        alpha_max: float | None = None,
-        rank_filter: bool = False,
+        alpha_max: float | FromPreset | None = PRESET,
+        rank_filter: bool | FromPreset = PRESET,
+        upsampling: int | FromPreset = PRESET,
+        calibration: float | FromPreset | None = PRESET,
+        preset: str = "measured",
     ) -> None:
         if isinstance(attribution_method, TokenAttribution):
             raw_maps_of(attribution_method, wanted_by="ARC")
@@ -79,14 +88,30 @@ class RankCorrelationDenoiser(TokenAttribution):
                 f"None, got {type(attribution_method).__name__}; for a model use ARC(model)."
             )
         super().__init__(getattr(attribution_method, "forward_func", None))  # type: ignore[arg-type]
-        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-            raise ValueError(f"top_k must be an int >= 1, got {top_k!r}.")
         self.attribution_method = attribution_method
-        self.top_k = top_k
-        self.rbo_p = check_number("rbo_p", rbo_p, "strictly between 0 and 1", lambda p: 0 < p < 1)
-        self.strength = check_number("strength", strength, "in 0 .. inf", lambda s: 0 <= s < inf)
-        self.alpha_max = check_alpha_max(alpha_max)
-        self.rank_filter = rank_filter
+        values = preset_values(
+            preset,
+            top_k=top_k,
+            rbo_p=rbo_p,
+            strength=strength,
+            alpha_max=alpha_max,
+            rank_filter=rank_filter,
+            upsampling=upsampling,
+            calibration=calibration,
+        )
+        self.top_k: int = values["top_k"]
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1:
+            raise ValueError(f"top_k must be an int >= 1, got {self.top_k!r}.")
+        self.rbo_p = check_number(
+            "rbo_p", values["rbo_p"], "strictly between 0 and 1", lambda p: 0 < p < 1
+        )
+        self.strength = check_number(
+            "strength", values["strength"], "in 0 .. inf", lambda s: 0 <= s < inf
+        )
+        self.alpha_max = check_alpha_max(values["alpha_max"])
+        self.finishing = Finishing(
+            values["rank_filter"], values["upsampling"], values["calibration"]
+        )
 
     @property
     def subtracts_context(self) -> bool:
@@ -144,9 +169,7 @@ class RankCorrelationDenoiser(TokenAttribution):
             self.alpha_max,
         )
         unit, scores = joint_min_max(cleaned, trace.text_scores, trace.is_earlier)
-        maps = trace.unpack_cells(unit)
-        if self.rank_filter:
-            maps = tuple(rank_gaussian_filter(grid) for grid in maps)
+        maps = self.finishing(trace.unpack_cells(unit))
         kept = scores * self._kept(relevance)
         return make_result(trace, maps, kept, UNIT, self.name, relevance)
 
@@ -271,6 +294,9 @@ class ARC(RankCorrelationDenoiser):
         strength: see :class:`RankCorrelationDenoiser`.
         alpha_max: see :class:`RankCorrelationDenoiser`.
         rank_filter: see :class:`RankCorrelationDenoiser`.
+        upsampling: see :class:`RankCorrelationDenoiser`.
+        calibration: see :class:`RankCorrelationDenoiser`.
+        preset: see :class:`RankCorrelationDenoiser`.
     """
 
     def __init__(
@@ -279,11 +305,14 @@ class ARC(RankCorrelationDenoiser):
         processor: Any = None,
         *,
         layer: int = -1,
-        top_k: int = 50,
-        rbo_p: float = 0.9,
-        strength: float = 1.0,
-        alpha_max: float | None = None,
-        rank_filter: bool = False,
+        top_k: int | FromPreset = PRESET,
+        rbo_p: float | FromPreset = PRESET,
+        strength: float | FromPreset = PRESET,
+        alpha_max: float | FromPreset | None = PRESET,
+        rank_filter: bool | FromPreset = PRESET,
+        upsampling: int | FromPreset = PRESET,
+        calibration: float | FromPreset | None = PRESET,
+        preset: str = "measured",
     ) -> None:
         super().__init__(
             raw_maps_of(model_or_attribution, processor, layer, wanted_by="ARC"),
@@ -292,4 +321,7 @@ class ARC(RankCorrelationDenoiser):
             strength,
             alpha_max=alpha_max,
             rank_filter=rank_filter,
+            upsampling=upsampling,
+            calibration=calibration,
+            preset=preset,
         )

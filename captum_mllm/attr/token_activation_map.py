@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.attr.base import TokenAttribution, make_result
+from captum_mllm.attr.finishing import Finishing
 from captum_mllm.attr.logit_lens import raw_maps_of
 from captum_mllm.checks import check_alpha_max, check_number
 from captum_mllm.functional import (
     context_weights,
     eci_subtract,
     joint_min_max,
-    rank_gaussian_filter,
 )
 from captum_mllm.result import UNIT, MLLMAttributionResult
 from captum_mllm.runner import Runner
@@ -38,12 +38,14 @@ class TokenActivationMap(TokenAttribution):
         layer: as for ``LogitLens``, default -1.
         rank_filter: apply the filter, default True.
         alpha_max: bound of ECI's alpha, default None (none, as TAM).
+        upsampling: see :class:`~captum_mllm.attr.finishing.Finishing`; default 1, as TAM.
+        calibration: see :class:`~captum_mllm.attr.finishing.Finishing`; default None, as TAM.
         template_tail: with ``parity``, how many of the prompt's last text tokens belong to the
             chat template (the assistant header), default 0.
 
     Raises:
-        ValueError: unsupported model; a base that already subtracts context; a negative
-            ``template_tail``.
+        ValueError: unsupported model; a base that already subtracts context; numbers out of
+            range; ``upsampling`` or ``calibration`` with ``parity``.
 
     Reference:
         "Token Activation Map to Visually Explain Multimodal LLMs", arXiv 2506.23270, as its
@@ -60,11 +62,17 @@ class TokenActivationMap(TokenAttribution):
         rank_filter: bool = True,
         alpha_max: float | None = None,
         template_tail: int = 0,
+        upsampling: int = 1,
+        calibration: float | None = None,
     ) -> None:
         self.attribution_method = raw_maps_of(model, processor, layer, wanted_by="TAM")
         super().__init__(self.attribution_method.forward_func)
         self.parity = parity
-        self.rank_filter = rank_filter
+        self.finishing = Finishing(rank_filter, upsampling, calibration)
+        if parity and (self.finishing.upsampling > 1 or calibration is not None):
+            raise ValueError(
+                "upsampling and calibration are not the released code's: leave them out, or parity."
+            )
         self.alpha_max = check_alpha_max(alpha_max)
         tail = check_number("template_tail", template_tail, "at 0 or above", lambda n: n >= 0)
         self.template_tail = int(tail)
@@ -106,9 +114,7 @@ class TokenActivationMap(TokenAttribution):
         unit, scores = joint_min_max(cleaned, trace.text_scores, is_earlier)
         if self.parity:
             unit = self._parity_first_answer(trace, unit)
-        grids = trace.unpack_cells(unit)
-        if self.rank_filter:
-            grids = tuple(rank_gaussian_filter(grid) for grid in grids)
+        grids = self.finishing(trace.unpack_cells(unit))
         if self.parity:
             grids = tuple((grid * 255).floor() / 255 for grid in grids)
         return make_result(trace, grids, scores, UNIT, self.name)

@@ -9,6 +9,7 @@ token interactions" (arXiv 2509.22415), **TAM** is "Token Activation Map" (arXiv
 its released code computes it, **our reading** is ours where the paper leaves the detail open.
 """
 
+from captum_mllm.functional.calibration import calibrate
 from captum_mllm.functional.interference import (
     arc_subtract,
     context_weights,
@@ -34,22 +35,34 @@ from captum_mllm.functional.pixels import (
     split_tiles,
 )
 from captum_mllm.functional.ranking import rank_biased_overlap, top_k_rankings
+from captum_mllm.functional.scales import (
+    SCALE_NORMS,
+    ScaleNorm,
+    adaptive_weights,
+    match_levels,
+    rank_correlation,
+)
 from captum_mllm.functional.views import (
     WHOLE,
     Box,
     join_windows,
     merge_views,
     resample_cells,
+    sum_cells,
     window_boxes,
 )
 
 __all__ = [
     "AGGREGATIONS",
+    "SCALE_NORMS",
     "WHOLE",
     "Aggregation",
     "Box",
+    "ScaleNorm",
+    "adaptive_weights",
     "aggregate",
     "arc_subtract",
+    "calibrate",
     "context_weights",
     "eci_subtract",
     "find_layout",
@@ -59,15 +72,18 @@ __all__ = [
     "join_windows",
     "joint_min_max",
     "lens_logits",
+    "match_levels",
     "merge_views",
     "patches_to_frames",
     "rank_biased_overlap",
+    "rank_correlation",
     "rank_gaussian_filter",
     "rank_mask",
     "resample_cells",
     "resize_attributions",
     "resize_pixels",
     "split_tiles",
+    "sum_cells",
     "top_k_rankings",
     "upsample",
     "window_boxes",

@@ -112,7 +112,7 @@ def _sort_nine(planes: list[Tensor]) -> list[Tensor]:
 def aggregate(
     stack: Float[Tensor, "scales ..."],
     how: Aggregation = "mean",
-    weights: Float[Tensor, " scales"] | None = None,
+    weights: Float[Tensor, "scales ..."] | None = None,
 ) -> Float[Tensor, "..."]:
     """Aggregate maps of several scales into one.
 
@@ -120,7 +120,8 @@ def aggregate(
         stack: the maps, already on one grid.
         how: "mean" (default, the paper's), "median" (of an even number: the mean of the middle
             two) or "geometric_mean" (of values >= 0).
-        weights: one weight >= 0 per scale for "mean" and "geometric_mean", or None for equal.
+        weights: weights >= 0 for "mean" and "geometric_mean": one per scale, or one per scale and
+            map, (scales, maps) for a stack (scales, maps, ...); None for equal.
 
     Returns:
         One map of the shape of each.
@@ -142,7 +143,7 @@ def aggregate(
     if not len(stack):
         raise ValueError("stack is empty: give the maps of at least one scale.")
     if weights is not None:
-        _check_scale_weights(weights, how, len(stack))
+        _check_scale_weights(weights, how, tuple(stack.shape))
     if len(stack) == 1:
         return stack[0]  # bit for bit: one scale is the base itself
     if how == "median":
@@ -152,20 +153,23 @@ def aggregate(
         raise ValueError("aggregation 'geometric_mean' needs values >= 0; use 'mean' or 'median'.")
     if weights is None:
         weights = stack.new_ones(len(stack))
-    share = (weights / weights.sum()).to(stack.dtype).reshape(-1, *[1] * (stack.ndim - 1))
+    share = (weights / weights.sum(0)).to(stack.dtype)
+    share = share.reshape(*weights.shape, *[1] * (stack.ndim - weights.ndim))
     if how == "mean":
         return (share * stack).sum(0)
     return torch.xlogy(share, stack).sum(0).exp()  # a weight of 0 silences log(0)
 
 
-def _check_scale_weights(weights: Tensor, how: str, n_scales: int) -> None:
+def _check_scale_weights(weights: Tensor, how: str, shape: tuple[int, ...]) -> None:
     if how == "median":
         raise ValueError("aggregation 'median' takes no weights; use 'mean'.")
-    if tuple(weights.shape) != (n_scales,):
+    given = tuple(weights.shape)
+    if given not in (shape[:1], shape[:2]):
         raise ValueError(
-            f"weights must hold one value per scale ({n_scales}), got {tuple(weights.shape)}."
+            f"weights must hold one value per scale ({shape[0]}), or per scale and map "
+            f"{shape[:2]}, got {given}."
         )
-    if bool((weights < 0).any()) or not bool(weights.sum() > 0):
+    if bool((weights < 0).any()) or not bool((weights.sum(0) > 0).all()):
         raise ValueError(f"weights must be >= 0 and not all 0, got {weights.tolist()}.")
 
 

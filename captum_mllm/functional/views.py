@@ -73,6 +73,37 @@ def resample_cells(
     return join_windows([maps], [box], size)
 
 
+def sum_cells(
+    maps: Float[Tensor, "*batch rows cols"], box: Box, size: tuple[int, int]
+) -> Float[Tensor, "*batch height width"]:
+    """Each cell of a grid over the frame takes the sum of the map's cells that lie in it.
+
+    A map's cell on an edge hands out its value by area; what lies outside the frame is lost. For
+    attributions, whose sum means something, where :func:`resample_cells` keeps the level.
+
+    Args:
+        maps: maps on a regular grid over ``box``.
+        box: (left, upper, right, lower) of that grid in fractions of the frame.
+        size: (rows, cols) of the frame's grid.
+
+    Returns:
+        Maps on the frame's grid.
+
+    Reference:
+        Ours.
+
+    Example:
+        >>> import torch
+        >>> sum_cells(torch.tensor([[1.0, 3.0]]), WHOLE, (1, 1)).tolist()
+        [[4.0]]
+    """
+    left, upper, right, lower = box
+    (old_rows, old_cols), (rows, cols) = maps.shape[-2:], size
+    along_h = _overlap(old_rows, upper, lower, rows) * old_rows / ((lower - upper) * rows)
+    along_w = _overlap(old_cols, left, right, cols) * old_cols / ((right - left) * cols)
+    return along_h.to(maps) @ (maps @ along_w.to(maps).T)
+
+
 def window_boxes(cells: tuple[int, int], enlarged: tuple[int, int], n: int) -> list[Box]:
     """Windows of a model's own size over an enlarged image, n down and n across.
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers
 from families import NAMES, PATCH, family, without_mixing
+from published import MSEA
 
-from captum_mllm import MSEA, LogitLens, cli_model
+from captum_mllm import LogitLens, cli_model
 from captum_mllm.adapters import find_adapter
 from captum_mllm.geometry import Preprocessing
 
