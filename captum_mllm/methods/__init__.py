@@ -1,0 +1,9 @@
+"""Every method, baseline and control by one call: what a fair comparison needs.
+
+``explain(name, model, processor, inputs, target)`` gives the maps of the whole answer on the
+model's own grid, in [0, 1], whatever made them.
+"""
+
+from captum_mllm.methods.registry import METHODS, Method, explain
+
+__all__ = ["METHODS", "Method", "explain"]

@@ -1,0 +1,149 @@
+"""Controls: maps that know nothing, and one that knows all, between which a method must lie."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from captum_mllm.checks import check_number
+from captum_mllm.functional import Box, resample_cells
+from captum_mllm.geometry import ImageGeometry
+from captum_mllm.methods.asked import Asked, over_answer
+from captum_mllm.methods.frames import box_on_grid
+from captum_mllm.result import MLLMAttributionResult
+
+
+def random(asked: Asked) -> MLLMAttributionResult:
+    """Uniform noise, drawn anew for every token and cell.
+
+    Reference:
+        Ours.
+    """
+    trace = asked.run().trace
+    draw = torch.Generator().manual_seed(asked.seed)
+    maps = [torch.rand((len(trace.targets), *g.shape), generator=draw) for g in trace.grids]
+    return over_answer(trace, maps, "random")
+
+
+def centre(asked: Asked, sigma: float = 0.25) -> MLLMAttributionResult:
+    """A Gaussian at the centre of what the model saw, the same for every token.
+
+    Pictures show their objects near the centre, so that a map which knows nothing of the picture
+    scores well there.
+
+    Args:
+        asked: the question.
+        sigma: standard deviation, in sides of the frame, default 0.25.
+
+    Reference:
+        Ours; the centre bias of photographs is well known from saliency benchmarks.
+    """
+    sigma = check_number("sigma", sigma, "greater than 0", lambda s: 0 < s < float("inf"))
+    trace = asked.run().trace
+    maps = [
+        centre_map(g.rows, g.cols, sigma).expand(len(trace.targets), *g.shape) for g in trace.grids
+    ]
+    return over_answer(trace, maps, "centre")
+
+
+def centre_map(rows: int, cols: int, sigma: float) -> Float[Tensor, "rows cols"]:
+    """``exp(-(x^2 + y^2) / (2 sigma^2))`` at the cells' centres, the frame being 1 by 1.
+
+    Args:
+        rows: cells along the height.
+        cols: cells along the width.
+        sigma: standard deviation, in sides of the frame.
+
+    Reference:
+        Ours.
+
+    Example:
+        >>> [round(value, 3) for value in centre_map(1, 3, 0.25)[0].tolist()]
+        [0.411, 1.0, 0.411]
+    """
+    y = (torch.arange(rows) + 0.5) / rows - 0.5
+    x = (torch.arange(cols) + 0.5) / cols - 0.5
+    return (-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * sigma**2)).exp()
+
+
+def mask(asked: Asked, geometry: ImageGeometry | None = None) -> MLLMAttributionResult:
+    """The annotated masks themselves at the grid's resolution: the share of each cell they cover.
+
+    What it scores is how far a map of that grid can be right (no strict limit: cells fitted to one
+    metric could score a little more). Where the model saw a part of the picture only, so does the
+    map. Tokens without a mask have a map of zeros. Shares are not divided by their largest.
+
+    Args:
+        asked: the question, its ``masks`` among it.
+        geometry: the box of the picture that the model saw; needed without a processor.
+
+    Raises:
+        TypeError: masks of another kind.
+        ValueError: masks of tokens that are not there; nothing tells where the frame lies.
+
+    Reference:
+        Ours.
+    """
+    trace, masks = asked.run().trace, asked.masks
+    if not isinstance(masks, Mapping):
+        raise TypeError(
+            f"masks must map positions in the answer to masks, got {type(masks).__name__}."
+        )
+    count = len(trace.targets)
+    if wrong := [t for t in masks if not isinstance(t, int) or not 0 <= t < count]:
+        raise ValueError(f"masks must be of positions 0..{count - 1} in the answer, got {wrong}.")
+    maps = [torch.zeros(count, *grid.shape) for grid in trace.grids]
+    result = over_answer(trace, maps, "mask", peak=1.0)
+    for token, given in masks.items():
+        for i, own in enumerate(_per_image(given, len(maps), token)):
+            if own is not None:
+                box = result.geometry(i, (own.shape[0], own.shape[1]), geometry=geometry).box
+                maps[i][token] = mask_shares(own, box, (trace.grids[i].rows, trace.grids[i].cols))
+    return over_answer(trace, maps, "mask", peak=1.0)
+
+
+def mask_shares(
+    mask: Bool[Tensor, "height width"], box: Box, size: tuple[int, int]
+) -> Float[Tensor, "rows cols"]:
+    """Share of each cell that a mask of the picture covers, of the cell's part in the picture.
+
+    Args:
+        mask: bool, in pixels of the picture.
+        box: the part of the picture that the cells show, (left, upper, right, lower) in pixels.
+        size: (rows, cols) of the cells.
+
+    Returns:
+        (rows, cols) in [0, 1]; 0 for a cell outside the picture.
+
+    Reference:
+        Ours.
+
+    Example:
+        >>> own = torch.tensor([[True, False, False, False]])
+        >>> mask_shares(own, (0.0, 0.0, 4.0, 1.0), (1, 2)).tolist()
+        [[0.5, 0.0]]
+    """
+    where = box_on_grid(box, (mask.shape[0], mask.shape[1]))
+    return resample_cells(mask[None].double(), where, size)[0].float()
+
+
+def _per_image(given: Any, images: int, token: int) -> list[Tensor | None]:
+    """One bool mask, or None, for each image."""
+    own = list(given) if isinstance(given, tuple | list) else [given]
+    if len(own) != images:
+        raise ValueError(
+            f"masks[{token}] must hold one mask (or None) for each of {images} images, got "
+            f"{len(own)}."
+        )
+    found: list[Tensor | None] = []
+    for one in own:
+        tensor = None if one is None else torch.as_tensor(one)
+        if tensor is not None and (tensor.dtype != torch.bool or tensor.ndim != 2):
+            raise TypeError(
+                f"masks[{token}] must be bool (height, width) of the picture, got "
+                f"{tensor.dtype} {tuple(tensor.shape)}."
+            )
+        found.append(tensor)
+    return found
