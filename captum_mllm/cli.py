@@ -1,4 +1,4 @@
-"""The command line: ``captum-mllm explain``.
+"""The command line: ``captum-mllm explain`` and ``captum-mllm benchmark``.
 
 Everything that the package prints is printed here: progress on stderr, the table on stdout.
 Mistakes of the user end with one line on stderr that names the argument, and exit code 2.
@@ -13,6 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from captum_mllm import __version__
+from captum_mllm.cli_arguments import (
+    SHIPPED,
+    add_model,
+    positive,
+    printable,
+    say,
+    text,
+)
+from captum_mllm.cli_benchmark import add_benchmark
 from captum_mllm.cli_model import UsageError, load_model, prepare_inputs
 
 if TYPE_CHECKING:
@@ -22,9 +31,8 @@ if TYPE_CHECKING:
     from captum_mllm.result import MLLMAttributionResult
 
 METHODS = ("lens", "tam", "msea", "arc", "msea+arc")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+PRESET_NAMES = ("measured", "paper")
 DEMO_SCENE = 23  # three objects, among them a noun of two words; fixed before training
-SHIPPED = "the small model that comes with captum_mllm (it knows synthetic scenes only)"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except UsageError as error:
         line = " ".join(str(error).split())
-        print(_printable(f"captum-mllm {args.command}: error: {line}", sys.stderr), file=sys.stderr)
+        print(printable(f"captum-mllm {args.command}: error: {line}", sys.stderr), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("captum-mllm: interrupted, nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        say(f"interrupted, {stopped or 'nothing was written'}")
         return 130
     return 0
 
@@ -72,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.set_defaults(run=_explain)
     _add_inputs(explain)
     _add_method(explain)
+    add_benchmark(commands)
     return parser
 
 
@@ -87,22 +96,19 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--prompt",
-        type=_text,
+        type=text,
         metavar="TEXT",
         help="what to ask; the model's chat template is put around it",
     )
     add("--demo", action="store_true", help="a held-out scene of the shipped model; no --image")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write; made if missing")
-    add("--model", metavar="ID_OR_PATH", help=f"hub id or folder; default: {SHIPPED}")
     add(
         "--target",
-        type=_text,
+        type=text,
         metavar="TEXT",
         help="explain this answer instead of the model's own",
     )
-    add("--max-new-tokens", type=_positive_int, default=128, metavar="N", help="default: 128")
-    add("--dtype", choices=DTYPES, default="auto", help="default: auto, the checkpoint's own")
-    add("--device", metavar="NAME", help="e.g. cpu, cuda:1; default: cuda if there is one")
+    add_model(parser)
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
@@ -112,40 +118,24 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--scales",
         type=_scales,
         metavar="S,S,...",
-        help="sizes of the picture that msea looks at, e.g. 1,1.25,1.5 (its default)",
+        help="sizes of the picture that msea looks at, e.g. 1,1.5; default: the preset's",
     )
     add(
         "--layer", type=int, default=-1, metavar="N", help="LM layer to read; default: -1, the last"
     )
     add(
         "--alpha-max",
-        type=_positive,
+        type=positive,
         metavar="A",
-        help="bound of how strongly tam and arc subtract context; default: none",
+        help="bound of how strongly tam and arc subtract context; default: the preset's, tam none",
+    )
+    add(
+        "--preset",
+        choices=PRESET_NAMES,
+        help="options of msea and arc that are left out: measured (default; what did best on "
+        "validation scenes) or paper (the plain published idea)",
     )
     add("--save-result", action="store_true", help="also write result.safetensors")
-
-
-def _text(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty")
-    return text
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
 
 
 def _scales(text: str) -> tuple[float, ...]:
@@ -169,6 +159,8 @@ def _explain(args: argparse.Namespace) -> None:
         raise UsageError("arguments --image and --prompt are both needed (or --demo alone)")
     if args.scales and "msea" not in args.method:
         raise UsageError("argument --scales: only msea and msea+arc look at several scales")
+    if args.preset and args.method in ("lens", "tam"):
+        raise UsageError("argument --preset: only msea, arc and msea+arc have presets")
     if args.alpha_max is not None and args.method in ("lens", "msea"):
         raise UsageError("argument --alpha-max: only tam, arc and msea+arc subtract context")
     try:
@@ -180,12 +172,12 @@ def _explain(args: argparse.Namespace) -> None:
         pictures = [picture]
     else:
         pictures, prompt = [_picture(path) for path in args.image], args.prompt
-    _say(f"loading {args.model or SHIPPED} ...")
+    say(f"loading {args.model or SHIPPED} ...")
     model, processor, note = load_model(args.model, args.dtype, args.device)
     inputs, assumed = prepare_inputs(processor, pictures, prompt)
     notes = [line for line in (note, assumed) if line]
     for line in notes:
-        _say(line)
+        say(line)
     result = _attribute(args, model, processor, inputs)
     _write(args, result, pictures, prompt, [f"Model: {args.model or SHIPPED}.", *notes])
 
@@ -202,7 +194,7 @@ def _write(
     from captum_mllm.visualization.folder import filled_folder
 
     several = len(pictures) > 1
-    _say("drawing ...")
+    say("drawing ...")
     summaries = []
     try:
         with filled_folder(args.out) as folder:
@@ -217,16 +209,16 @@ def _write(
                 result.save(folder / "result.safetensors")
     except OSError as error:
         raise UsageError(f"argument --out: can't write there ({error})") from error
-    text = f"prompt: {prompt}\nanswer: {answer_text(result)}\n"
+    lines = f"prompt: {prompt}\nanswer: {answer_text(result)}\n"
     for n, summary in enumerate(summaries):
         title = f"image {n + 1}: {args.image[n]}\n" if several else ""
-        text += f"\n{title}{format_table(summary)}\n"
-    print(_printable(text, sys.stdout))
+        lines += f"\n{title}{format_table(summary)}\n"
+    print(printable(lines, sys.stdout))
     if any(summary.assumed for summary in summaries):
-        _say("assumed: the model saw the whole picture (the processor's crop is not known)")
+        say("assumed: the model saw the whole picture (the processor's crop is not known)")
     files = sum(path.is_file() for path in args.out.rglob("*"))
     pages = args.out / ("image-1" if several else "") / "index.html"
-    _say(f"wrote {pages} and {files - 1} files beside it")
+    say(f"wrote {pages} and {files - 1} files beside it")
 
 
 def _demo_scene() -> "tuple[Image, str]":
@@ -235,7 +227,7 @@ def _demo_scene() -> "tuple[Image, str]":
     from captum_mllm.reference.scenes import make_scene
 
     scene = make_scene(DEMO_SCENE, "test")
-    _say(f"demo: scene {DEMO_SCENE} of the test split, held out: {', '.join(scene.categories)}")
+    say(f"demo: scene {DEMO_SCENE} of the test split, held out: {', '.join(scene.categories)}")
     return render_pil(scene)[0], DEFAULT_QUESTION
 
 
@@ -251,7 +243,7 @@ def _picture(path: Path) -> "Image":
 def _attribute(
     args: argparse.Namespace, model: Any, processor: Any, inputs: Any
 ) -> "MLLMAttributionResult":
-    _say(f"explaining with {args.method} ...")
+    say(f"explaining with {args.method} ...")
     try:
         return _attributor(args, model, processor).attribute(
             inputs.to(model.device, model.dtype),
@@ -270,22 +262,17 @@ def _attributor(args: argparse.Namespace, model: Any, processor: Any) -> "TokenA
     from captum_mllm import ARC, MSEA, LogitLens, TokenActivationMap
 
     lens = LogitLens(model, processor, args.layer)
-    multi: dict[str, Any] = {} if args.scales is None else {"scales": args.scales}
+    multi: dict[str, Any] = {"preset": args.preset or "measured"}
+    arc: dict[str, Any] = {"preset": args.preset or "measured"}
+    if args.scales is not None:
+        multi["scales"] = args.scales
+    if args.alpha_max is not None:
+        arc["alpha_max"] = args.alpha_max
     found: dict[str, TokenAttribution] = {
         "lens": lens,
         "tam": TokenActivationMap(lens, alpha_max=args.alpha_max),
         "msea": MSEA(lens, **multi),
-        "arc": ARC(lens, alpha_max=args.alpha_max),
-        "msea+arc": ARC(MSEA(lens, **multi), alpha_max=args.alpha_max),
+        "arc": ARC(lens, **arc),
+        "msea+arc": ARC(MSEA(lens, **multi), **arc),
     }
     return found[args.method]
-
-
-def _say(text: str) -> None:
-    print(_printable(f"captum-mllm: {text}", sys.stderr), file=sys.stderr, flush=True)
-
-
-def _printable(text: str, stream: Any) -> str:
-    """Text that the stream's encoding can show; the rest as escapes."""
-    encoding = getattr(stream, "encoding", None) or "ascii"
-    return text.encode(encoding, "backslashreplace").decode(encoding)

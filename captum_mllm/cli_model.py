@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+PROMPT = "describe the picture."  # of a benchmark, where none is given
 
 # What stands for one picture before a prompt without chat template, by the processor's class; for
 # others it is the image token and a new line.

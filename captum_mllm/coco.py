@@ -179,6 +179,7 @@ class CocoDataset(Sequence[CocoSample]):
             self._add_captions(_File("captions", captions), file)
         self._check_files(file)
         self._ids = list(self._images)
+        self.files = (file.path,) if captions is None else (file.path, Path(captions))
 
     def _add_objects(self, file: _File) -> None:
         records = file.table("annotations", _OBJECT)

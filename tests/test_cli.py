@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +13,16 @@ from families import NAMES, PLACEHOLDER, family
 from PIL import Image
 from test_families_models import as_full_processor
 
-from captum_mllm import MLLMAttributionResult, cli, cli_model
+from captum_mllm import ARC, MSEA, MLLMAttributionResult, cli, cli_model
 from captum_mllm.adapters import registered_classes
 from captum_mllm.visualization.pictures import open_picture
 
 MADE_BY = {  # method: name and number of scales in its result
     "lens": ("LogitLens", 1),
     "tam": ("TokenActivationMap(LogitLens)", 1),
-    "msea": ("MSEA(LogitLens)", 3),
+    "msea": ("MSEA(LogitLens)", 2),
     "arc": ("ARC(LogitLens)", 1),
-    "msea+arc": ("ARC(MSEA(LogitLens))", 3),
+    "msea+arc": ("ARC(MSEA(LogitLens))", 2),
 }
 
 
@@ -222,7 +223,7 @@ def test_ascii_terminal_gets_escapes():
     class Stream:
         encoding = "ascii"
 
-    assert cli._printable("café 狗", Stream()) == r"caf\xe9 \u72d7"
+    assert cli.printable("café 狗", Stream()) == r"caf\xe9 \u72d7"
 
 
 def test_pictures_are_opened_as_they_are_seen(tmp_path):
@@ -262,11 +263,28 @@ def test_help_needs_no_model():
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "method"), [("--scales", "1,2", "arc"), ("--alpha-max", "1", "msea")]
+    ("flag", "value", "method"),
+    [("--scales", "1,2", "arc"), ("--alpha-max", "1", "msea"), ("--preset", "paper", "tam")],
 )
 def test_flags_that_a_method_ignores_are_refused(flag, value, method, base, capsys):
     assert run({**base, "--method": method, flag: value}) == 2
     assert f"argument {flag}: only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["measured", "paper"])
+def test_preset_reaches_both_methods(base, tmp_path, preset):
+    """Also that no option which was left out overrides it."""
+    text = "a dog on the left"
+    flags = {**base, "--target": text, "--method": "msea+arc", "--preset": preset}
+    assert run(flags, "--save-result") == 0
+    result = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
+    model, processor, _ = cli_model.load_model(base["--model"], "auto", "cpu")
+    picture = open_picture(Path(base["--image"]))
+    inputs, _ = cli_model.prepare_inputs(processor, [picture], base["--prompt"])
+    msea = MSEA(model, processor, preset=preset)
+    expected = ARC(msea, preset=preset).attribute(inputs, text)
+    assert result.scales == expected.scales
+    assert torch.equal(result.grid_attr[0], expected.grid_attr[0])
 
 
 def test_alpha_max_reaches_the_method(base, tmp_path):

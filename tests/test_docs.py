@@ -70,3 +70,11 @@ def test_readme_table_of_sets_is_the_recorded_one():
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_nothing_is_left_to_fill_in(name):
     assert not re.findall(r"[A-Z]+_PLACE|TODO|FIXME|XXX", (ROOT / name).read_text())
+
+
+def test_readme_table_of_results_is_made_of_the_record():
+    from captum_mllm.studies.quality import RECORDS
+    from captum_mllm.studies.quality_table import readme_table
+
+    record = json.loads((RECORDS / "quality.json").read_text())
+    assert readme_table(record) in (ROOT / "README.md").read_text()

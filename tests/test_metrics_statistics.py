@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from captum_mllm.metrics import paired_bootstrap
+from captum_mllm.metrics import f1_iou, paired_bootstrap, paired_bootstrap_f1
 
 NAN = math.nan
 
@@ -159,3 +159,78 @@ def test_bootstrap_of_one_scene_has_no_width():
 def test_bootstrap_errors_name_the_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         paired_bootstrap(**arguments, seed=0)
+
+
+def slow_f1(scenes):
+    """F1-IoU of scenes of (obj values, func values), pooled; None without one of the two."""
+    pooled = [[x for scene in scenes for x in scene[part] if not math.isnan(x)] for part in (0, 1)]
+    if not all(pooled):
+        return None
+    return f1_iou(*(math.fsum(values) / len(values) for values in pooled))
+
+
+def slow_bootstrap_f1(a, b, *, n_resamples, seed, level):
+    """Draw scenes, pool both kinds of values of both methods, take the harmonic means."""
+    scenes = []
+    for obj, func, other_obj, other_func in zip(*a, *(b or a), strict=True):
+        pairs = [
+            [(x, y) for x, y in zip(own, other, strict=True) if not math.isnan(x + y)]
+            for own, other in ((obj, other_obj), (func, other_func))
+        ]
+        first, second = ([[pair[k] for pair in part] for part in pairs] for k in (0, 1))
+        if any(pairs):
+            scenes.append((first, second))
+
+    def gap(drawn):
+        own, other = (slow_f1([scene[k] for scene in drawn]) for k in (0, 1))
+        return None if own is None else own - other if b else own
+
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(n_resamples):
+        drawn = gap([scenes[i] for i in rng.integers(len(scenes), size=len(scenes))])
+        found += [] if drawn is None else [drawn]
+    tail = (1 - level) / 2
+    return gap(scenes), *np.quantile(found, [tail, 1 - tail])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("scenes", [2, 11])
+def test_bootstrap_of_f1_equals_twin(seed, scenes):
+    settings = {"n_resamples": 100, "seed": seed, "level": 0.9}
+    rng = np.random.default_rng(seed)
+
+    def method():
+        parts = [rng.random((scenes, values)) for values in (3, 5)]
+        for values in parts:
+            values[rng.random(values.shape) < 0.4] = NAN
+            values[0, 0] = 0.5
+        return tuple(parts)
+
+    a, b = method(), method()
+    a[0][-1], a[1][-1] = NAN, NAN  # a scene without any value
+    lists = [[part.tolist() for part in pair] for pair in (a, b)]
+    np.testing.assert_allclose(
+        paired_bootstrap_f1(a, **settings), slow_bootstrap_f1(lists[0], None, **settings)
+    )
+    np.testing.assert_allclose(
+        paired_bootstrap_f1(a, b, **settings), slow_bootstrap_f1(*lists, **settings)
+    )
+
+
+def test_bootstrap_of_f1_by_hand_and_at_its_edges():
+    # Obj .5 and 0 in two scenes, Func 1 and 1: F1 of the draws 00 01 10 11 is 2/3, .4, .4, 0.
+    found = paired_bootstrap_f1(([0.5, 0.0], [1.0, 1.0]), seed=0)
+    np.testing.assert_allclose(found, (0.4, 0.0, 2 / 3))
+    assert paired_bootstrap_f1(([0.0], [0.0]), seed=0) == (0.0, 0.0, 0.0)
+    for pair in (([NAN], [1.0]), ([0.5], [NAN]), ([], [])):
+        assert all(math.isnan(x) for x in paired_bootstrap_f1(pair, seed=0))
+    apart = ([[0.5], [NAN]], [[NAN], [0.5]])  # the one resample draws one scene twice
+    found = paired_bootstrap_f1(apart, seed=3, n_resamples=1)
+    assert found.mean == 0.5
+    drawn = np.random.default_rng(3).integers(2, size=2)
+    assert math.isnan(found.low) == (drawn[0] == drawn[1])
+    with pytest.raises(ValueError, match="same scenes, got 2 and 1"):
+        paired_bootstrap_f1(([0.1, 0.2], [0.1]), seed=0)
+    with pytest.raises(ValueError, match=r"a's Func-IoU and b's Func-IoU must have the same shape"):
+        paired_bootstrap_f1(([0.1], [0.1]), ([0.1], [[0.1, 0.2]]), seed=0)

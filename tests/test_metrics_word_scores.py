@@ -9,7 +9,16 @@ import torch
 from captum_mllm import LogitLens, TokenActivationMap
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGeometry, ImageGrid, Preprocessing
-from captum_mllm.metrics import CategoryTable, obj_iou, score_words, word_obj_iou
+from captum_mllm.metrics import (
+    MASK_METRICS,
+    CategoryTable,
+    average_precision,
+    obj_iou,
+    precision_recall,
+    score_words,
+    word_obj_iou,
+    word_scores_of,
+)
 from captum_mllm.result import MLLMAttributionResult
 
 
@@ -154,3 +163,46 @@ def test_user_tables_and_two_word_names(shipped):
     assert sorted(found.mentions) == sorted(scene.categories)
     assert found.obj.min() > 0.1
     assert found.func.mean() > 0.5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_further_metrics_of_words(seed):
+    """Each metric's best token; precision and recall of the token with the best Obj-IoU."""
+    rng = np.random.default_rng(seed)
+    maps, masks = rng.random((6, 5, 6)), {"a": rng.random((5, 6)) < 0.4, "c": np.zeros((5, 6))}
+    words, labels = [[0, 1, 2], [3], [4], [5]], ["a", None, "b", "c"]
+    found = word_scores_of(maps, words, labels, masks, list(MASK_METRICS))
+    assert found.keys() == MASK_METRICS.keys()
+    best = max(range(3), key=lambda t: obj_iou(maps[t], masks["a"]))
+    for name, values in found.items():
+        assert values.shape == (2,)  # "b" has no mask
+        assert np.isnan(values[1])  # that of "c" is empty
+        each = [MASK_METRICS[name](maps[t], masks["a"]) for t in range(3)]
+        assert values[0] == (each[best] if name in ("precision", "recall") else max(each))
+    ap = [average_precision(maps[t], masks["a"]) for t in range(3)]
+    assert found["average_precision"][0] == max(ap)
+    both = precision_recall(maps[best], masks["a"])
+    assert (found["precision"][0], found["recall"][0]) == both
+    with pytest.raises(ValueError, match=r"metrics: \['iou'\] are unknown; there are obj_iou"):
+        word_scores_of(maps, words, labels, masks, ["iou"])
+
+
+def test_an_answer_with_further_metrics(shipped):
+    from captum_mllm.reference import make_scene, render_pil
+
+    model, processor = shipped
+    scene = make_scene(1)
+    picture, own = render_pil(scene, 96)
+    masks = {name: own[n] for n, name in enumerate(scene.categories)}
+    text = "USER: <image>\nwhat ? ASSISTANT:"
+    inputs = processor(images=picture, text=text, return_tensors="pt")
+    target = f"there is a {scene.categories[0]}"
+    result = TokenActivationMap(model, processor).attribute(inputs, target=target)
+    table = CategoryTable.of(scene.categories)
+    found = score_words(result, masks, table=table, metrics=("auc", "obj_iou"))
+    assert found.more["obj_iou"].tolist() == found.obj.tolist()
+    pixels = result.to_image(0, (96, 96))
+    tokens = range(3, len(result.output_tokens))
+    expected = max(MASK_METRICS["auc"](pixels[t], masks[scene.categories[0]]) for t in tokens)
+    assert found.more["auc"].tolist() == [expected]
+    assert score_words(result, masks, table=table).more == {}

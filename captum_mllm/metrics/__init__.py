@@ -43,13 +43,20 @@ from captum_mllm.metrics.localization import (
     pointing_game,
     precision_recall,
 )
-from captum_mllm.metrics.statistics import Interval, paired_bootstrap
-from captum_mllm.metrics.word_scores import WordScores, score_words, word_obj_iou
+from captum_mllm.metrics.statistics import Interval, paired_bootstrap, paired_bootstrap_f1
+from captum_mllm.metrics.word_scores import (
+    MASK_METRICS,
+    WordScores,
+    score_words,
+    word_obj_iou,
+    word_scores_of,
+)
 
 __all__ = [
     "COCO_NAMES",
     "COCO_SYNONYMS",
     "FUNCTION_WORDS",
+    "MASK_METRICS",
     "CategoryTable",
     "Faithfulness",
     "HallucinationScores",
@@ -75,10 +82,12 @@ __all__ = [
     "oracle_iou",
     "otsu_threshold",
     "paired_bootstrap",
+    "paired_bootstrap_f1",
     "plural",
     "pointing_game",
     "precision_recall",
     "rank_of",
     "score_words",
     "word_obj_iou",
+    "word_scores_of",
 ]

@@ -74,8 +74,10 @@ def noun_threshold(
     """
     if any(not tokens for tokens in nouns):
         raise ValueError("nouns must name at least one token each, got an empty one; leave it out.")
-    pixels = upsample(torch.from_numpy(as_maps(map)), size)
-    largest = [max(float(otsu_threshold(pixels[t])) for t in tokens) for tokens in nouns]
+    maps = torch.from_numpy(as_maps(map))  # brought to pixels one by one, as pictures can be large
+    largest = [
+        max(float(otsu_threshold(upsample(maps[[t]], size)[0])) for t in tokens) for tokens in nouns
+    ]
     return float(np.mean(largest)) if largest else float("nan")
 
 

@@ -1,7 +1,7 @@
 """Obj-IoU and Func-IoU of an answer: its words, the categories they name, their masks."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -13,7 +13,15 @@ from captum_mllm.geometry import ImageGeometry, maps_to_picture
 from captum_mllm.metrics._arrays import Maps, Masks, as_maps, as_masks
 from captum_mllm.metrics.categories import CategoryTable, match_categories
 from captum_mllm.metrics.function_words import func_iou, is_function_word
-from captum_mllm.metrics.localization import obj_iou
+from captum_mllm.metrics.localization import (
+    auc,
+    average_precision,
+    energy_in_mask,
+    obj_iou,
+    oracle_iou,
+    pointing_game,
+    precision_recall,
+)
 from captum_mllm.result import UNIT, MLLMAttributionResult
 from captum_mllm.words import Word, group_words, marks_spaces
 
@@ -27,12 +35,27 @@ class WordScores:
         mentions: the category of each.
         func: (function words,): Func-IoU of each; NaN where the answer names no category.
         function_words: those words.
+        more: per further metric that was asked for, (mentions,): its value of each mention.
     """
 
     obj: Float64[np.ndarray, " mentions"]
     mentions: tuple[str, ...]
     func: Float64[np.ndarray, " words"]
     function_words: tuple[str, ...]
+    more: Mapping[str, Float64[np.ndarray, " mentions"]] = field(default_factory=dict)
+
+
+# What :func:`word_scores_of` can measure of a word's tokens: (tokens,) from maps and one mask.
+MASK_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
+    "obj_iou": obj_iou,
+    "average_precision": average_precision,
+    "auc": auc,
+    "oracle_iou": oracle_iou,
+    "pointing_game": pointing_game,
+    "energy_in_mask": energy_in_mask,
+    "precision": lambda maps, masks: precision_recall(maps, masks)[0],
+    "recall": lambda maps, masks: precision_recall(maps, masks)[1],
+}
 
 
 def word_obj_iou(
@@ -73,15 +96,79 @@ def word_obj_iou(
         >>> word_obj_iou(maps, [[0], [1, 2]], ["hot dog", "hot dog"], masks).tolist()
         [1.0]
     """
-    values = []
-    for label, tokens in _mentions(words, labels):
-        if label in masks:
-            truth = as_masks(masks[label], f"masks[{label!r}]")
-            pixels = as_maps(map)[tokens]
-            values.append(
-                np.max(obj_iou(pixels, np.broadcast_to(truth, (len(tokens), *truth.shape))))
-            )
-    return np.array(values, dtype=np.float64)
+    return word_scores_of(map, words, labels, masks, ("obj_iou",))["obj_iou"]
+
+
+def word_scores_of(
+    map: Maps,
+    words: Sequence[Sequence[int]],
+    labels: Sequence[str | None],
+    masks: Mapping[str, Masks],
+    metrics: Sequence[str],
+) -> dict[str, Float64[np.ndarray, " mentions"]]:
+    """Any metrics of maps and masks, of the words of an answer that name annotated objects.
+
+    Words, mentions and masks are those of :func:`word_obj_iou`. Of a mention's tokens the best
+    counts, for each metric on its own; precision and recall belong together, so both are those of
+    the token with the best Obj-IoU.
+
+    Args:
+        map: see :func:`word_obj_iou`.
+        words: likewise.
+        labels: likewise.
+        masks: likewise.
+        metrics: names of :data:`MASK_METRICS`.
+
+    Returns:
+        Per metric its value per mention, in order; NaN where the mask is empty (or, for "auc",
+        full).
+
+    Raises:
+        ValueError: an unknown metric, or see :func:`word_obj_iou`.
+        ImportError: scikit-image or scikit-learn is not installed.
+
+    Reference:
+        The best token, and precision and recall at it, are TAM's; for the other metrics ours.
+
+    Example:
+        >>> import numpy as np
+        >>> maps = np.array([[[0.0, 0.9]], [[0.9, 0.9]]])
+        >>> found = word_scores_of(maps, [[0, 1]], ["dog"], {"dog": np.array([[0, 1]])},
+        ...     ["precision", "recall", "auc"])
+        >>> {name: values.tolist() for name, values in found.items()}
+        {'precision': [1.0], 'recall': [1.0], 'auc': [1.0]}
+    """
+    mentions = _mentions(words, labels)
+    return _scores_of(lambda tokens: map[tokens], mentions, masks, _known(metrics))
+
+
+def _known(metrics: Sequence[str]) -> Sequence[str]:
+    unknown = sorted(set(metrics) - set(MASK_METRICS))
+    if unknown:
+        raise ValueError(f"metrics: {unknown} are unknown; there are {', '.join(MASK_METRICS)}.")
+    return metrics
+
+
+def _scores_of(
+    pixels_of: Callable[[list[int]], Maps],
+    mentions: Sequence[tuple[str, list[int]]],
+    masks: Mapping[str, Masks],
+    metrics: Sequence[str],
+) -> dict[str, Float64[np.ndarray, " mentions"]]:
+    """See :func:`word_scores_of`; maps are made one mention at a time, as pictures can be large."""
+    values: dict[str, list[float]] = {name: [] for name in metrics}
+    paired = [name for name in metrics if name in ("precision", "recall")]
+    for label, tokens in mentions:
+        if label not in masks:
+            continue
+        truth = as_masks(masks[label], f"masks[{label!r}]")
+        pixels = as_maps(pixels_of(tokens))
+        truths = np.broadcast_to(truth, (len(tokens), *truth.shape))
+        best = int(np.argmax(obj_iou(pixels, truths))) if paired else 0
+        for name, own in values.items():
+            found = np.asarray(MASK_METRICS[name](pixels, truths))
+            own.append(float(found[best] if name in paired else found.max()))
+    return {name: np.array(own, dtype=np.float64) for name, own in values.items()}
 
 
 def _mentions(
@@ -111,6 +198,7 @@ def score_words(
     image: int = 0,
     geometry: ImageGeometry | None = None,
     processor: Any = None,
+    metrics: Sequence[str] = (),
 ) -> WordScores:
     r"""Obj-IoU and Func-IoU of one answer about one annotated picture.
 
@@ -128,6 +216,7 @@ def score_words(
         image: which image the masks are of, default the first.
         geometry: the box of the picture that the model saw; see ``result.to_image``.
         processor: tells that box where the result doesn't know it.
+        metrics: further metrics of the mentions, names of :data:`MASK_METRICS`; default none.
 
     Returns:
         :class:`WordScores`. The mean over all values of all images is the metric; their harmonic
@@ -169,16 +258,18 @@ def score_words(
         raise ValueError("result's image is a video, which has no mask of one picture.")
     words = group_words(result.output_tokens, spaced=marks_spaces(result.input_tokens))
     labels = match_categories([word.text for word in words], table, parity=parity)
-    if parity:
-        pixels = upsample(maps, size)
-    else:
-        box = result.geometry(image, size, geometry=geometry, processor=processor)
-        pixels = maps_to_picture(maps, box, size)
+    box = None if parity else result.geometry(image, size, geometry=geometry, processor=processor)
+
+    def pixels_of(rows: list[int]) -> Maps:
+        own = maps[rows]
+        return upsample(own, size) if box is None else maps_to_picture(own, box, size)
+
     tokens = [word.tokens for word in words]
     mentions = _mentions(tokens, labels)
     dark: list[Word] = [word for word in words if is_function_word(word.text)]
+    found = _scores_of(pixels_of, mentions, masks, _known(["obj_iou", *metrics]))
     return WordScores(
-        obj=word_obj_iou(pixels, tokens, labels, masks),
+        obj=found["obj_iou"],
         mentions=tuple(label for label, _ in mentions if label in masks),
         func=func_iou(
             maps,
@@ -187,6 +278,7 @@ def score_words(
             size=size,
         ),
         function_words=tuple(word.text for word in dark),
+        more={name: found[name] for name in metrics},
     )
 
 

@@ -1,0 +1,10 @@
+"""Score methods on annotated pictures: any model, any method, any metric, in runs that go on.
+
+``run_benchmark(model, processor, data, out, settings)`` explains one answer per picture with every
+method, scores the maps and writes each result before the next is begun.
+"""
+
+from captum_mllm.benchmark.run import Benchmark, run_benchmark
+from captum_mllm.benchmark.settings import METRICS, Settings
+
+__all__ = ["METRICS", "Benchmark", "Settings", "run_benchmark"]

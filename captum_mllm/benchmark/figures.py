@@ -1,0 +1,155 @@
+"""From the lines of a run to its figures: means over all values, with paired intervals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from captum_mllm.benchmark.log import Key
+from captum_mllm.benchmark.settings import LOWER_IS_BETTER, Settings
+from captum_mllm.metrics import Interval, paired_bootstrap, paired_bootstrap_f1
+
+Records = Mapping[Key, Mapping[str, Any]]
+
+
+def figures(records: Records, pictures: int, settings: Settings) -> dict[str, Any]:
+    """Means with 95 % intervals, and differences to the method of reference.
+
+    A mean is over all values of all pictures (words, or tokens), as TAM's are: a picture with more
+    words weighs more. Intervals come from resampled pictures, for which the means are computed
+    anew. A method's mean is over the pictures that it did; a difference is over the values that
+    both methods have.
+
+    Args:
+        records: the lines of the run, by picture and method.
+        pictures: how many pictures count, from the first.
+        settings: the run's.
+
+    Returns:
+        Per method: "pictures" done, "failed", mean "seconds" per picture, "metrics" (per metric
+        "mean", "low", "high", "values": how many) and, unless it is the reference, "difference"
+        (the same, minus the reference).
+
+    Reference:
+        TAM's global means; the intervals: :func:`captum_mllm.metrics.paired_bootstrap`.
+    """
+    lines = {
+        method: [records.get((n, method), {}) for n in range(pictures)]
+        for method in settings.methods
+    }
+    found: dict[str, Any] = {}
+    for method, own in lines.items():
+        done = [line for line in own if "values" in line]
+        found[method] = {
+            "pictures": len(done),
+            "failed": sum("error" in line for line in own),
+            "seconds": float(np.mean([line["seconds"] for line in done])) if done else None,
+            "metrics": {name: _entry(own, None, name, settings) for name in settings.metrics},
+        }
+        if method != settings.reference:
+            against = lines[settings.reference]
+            found[method]["difference"] = {
+                name: _entry(own, against, name, settings) for name in settings.metrics
+            }
+    return found
+
+
+def _entry(
+    lines: Sequence[Mapping[str, Any]],
+    against: Sequence[Mapping[str, Any]] | None,
+    metric: str,
+    settings: Settings,
+) -> dict[str, Any]:
+    seed = settings.bootstrap_seed
+    names = ("obj_iou", "func_iou") if metric == "f1_iou" else (metric,)
+    tables = [table_of_values(lines, against, name) for name in names]
+    count = sum(int((~np.isnan(own + other)).sum()) for own, other in tables)
+    if metric == "f1_iou":
+        (obj, other_obj), (func, other_func) = tables
+        b = None if against is None else (other_obj, other_func)
+        interval: Interval = paired_bootstrap_f1((obj, func), b, seed=seed)
+    else:
+        a, b = tables[0]
+        interval = paired_bootstrap(a, None if against is None else b, seed=seed)
+    return {**interval._asdict(), "values": count}
+
+
+def table_of_values(
+    lines: Sequence[Mapping[str, Any]],
+    against: Sequence[Mapping[str, Any]] | None,
+    metric: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One metric's values of two methods, (pictures, values) each, padded with NaN.
+
+    Args:
+        lines: a method's lines, one per picture; a picture without values has none.
+        against: another method's, or None for the same again.
+        metric: whose values.
+
+    Example:
+        >>> lines = [{"values": {"auc": [0.5, None]}}, {}]
+        >>> table_of_values(lines, None, "auc")[0].tolist()
+        [[0.5, nan], [nan, nan]]
+    """
+    rows = [
+        [line.get("values", {}).get(metric, []) for line in of] for of in (lines, against or lines)
+    ]
+    width = max((len(row) for own in rows for row in own), default=0)
+    full = np.full((2, len(lines), width), np.nan)
+    for which, own in enumerate(rows):
+        for n, row in enumerate(own):
+            full[which, n, : len(row)] = [np.nan if value is None else value for value in row]
+    return full[0], full[1]
+
+
+def failures(records: Records, pictures: int, settings: Settings) -> dict[str, int]:
+    """How often a sample failed for which reason, the commonest first.
+
+    Args:
+        records: the lines of the run, by picture and method.
+        pictures: how many pictures count.
+        settings: the run's.
+    """
+    lines = (records.get((n, m), {}) for n in range(pictures) for m in settings.methods)
+    errors = (line["error"] for line in lines if "error" in line)
+    return dict(Counter(f"{error['type']}: {error['text']}" for error in errors).most_common())
+
+
+def markdown(found: Mapping[str, Any], settings: Settings, about: Sequence[str]) -> str:
+    """The figures as Markdown: a table of means and, of several methods, one of differences.
+
+    Args:
+        found: what :func:`figures` gives.
+        settings: the run's.
+        about: sentences above the tables.
+    """
+    arrows = {name: "lower" if name in LOWER_IS_BETTER else "higher" for name in settings.metrics}
+    heads = [f"{name} ({arrows[name]} is better)" for name in settings.metrics]
+    lines = [*about, "", *_head(["method", *heads, "pictures", "failed", "s per picture"])]
+    for method, own in found.items():
+        cells = [_cell(own["metrics"][name], "") for name in settings.metrics]
+        seconds = "-" if own["seconds"] is None else f"{own['seconds']:.2f}"
+        row = [method, *cells, str(own["pictures"]), str(own["failed"]), seconds]
+        lines.append(f"| {' | '.join(row)} |")
+    others = {method: own for method, own in found.items() if "difference" in own}
+    if others:
+        lines += ["", f"Minus {settings.reference}, where both have a value:", ""]
+        lines += _head(["method", *settings.metrics])
+        for method, own in others.items():
+            cells = [_cell(own["difference"][name], "+") for name in settings.metrics]
+            lines.append(f"| {' | '.join([method, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * len(names))} |"]
+
+
+def _cell(entry: Mapping[str, Any], sign: str) -> str:
+    if np.isnan(entry["mean"]):
+        return "-"
+    mean, low, high = (f"{entry[name]:{sign}.3f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
