@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from captum import attr
+from published import ARC, MSEA
 
-from captum_mllm import ARC, MSEA, LogitLens, TokenLogProb
+from captum_mllm import LogitLens, TokenLogProb
 from captum_mllm.functional import grid_mask
 from captum_mllm.reference import load, make_scene, render_pil
 from captum_mllm.studies.prompts import default_inputs

@@ -14,8 +14,9 @@ import accelerate
 import families
 import torch
 import transformers
+from published import ARC, MSEA
 
-from captum_mllm import ARC, MSEA, LogitLens
+from captum_mllm import LogitLens
 
 
 def numbers(result):

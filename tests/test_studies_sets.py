@@ -19,7 +19,7 @@ from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import Scene, SceneObject
 from captum_mllm.reference.sets import make_example
 from captum_mllm.studies import seeds, sets, sets_table
-from captum_mllm.studies.prompts import answer_ids, conversation_inputs, script_columns
+from captum_mllm.studies.prompts import answer_ids, conversation_inputs, script_columns, whole_nouns
 
 
 def traced(shipped, example):
@@ -125,7 +125,7 @@ def test_whole_nouns_joins_names_of_two_words_only():
         (Word("dog", "noun", 1), [4]),
         (Word("cat", "noun", 2), [5]),
     ]
-    assert [tokens for _, tokens in sets._whole_nouns(talk)] == [[0, 1, 2], [4], [5]]
+    assert [tokens for _, tokens in whole_nouns(talk)] == [[0, 1, 2], [4], [5]]
 
 
 def test_upper_bound_is_the_share_of_every_cell():

@@ -202,7 +202,8 @@ def train(model, family: Family, data: Iterator[Batch], args: argparse.Namespace
     """
     device = next(model.parameters()).device
     pick = random.Random(args.seed)
-    layouts = family.tiny_layouts if args.config == "tiny" else family.layouts
+    few = args.config == "tiny" or args.one_size
+    layouts = family.tiny_layouts if few else family.layouts
     done: dict = {}
     stages = (("vision", args.vision_steps, 0.27, 1.0), ("answers", args.steps, 0.73, SLOW))
     for stage, steps, share, slow in stages:
@@ -281,6 +282,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-batch", type=int, default=50, help="scenes at a time")
     parser.add_argument("--eval-split", choices=("test", "validation"), default="test")
     parser.add_argument("--eval-ways", nargs="+", help="default: all of the family's")
+    parser.add_argument(
+        "--one-size", action="store_true", help="train on pictures of the native size alone"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--tiny", action="store_true", help="a run of seconds, to see that it works"

@@ -8,7 +8,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captum_mllm import ARC, MSEA, LogitLens, TokenActivationMap
-from captum_mllm.attr.base import raw_result
-from captum_mllm.functional import joint_min_max, rank_gaussian_filter, upsample
+from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivationMap
+from captum_mllm.functional import upsample
 from captum_mllm.metrics import average_precision, obj_iou, paired_bootstrap
 from captum_mllm.reference.models import load, model_path
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import make_scene
 from captum_mllm.result import MLLMAttributionResult
+from captum_mllm.storage import no_nan
 from captum_mllm.studies.prompts import answer_words, default_inputs
 from captum_mllm.trace import TokenTrace
 
@@ -54,9 +54,9 @@ def methods(model: Any) -> list[Method]:
     """
     rows = []
     for suffix, filtered in (("", False), (" + filter", True)):
-        plain = normalised(filtered)
+        plain = JointNormalization(model, rank_filter=filtered).read
         tam = TokenActivationMap(model, rank_filter=filtered).read
-        arc = ARC(model, rank_filter=filtered).read
+        arc = ARC(model, preset="paper", rank_filter=filtered).read
         rows += [
             Method(f"LogitLens{suffix}", False, plain),
             Method("TAM" if filtered else "TAM without filter", False, tam),
@@ -64,35 +64,12 @@ def methods(model: Any) -> list[Method]:
             Method(f"ARC{suffix}", False, arc),
             Method(f"MSEA+ARC{suffix}", True, arc),
         ]
-    bounded = ARC(model, alpha_max=1.0).read
+    bounded = ARC(model, preset="paper", alpha_max=1.0).read
     return [
         *rows,
         Method("ARC, alpha <= 1", False, bounded),
         Method("MSEA+ARC, alpha <= 1", True, bounded),
     ]
-
-
-def normalised(filtered: bool) -> Reader:
-    """Raw maps, normalised jointly with the text as TAM's are, so that thresholds compare.
-
-    Args:
-        filtered: whether TAM's rank Gaussian filter follows.
-
-    Returns:
-        Reads a trace as a result with maps in [0, 1].
-    """
-
-    def read(trace: TokenTrace) -> MLLMAttributionResult:
-        result = raw_result(trace, "LogitLens")
-        unit, _ = joint_min_max(
-            TokenTrace.pack_cells(result.grid_attr), result.token_attr, trace.is_earlier
-        )
-        maps = trace.unpack_cells(unit)
-        if filtered:
-            maps = tuple(rank_gaussian_filter(grid) for grid in maps)
-        return replace(result, grid_attr=maps)
-
-    return read
 
 
 def compare(
@@ -112,7 +89,7 @@ def compare(
         where the answer names none of its objects.
     """
     model, processor = load(folder=folder)
-    lens, msea = LogitLens(model, processor), MSEA(model, processor)
+    lens, msea = LogitLens(model, processor), MSEA(model, processor, preset="paper")
     rows = methods(model)
     values: dict[str, dict[str, list[float]]] = {
         row.name: {"obj_iou": [], "average_precision": []} for row in rows
@@ -179,15 +156,6 @@ def table(measured: Mapping[str, Any], seed: int) -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def no_nan(values: Any) -> Any:
-    """JSON knows no NaN: null stands for a scene without a value."""
-    if isinstance(values, dict):
-        return {name: no_nan(value) for name, value in values.items()}
-    if isinstance(values, list):
-        return [None if value != value else value for value in values]
-    return values
 
 
 def main() -> None:

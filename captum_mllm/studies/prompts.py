@@ -107,3 +107,27 @@ def script_columns(
         pairs.append((wanted, words[at].tokens))
         at += 1
     return pairs
+
+
+Placed = tuple[ScriptWord, list[int]]  # an annotated word and its tokens
+
+
+def whole_nouns(words: Sequence[Placed]) -> list[Placed]:
+    """Nouns of a script, those of two words ("hot dog") as one.
+
+    Args:
+        words: annotated words and their tokens, in order.
+
+    Returns:
+        Pairs of the noun's first word and all its tokens.
+    """
+    out: list[Placed] = []
+    last = None
+    for word, tokens in words:
+        if word.role == "noun":
+            if last is not None and last.role == "noun" and last.obj == word.obj:
+                out[-1] = (out[-1][0], out[-1][1] + tokens)
+            else:
+                out.append((word, list(tokens)))
+        last = word
+    return out

@@ -6,7 +6,7 @@ Usage: ``python -m captum_mllm.studies.readme_picture [--scene 23] [--out FILE]`
 import argparse
 from pathlib import Path
 
-from captum_mllm import MSEA
+from captum_mllm import ARC, MSEA
 from captum_mllm.reference.models import load
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import make_scene
@@ -28,7 +28,8 @@ def draw(number: int, path: Path) -> None:
 
     model, processor = load()
     picture, _ = render_pil(make_scene(number), 224)
-    result = MSEA(model, processor).attribute(default_inputs(processor, picture))
+    inputs = default_inputs(processor, picture)
+    result = ARC(MSEA(model, processor)).attribute(inputs)
     words = [word for word in group_words(result.output_tokens) if word.content]
     seen = {word.text: word for word in reversed(words)}  # each at its first mention
     chosen = sorted(seen.values(), key=lambda word: word.tokens)

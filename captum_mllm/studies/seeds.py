@@ -17,7 +17,8 @@ from typing import Any
 from captum_mllm.metrics import paired_bootstrap
 from captum_mllm.reference.evaluate_model import evaluate
 from captum_mllm.reference.models import model_path, sha256
-from captum_mllm.studies.compare import compare, no_nan
+from captum_mllm.storage import no_nan
+from captum_mllm.studies.compare import compare
 
 SEED, BASE = 0, "LogitLens"
 METRICS = {"average_precision": "AP", "obj_iou": "Obj-IoU"}
@@ -129,7 +130,7 @@ def known(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _with_nan(run: dict[str, Any]) -> dict[str, Any]:
-    """Undo :func:`captum_mllm.studies.compare.no_nan`."""
+    """Undo :func:`captum_mllm.storage.no_nan`."""
     for scores in run["methods"].values():
         for name, values in scores.items():
             scores[name] = [float("nan") if value is None else value for value in values]

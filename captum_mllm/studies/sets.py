@@ -11,7 +11,7 @@ model would say itself. How far the model reads a set stands beside them.
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import transformers
 from tqdm import tqdm
 
 from captum_mllm import LogitLens
+from captum_mllm.attr.joint_normalization import unit_result
 from captum_mllm.functional import context_weights, eci_subtract, upsample
 from captum_mllm.metrics import average_precision, func_iou, is_function_word, obj_iou
 from captum_mllm.reference.captions import named_objects
@@ -29,8 +30,12 @@ from captum_mllm.reference.evaluate_model import answers
 from captum_mllm.reference.models import MODELS, family_of, load, model_path, sha256
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import SETS, Example, make_example
-from captum_mllm.studies.compare import normalised
-from captum_mllm.studies.prompts import answer_ids, conversation_inputs, script_columns
+from captum_mllm.studies.prompts import (
+    answer_ids,
+    conversation_inputs,
+    script_columns,
+    whole_nouns,
+)
 from captum_mllm.studies.sets_table import NOTE, SEED, Row, hallucinations, rounded, table
 from captum_mllm.trace import TokenTrace
 
@@ -68,14 +73,14 @@ def measure(trace: TokenTrace, example: Example, masks: torch.Tensor) -> Row:
         estimated causal inference takes off as the context's), or per function word
         (``func_iou``).
     """
-    maps = normalised(False)(trace).grid_attr[0]
+    maps = unit_result(trace, "LogitLens").grid_attr[0]
     start = trace.n_prompt
     words = [
         (word, [column - start for column in columns])
         for word, columns in script_columns(trace, example.talk)
         if columns[0] >= start
     ]
-    nouns = [(word.obj, tokens) for word, tokens in _whole_nouns(words)]
+    nouns = [(word.obj, tokens) for word, tokens in whole_nouns(words)]
     functions = [tokens for word, tokens in words if is_function_word(word.text)]
     size = (masks.shape[-2], masks.shape[-1])
     bound = upsample(upper_bound(masks, (maps.shape[-2], maps.shape[-1])), size)
@@ -116,20 +121,6 @@ def context_share(trace: TokenTrace) -> torch.Tensor:
     left = eci_subtract(maps, raw[own], weights).sum(1)
     total = maps.sum(1)
     return torch.where(total > 0, 1 - left / total.clamp(min=1e-12), 0.0)
-
-
-def _whole_nouns(words: Sequence) -> list:
-    """Nouns of two words ("hot dog") as one: pairs of word and tokens."""
-    out: list = []
-    last = None
-    for word, tokens in words:
-        if word.role == "noun":
-            if last is not None and last.role == "noun" and last.obj == word.obj:
-                out[-1] = (out[-1][0], out[-1][1] + tokens)
-            else:
-                out.append((word, list(tokens)))
-        last = word
-    return out
 
 
 def evaluate(name: str, set_name: str, examples: int, split: str = "test") -> dict[str, Any]:

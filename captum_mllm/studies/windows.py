@@ -125,9 +125,9 @@ def variants(model: nn.Module, processor: Any) -> dict[str, tuple[int, Tracer]]:
     lens, fixed = LogitLens(model, processor), FixedSizeLens(model, processor)
     return {
         BASE: (1, lens.trace),
-        NATIVE: (3, MSEA(lens).trace),
-        "MSEA, windows": (9, MSEA(fixed).trace),
-        "MSEA, windows (1, 1.5)": (5, MSEA(fixed, scales=(1.0, 1.5)).trace),
+        NATIVE: (3, MSEA(lens, preset="paper").trace),
+        "MSEA, windows": (9, MSEA(fixed, preset="paper").trace),
+        "MSEA, windows (1, 1.5)": (5, MSEA(fixed, scales=(1.0, 1.5), preset="paper").trace),
         SHIFTS: (9, lambda inputs, answer: shifted_trace(lens.runner, inputs, answer)),
     }
 
