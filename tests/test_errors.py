@@ -159,7 +159,7 @@ def test_target_with_an_image_token(model, inputs, processor):
         (torch.tensor([[5], [6]]), "shape (2, 1)"), ([True, False], "torch.bool"),
         ({"ids": [5]}, "dict"), (object(), "object"), ([None], "list"), ([[5], [6, 7]], "list"),
     ],
-    ids=repr,
+
 )  # fmt: skip
 def test_target_of_another_kind(model, inputs, target, shown):
     with raises(TypeError, "target must be a 1-D tensor or list of token ids", shown):
@@ -183,7 +183,7 @@ def test_explain_with_a_typo(model, inputs, answer, explain):
         LogitLens(model).attribute(inputs, answer, explain=explain)
 
 
-@pytest.mark.parametrize("explain", [None, {"answer"}, ["answer"], object()], ids=str)
+@pytest.mark.parametrize("explain", [None, {"answer"}, ["answer"], object()])
 def test_explain_of_another_kind(model, inputs, answer, explain):
     with raises(TypeError, "explain must be 'answer', 'prompt', 'all' or positions"):
         LogitLens(model).attribute(inputs, answer, explain=explain)

@@ -91,7 +91,6 @@ def test_record_is_of_the_shipped_weights():
     assert recorded["weights_sha256"] == figures["sha256"]
 
 
-@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 @pytest.mark.parametrize("name", ["llava", "qwen2vl", "internvl"])
 def test_the_sets_leave_room(name):
     """Function words light up somewhere, and the lens is far below what the grid allows."""

@@ -24,8 +24,6 @@ from captum_mllm.reference.scenes import SceneBatch
 from captum_mllm.reference.tokenizer import SPECIAL, build_tokenizer, pieces
 from captum_mllm.reference.train import answer_loss, main, save
 
-# transformers 5.5's InternVLProcessor hands tensors to numpy
-pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 NAMES = list(FAMILIES)
 SCENES = [make_scene(i) for i in range(3)]
 CASES = [

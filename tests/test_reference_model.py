@@ -137,8 +137,6 @@ def test_the_planted_bias_is_what_makes_it_hallucinate():
     assert rates["llava"] < 0.05
 
 
-# transformers 5.5's InternVLProcessor hands tensors to numpy
-@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 @pytest.mark.parametrize("name", ["qwen2vl", "internvl"])
 def test_load_reads_every_family_without_torchvision(name):
     model, processor = load(name)
@@ -157,7 +155,6 @@ def test_load_reads_every_family_without_torchvision(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "way"), [(n, w) for n, ways in BARS.items() for w in ways if "448" not in w]
 )

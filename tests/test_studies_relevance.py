@@ -331,7 +331,6 @@ def test_the_command_writes_what_its_parts_measure(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 @pytest.mark.parametrize("name", ["qwen2vl", "internvl"])
 def test_several_processes_find_the_same(name):
     settings = {"examples": 2, "first": 0, "split": "validation", "set_name": "interference"}

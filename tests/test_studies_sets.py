@@ -192,7 +192,6 @@ def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2vl"])
-@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 def test_evaluate_runs_on_a_family(name):
     found = sets.evaluate(name, "biased", 2, "validation")
     assert len(found["exact"]) == len(found["named"]) == len(found["rows"]) == 2
