@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 # Models of the tests are tiny: more threads than one only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint notebooks oldest video third-style wheel clean
+.PHONY: demo test check lint docs links notebooks oldest video third-style wheel clean
 
 demo: .venv/ready
 	$(BIN)/captum-mllm explain --demo --out demo
@@ -19,13 +19,24 @@ demo: .venv/ready
 test: lint
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" --cov --cov-report=term:skip-covered
 
-check: .venv/ready notebooks wheel oldest video third-style
+check: .venv/ready docs notebooks wheel oldest video third-style
 	$(BIN)/python -m pytest -q -n 2 -m slow tests
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The manual, from clean, warnings are errors: build/docs/index.html. No network is needed.
+SPHINX := $(BIN)/sphinx-build -c docs -W --keep-going -q
+docs: .venv/ready
+	rm -rf build/docs build/doctrees
+	$(SPHINX) -b html -d build/doctrees . build/docs
+	$(BIN)/python tests/check_site.py build/docs
+
+# Links to other sites, for who has a network.
+links: .venv/ready
+	$(SPHINX) -b linkcheck -d build/doctrees . build/links
 
 notebooks: .venv/ready
 	$(BIN)/python tests/run_notebooks.py tutorials
