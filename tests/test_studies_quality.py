@@ -10,7 +10,14 @@ from torch.testing import assert_close
 from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivationMap
 from captum_mllm.metrics import average_precision, func_iou, obj_iou, paired_bootstrap_f1
 from captum_mllm.reference.sets import make_example
-from captum_mllm.studies import choose, choose_table, quality, quality_rows, quality_table
+from captum_mllm.studies import (
+    choose,
+    choose_table,
+    quality,
+    quality_rows,
+    quality_table,
+    quality_time,
+)
 from captum_mllm.studies.evidence import (
     HALF_CELLS,
     Setting,
@@ -24,6 +31,7 @@ from captum_mllm.studies.prompts import answer_ids, conversation_inputs
 from captum_mllm.studies.windows import shifted_trace
 
 SCALES = (1.0, 1.5, 2.0)
+METRICS = ("obj_iou", "func_iou", "average_precision")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +102,28 @@ def test_a_setting_reads_evidence_as_the_attributor_would(case, setting, make):
     got = setting.read(setting.trace(evidence), lens)
     assert_close(got.grid_attr[0], direct.grid_attr[0], rtol=1e-4, atol=1e-5)
     assert_close(got.token_attr, direct.token_attr, rtol=1e-4, atol=1e-5)
+    if "consistency" in setting.scale_weights:
+        with pytest.raises(ValueError, match="an attributor's own options"):
+            quality_time.whole(setting, lens)
+        return
+    timed = quality_time.whole(setting, lens).attribute(inputs, answer)
+    assert_close(timed.grid_attr[0], direct.grid_attr[0], rtol=1e-4, atol=1e-5)
+
+
+def test_times_of_settings():
+    rows = {"k 5": Setting("arc", top_k=5), "2 scales": Setting("arc", scales=(1.0, 2.0))}
+    threads = torch.get_num_threads()
+    found = quality_time.seconds("llava", rows, runs=2)
+    assert {name: len(own) for name, own in found.items()} == {
+        "LogitLens": 2, "k 5": 2, "2 scales": 2,
+    }  # fmt: skip
+    assert min(min(own) for own in found.values()) > 0
+    assert torch.get_num_threads() == threads
+    measured = {"llava": {"plain": {n: {m: [[0.5]] for m in METRICS} for n in rows}}}
+    first = quality_table.sensitivity_table(measured, {}).splitlines()
+    timed = quality_table.sensitivity_table(measured, {"llava": found}).splitlines()
+    assert [line.count("|") for line in (first[0], timed[0])] == [4, 5]
+    assert timed[3].endswith(f"| {quality_time.ratios(found)['2 scales']:.1f} |")
 
 
 def test_scores_equal_the_metrics_word_by_word(case):
@@ -214,7 +244,9 @@ def test_intervals_are_of_pooled_words():
 def test_the_record_makes_the_tables():
     record = json.loads((quality.RECORDS / "quality.json").read_text())
     assert (quality.RECORDS / "quality.md").read_text() == quality_table.tables(record)
-    assert set(record["measured"]) == {"methods", "ranges", "sensitivity", "faithfulness"}
+    assert {*record["measured"], "time"} == set(quality.PARTS)
+    assert set(record["seconds"]) == set(quality.FAMILIES)
+    assert set(record["measured"]["faithfulness"]) == set(quality.FAMILIES)
 
 
 @pytest.mark.slow
@@ -223,8 +255,17 @@ def test_both_commands_end_to_end(tmp_path, monkeypatch):
     places = ["--out", str(tmp_path), "--evidence", str(tmp_path / "e")]
     monkeypatch.setattr("sys.argv", ["choose", *choosing, *places])
     choose.main()
-    judging = ["--trainings", "llava", "--parts", "ranges", "sensitivity", "--ranges", "1"]
-    judging += ["--workers", "1", "--chosen", str(tmp_path / "choose.json")]
+    judging = ["--trainings", "llava", "--parts", "ranges", "sensitivity", "time"]
+    judging += [
+        "--ranges",
+        "1",
+        "--runs",
+        "1",
+        "--workers",
+        "1",
+        "--chosen",
+        str(tmp_path / "choose.json"),
+    ]
     judging += ["--progress", str(tmp_path / "p"), "--out", str(tmp_path)]
     quality.main(judging)
     record = json.loads((tmp_path / "quality.json").read_text())
@@ -235,4 +276,5 @@ def test_both_commands_end_to_end(tmp_path, monkeypatch):
     stamps = [path.stat().st_mtime_ns for path in done]
     quality.main(judging)
     assert [path.stat().st_mtime_ns for path in done] == stamps
-    assert json.loads((tmp_path / "quality.json").read_text()) == record
+    again = json.loads((tmp_path / "quality.json").read_text())
+    assert {**again, "seconds": record["seconds"]} == record

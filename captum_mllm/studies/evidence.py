@@ -246,12 +246,11 @@ class Setting:
             views = replace(views, consistency=None)
         return views.merged(self.aggregation, self.scale_norm, weights)
 
-    def read(self, trace: TokenTrace, model: TokenAttribution) -> MLLMAttributionResult:
-        """What the method makes of it.
+    def attributor(self, model: TokenAttribution) -> TokenAttribution:
+        """What reads a trace as this setting says.
 
         Args:
-            trace: of :meth:`trace`.
-            model: any attributor of the same model; it is not run.
+            model: any attributor of the same model; run only where the one returned is.
         """
         finish: dict[str, Any] = {
             "rank_filter": self.rank_filter,
@@ -259,10 +258,10 @@ class Setting:
             "calibration": self.calibration,
         }
         if self.method == "lens":
-            return JointNormalization(model, **finish).read(trace)
+            return JointNormalization(model, **finish)
         if self.method == "tam":
-            return TokenActivationMap(model, alpha_max=self.alpha_max, **finish).read(trace)
-        arc = ARC(
+            return TokenActivationMap(model, alpha_max=self.alpha_max, **finish)
+        return ARC(
             model,
             top_k=self.top_k,
             rbo_p=self.rbo_p,
@@ -270,7 +269,15 @@ class Setting:
             alpha_max=self.alpha_max,
             **finish,
         )
-        return arc.read(trace)
+
+    def read(self, trace: TokenTrace, model: TokenAttribution) -> MLLMAttributionResult:
+        """What the method makes of it.
+
+        Args:
+            trace: of :meth:`trace`.
+            model: any attributor of the same model; it is not run.
+        """
+        return self.attributor(model).read(trace)
 
 
 def score(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -42,6 +42,7 @@ from captum_mllm.studies.evidence import (
 from captum_mllm.studies.prompts import answer_ids, conversation_inputs
 from captum_mllm.studies.quality_rows import methods, ranges, sensitivity
 from captum_mllm.studies.quality_table import tables
+from captum_mllm.studies.quality_time import RUNS, seconds
 
 RECORDS = Path(__file__).parent / "records"
 FAMILIES = ("llava", "qwen2vl", "internvl")
@@ -52,6 +53,13 @@ CONTROLS = ("mask", "random", "centre", "randomised_model")
 REPLACED = ("blur",)
 STEPS, PER_EVAL, CHUNK = 16, 32, 2
 IG_STEPS = 8
+PARTS = ("methods", "ranges", "sensitivity", "faithfulness", "time")
+COUNTED = {  # part -> what says how many scenes it takes
+    "methods": "scenes",
+    "ranges": "ranges",
+    "sensitivity": "ranges",
+    "faithfulness": "judged",
+}
 Rows = dict[str, Values]
 
 
@@ -241,33 +249,55 @@ def measured_once(job: Job, folder: Path) -> list[Rows]:
     return json.loads(path.read_text())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; ``arguments`` are the process's by default."""
+def put_together(measured: dict[str, Any], done: Mapping[Job, list[Rows]]) -> None:
+    """Put the values of jobs into a record, in place of what it held of their sets.
+
+    Args:
+        measured: part -> training -> set -> row -> metric -> scene -> values.
+        done: jobs in their order, and what each measured.
+    """
+    for job, found in done.items():
+        sets = measured.setdefault(job.part, {}).setdefault(job.training, {})
+        if job.numbers[0] == 0:
+            sets[job.set_name] = {}
+        own = sets[job.set_name]
+        for rows in found:
+            for name, values in rows.items():
+                for metric, each in values.items():
+                    kept = own.setdefault(name, {}).setdefault(metric, [])
+                    kept.append([None if v is None else round(v, 3) for v in each])
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Quality of all methods on test scenes.")
     parser.add_argument("--trainings", nargs="+", default=[*FAMILIES, ONE_SIZE])
-    parser.add_argument(
-        "--parts", nargs="+", default=["methods", "ranges", "sensitivity", "faithfulness"]
-    )
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--scenes", type=int, default=60, help="of the test split, per set")
     parser.add_argument("--ranges", type=int, default=20, help="scenes for ranges and sensitivity")
-    parser.add_argument("--judged", type=int, default=6, help="scenes for faithfulness")
+    parser.add_argument("--judged", type=int, default=12, help="scenes for faithfulness")
+    parser.add_argument("--runs", type=int, default=RUNS, help="of each setting, for its time")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="where the models run")
     parser.add_argument("--chosen", type=Path, default=RECORDS / "choose.json")
     parser.add_argument("--progress", type=Path, help="folder; what it holds is not run again")
     parser.add_argument("--out", type=Path, default=RECORDS)
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; ``arguments`` are the process's by default."""
+    args = _parser().parse_args(arguments)
     folder = args.progress or Path(tempfile.mkdtemp())
     for made in (args.out, folder):
         made.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    planned = jobs(chosen_settings(args.chosen), args)
+    chosen = chosen_settings(args.chosen)
+    planned = jobs(chosen, args)
     path = args.out / "quality.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    counts = {"methods": "scenes", "ranges": "ranges", "sensitivity": "ranges"}
     for part in args.parts:  # what is not run again keeps its own
-        name = counts.get(part, "judged")
-        record[name] = getattr(args, name)
+        if part in COUNTED:
+            record[COUNTED[part]] = getattr(args, COUNTED[part])
     weights = record.get("weights", {}) | {name: weights_of(name) for name in args.trainings}
     record |= {"steps": STEPS, "weights": weights}
     done: dict[Job, list[Rows]] = {}
@@ -275,17 +305,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         running = {pool.submit(measured_once, job, folder): job for job in planned}
         for future in tqdm(as_completed(running), total=len(running), mininterval=10):
             done[running[future]] = future.result()
-    measured = record.setdefault("measured", {})
-    for job in planned:
-        sets = measured.setdefault(job.part, {}).setdefault(job.training, {})
-        if job.numbers[0] == 0:
-            sets[job.set_name] = {}
-        own = sets[job.set_name]
-        for rows in done[job]:
-            for name, values in rows.items():
-                for metric, each in values.items():
-                    kept = own.setdefault(name, {}).setdefault(metric, [])
-                    kept.append([None if v is None else round(v, 3) for v in each])
+    put_together(record.setdefault("measured", {}), {job: done[job] for job in planned})
+    if "time" in args.parts:
+        rows = sensitivity(chosen)
+        record["seconds"] = record.get("seconds", {}) | {
+            name: seconds(name, rows, args.runs, args.device)
+            for name in FAMILIES
+            if name in args.trainings
+        }
     path.write_text(json.dumps(record, separators=(",", ":")) + "\n")
     text = tables(record)
     (args.out / "quality.md").write_text(text)

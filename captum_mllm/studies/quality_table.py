@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from captum_mllm.metrics import Interval, paired_bootstrap, paired_bootstrap_f1
+from captum_mllm.studies.quality_time import ratios
 
 SEED = 0
 BEST, TUNED, PUBLISHED = "MSEA+ARC, chosen", "TAM, chosen", "TAM, published"
@@ -147,23 +148,29 @@ def ranges_table(own: Own) -> str:
     return grid(["scales", *ways], rows)
 
 
-def sensitivity_table(measured: Mapping[str, Any]) -> str:
-    """F1-IoU and average precision of every value, training by training."""
+def sensitivity_table(
+    measured: Mapping[str, Any], times: Mapping[str, Mapping[str, list[float]]]
+) -> str:
+    """F1-IoU, average precision and time of every value, training by training.
+
+    Args:
+        measured: training -> set -> values.
+        times: training -> row -> seconds; may lack trainings.
+    """
     trainings = {name: sets["plain"] for name, sets in measured.items()}
-    first = next(iter(trainings.values()))
-    rows = [
-        [
-            name,
-            *(
-                cell(interval(own, name, metric))
-                for own in trainings.values()
-                for metric in ("f1_iou", "average_precision")
-            ),
-        ]
-        for name in first
-    ]
-    head = [f"{name}, {m}" for name in trainings for m in ("F1-IoU", "AP")]
-    return grid(["", *head], rows)
+    took = {name: ratios(times[name]) for name in trainings if name in times}
+    rows = []
+    for row in next(iter(trainings.values())):
+        cells = [row]
+        for name, own in trainings.items():
+            cells += [cell(interval(own, row, m)) for m in ("f1_iou", "average_precision")]
+            if name in took:
+                cells.append(f"{took[name][row]:.1f}")
+        rows.append(cells)
+    head = [""]
+    for name in trainings:
+        head += [f"{name}: F1-IoU", "AP", *(["time"] if name in took else [])]
+    return grid(head, rows)
 
 
 def tables(record: Mapping[str, Any]) -> str:
@@ -198,7 +205,9 @@ def tables(record: Mapping[str, Any]) -> str:
     if "sensitivity" in measured:
         text += [
             "## Sensitivity (k and p with alpha unbounded, scales as chosen else)",
-            sensitivity_table(measured["sensitivity"]),
+            "Time: for all tokens of an answer, as a multiple of the plain logit lens's; one "
+            "thread, medians of interleaved runs.",
+            sensitivity_table(measured["sensitivity"], record.get("seconds", {})),
         ]
     return "\n\n".join(text) + "\n"
 
