@@ -1,6 +1,7 @@
 """What adapters share of making pixels: a picture as the processor would give it, windows."""
 
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,10 +25,7 @@ def picture_pixels(
     Returns:
         (3, height, width), float32.
     """
-    from transformers.image_transforms import convert_to_rgb  # transparent parts as it does
-
-    rgb: Any = convert_to_rgb(picture)
-    resized = rgb.resize((size[1], size[0]), settings.resample)
+    resized = _rgb(picture).resize((size[1], size[0]), settings.resample)
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).float()
     pixels = pixels.reshape(size[0], size[1], 3).permute(2, 0, 1)
     if settings.do_rescale:
@@ -39,6 +37,19 @@ def picture_pixels(
         )
         pixels = (pixels - mean) / std
     return pixels
+
+
+def _rgb(picture: Any) -> Any:
+    """The picture in RGB, transparent parts as this version of transformers sees them."""
+    from PIL import Image
+    from transformers.image_transforms import convert_to_rgb
+
+    convert: Any = convert_to_rgb
+    if (
+        "return_numpy" in signature(convert).parameters
+    ):  # 5.24 deprecates the other
+        return Image.fromarray(convert(picture, return_numpy=True))
+    return convert(picture)
 
 
 def enlarged(grid: ImageGrid, scale: float) -> ImageGrid:
