@@ -20,6 +20,8 @@ from PIL import Image
 
 from captum_mllm.coco_masks import draw_mask, is_number, mask_problem, mask_tools, shown
 
+__all__ = ["CocoDataset", "CocoObject", "CocoSample"]
+
 _INT, _TEXT = "a whole number", "a text that is not empty"
 _SIDE, _FLAG = "a whole number above 0", "0 or 1"
 _AREA, _BOX = "a number of at least 0", "four numbers: left, top, width, height"

@@ -54,7 +54,14 @@ class ImageGrid:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ImageGrid":
-        """Inverse of :meth:`to_dict`, also after a JSON file made lists of the tuples."""
+        """Inverse of :meth:`to_dict`, also after a JSON file made lists of the tuples.
+
+        Args:
+            data: from :meth:`to_dict`.
+
+        Returns:
+            The same grid.
+        """
         return cls(**_tuples(data))
 
 
@@ -90,7 +97,15 @@ class ImageGeometry:
 
     @classmethod
     def stretched(cls, height: int, width: int) -> "ImageGeometry":
-        """The frame shows the whole picture, stretched: no crop, no padding."""
+        """The frame shows the whole picture, stretched: no crop, no padding.
+
+        Args:
+            height: of the original picture, pixels.
+            width: of the original picture, pixels.
+
+        Returns:
+            The geometry whose box is the picture.
+        """
         return cls((0.0, 0.0, float(width), float(height)))
 
 
@@ -129,6 +144,9 @@ class Preprocessing:
 
         Args:
             processor: a transformers processor with ``image_processor``, or that itself.
+
+        Returns:
+            What it does to a picture's frame.
 
         Raises:
             ValueError: the settings are of a kind that is not known here.
@@ -198,7 +216,15 @@ class Preprocessing:
             )
 
     def frame(self, height: int, width: int) -> tuple[int, int]:
-        """Size (height, width) of the frame for a picture of that size, where not ``whole``."""
+        """Size (height, width) of the frame for a picture of that size, where not ``whole``.
+
+        Args:
+            height: of the original picture, pixels.
+            width: of the original picture, pixels.
+
+        Returns:
+            (height, width) in pixels as the model sees it.
+        """
         return self.crop or self._resized(height, width)
 
     def geometry(self, height: int, width: int) -> ImageGeometry:
@@ -207,6 +233,9 @@ class Preprocessing:
         Args:
             height: height of the original picture, pixels.
             width: width of the original picture, pixels.
+
+        Returns:
+            Where the frame lies in the picture, in its pixels.
 
         Example:
             >>> Preprocessing(shortest_edge=100, crop=(100, 100)).geometry(200, 600)
@@ -236,7 +265,14 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Preprocessing":
-        """Inverse of :meth:`to_dict`, also after a JSON file made lists of the tuples."""
+        """Inverse of :meth:`to_dict`, also after a JSON file made lists of the tuples.
+
+        Args:
+            data: from :meth:`to_dict`.
+
+        Returns:
+            The same settings.
+        """
         return cls(**_tuples(data))
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:

@@ -24,6 +24,8 @@ from PIL import Image
 from captum_mllm.coco import CocoDataset, CocoObject, CocoSample
 from captum_mllm.coco_masks import shown
 
+__all__ = ["LabelMapDataset", "write_label_maps"]
+
 FILE = "anno.json"
 _ENTRIES = ("picture", "caption", "label image", "categories")
 _MOST = 255  # a label image has 8 bits, and 0 is no category

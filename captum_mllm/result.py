@@ -156,6 +156,9 @@ class MLLMAttributionResult:
             geometry: returned as it is, if given.
             processor: a processor whose settings tell the geometry.
 
+        Returns:
+            The box, in pixels of the original picture.
+
         Raises:
             ValueError: it is not known, or ``size`` does not give the frame that the model saw.
             IndexError: no such image.
@@ -234,6 +237,9 @@ class MLLMAttributionResult:
         Args:
             path: the file.
 
+        Returns:
+            The result, equal to the saved one bit for bit.
+
         Raises:
             FileNotFoundError: no such file.
             ValueError: not a file of ours, or of a newer format.
@@ -278,13 +284,23 @@ class MLLMAttributionResult:
 
         Args:
             show: show the plot and return None; default False returns (figure, axes).
+
+        Returns:
+            (figure, axes), or None if shown.
         """
         from captum_mllm.visualization import plot_token_attr
 
         return plot_token_attr(self, show=show)
 
     def plot_seq_attr(self, show: bool = False) -> "tuple[Figure, Axes] | None":
-        """Bars of ``seq_attr``, one per text token; ``show`` as for :meth:`plot_token_attr`."""
+        """Bars of ``seq_attr``, one per text token; ``show`` as for :meth:`plot_token_attr`.
+
+        Args:
+            show: as for :meth:`plot_token_attr`.
+
+        Returns:
+            (figure, axes), or None if shown.
+        """
         from captum_mllm.visualization import plot_seq_attr
 
         return plot_seq_attr(self, show=show)
@@ -308,6 +324,9 @@ class MLLMAttributionResult:
                 known (see :meth:`to_image`), the image as the model saw it. Of a video the frame;
                 without ``frame``, all frames.
             frame: draw this frame of a video only; negative counts from the end.
+
+        Returns:
+            (figure, axes), several axes for several frames; or None if shown.
         """
         from captum_mllm.visualization import plot_image_heatmap
 
@@ -319,13 +338,31 @@ class MLLMAttributionResult:
         target_token_pos: int | tuple[int, int] | None = None,
         image: int = 0,
     ) -> "tuple[Figure, Axes] | None":
-        """When each token looked at a video; arguments as for :meth:`plot_image_heatmap`."""
+        """When each token looked at a video; arguments as for :meth:`plot_image_heatmap`.
+
+        Args:
+            show: as for :meth:`plot_image_heatmap`.
+            target_token_pos: as for :meth:`plot_image_heatmap`.
+            image: as for :meth:`plot_image_heatmap`; it must be a video.
+
+        Returns:
+            (figure, axes), or None if shown.
+        """
         from captum_mllm.visualization import plot_time_profile
 
         return plot_time_profile(self, show, target_token_pos, image)
 
     def to_captum(self, picture: Any = None, image: int = 0, **where: Any) -> Any:
-        """As captum's ``LLMAttributionResult``; see :func:`captum_mllm.bridge.to_captum`."""
+        """As captum's ``LLMAttributionResult``; see :func:`captum_mllm.bridge.to_captum`.
+
+        Args:
+            picture: as there.
+            image: as there.
+            where: as there.
+
+        Returns:
+            captum's result, for its plots.
+        """
         from captum_mllm.bridge import to_captum
 
         return to_captum(self, picture, image, **where)
@@ -335,6 +372,9 @@ class MLLMAttributionResult:
 
         Args:
             targets: rows to keep, in this order.
+
+        Returns:
+            A new result; ``seq_attr`` is summed over the rows kept.
         """
         rows = torch.tensor([self._target(t) for t in targets], dtype=torch.long)
         return replace(

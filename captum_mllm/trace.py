@@ -82,20 +82,42 @@ class TokenTrace:
 
     @staticmethod
     def pack_cells(maps: Sequence[Float[Tensor, "n ..."]]) -> Float[Tensor, "n cells"]:
-        """Lay maps of several images end to end."""
+        """Lay maps of several images end to end.
+
+        Args:
+            maps: per image, (n, rows, cols) or (n, frames, rows, cols).
+
+        Returns:
+            (n, cells of all images).
+        """
         return pack(list(maps), "n *")[0]
 
     def unpack_cells(
         self, cells: Float[Tensor, "targets cells"]
     ) -> tuple[Float[Tensor, "targets ..."], ...]:
-        """Inverse of :meth:`pack_cells`: one map per image."""
+        """Inverse of :meth:`pack_cells`: one map per image.
+
+        Args:
+            cells: (targets, cells of all images).
+
+        Returns:
+            Per image, (targets, rows, cols) or (targets, frames, rows, cols).
+        """
         return self.unpack_like(cells, self.maps)
 
     @staticmethod
     def unpack_like(
         cells: Float[Tensor, "n cells"], maps: Sequence[Float[Tensor, "m ..."]]
     ) -> tuple[Float[Tensor, "n ..."], ...]:
-        """Cells laid end to end as maps of the given ones' shapes."""
+        """Cells laid end to end as maps of the given ones' shapes.
+
+        Args:
+            cells: (n, cells of all images).
+            maps: their last axes are the shapes.
+
+        Returns:
+            Per image, (n, ...).
+        """
         return tuple(unpack(cells, [own.shape[1:] for own in maps], "n *"))
 
     @property

@@ -66,6 +66,7 @@ default_role = "py:obj"  # single backticks of docstrings are code, and links wh
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False  # an override that says nothing new has no entry
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autosummary_generate = False
@@ -75,6 +76,8 @@ napoleon_use_rtype = False
 napoleon_custom_sections = ["Reference", "Controls"]
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
+smartquotes = False  # "--flag" is no dash
 
 # ---- HTML ---------------------------------------------------------------------------------------
 html_theme = "furo"

@@ -113,6 +113,14 @@ def test_formulas_know_tensors_only():
         assert all(n.startswith("captum_mllm.functional") for n in ours)
 
 
+def docstring_lines(tree):
+    nodes = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
+    said = [node.body[0] for node in nodes if ast.get_docstring(node) is not None]
+    return sum(text.end_lineno - text.lineno + 1 for text in said)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_assert_no_bare_except_and_small_files(path):
     text = path.read_text()
@@ -121,7 +129,7 @@ def test_no_assert_no_bare_except_and_small_files(path):
         assert not isinstance(node, ast.Assert), f"line {node.lineno}"
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"line {node.lineno}"
-    assert len(text.splitlines()) <= 350
+    assert len(text.splitlines()) - docstring_lines(tree) <= 300  # docstrings may say it all
     assert ast.get_docstring(tree), "a module says what it is"
 
 

@@ -133,6 +133,10 @@ class Adapter(PictureFrames, ABC):
         Args:
             ids: token ids; or a slice of the vocabulary, whose rows stay on the head's device.
 
+        Returns:
+            (classes, dim) rows of the head's matrix, and (classes,) its bias, or None if it has
+            none.
+
         Raises:
             ValueError: the head is no plain matrix (see
                 :func:`~captum_mllm.adapters.head.head_matrix`).
@@ -164,7 +168,14 @@ class Adapter(PictureFrames, ABC):
         return frozenset(found)
 
     def placeholder(self, grid: ImageGrid) -> int:
-        """Id of an image's (a video's) placeholders."""
+        """Id of an image's (a video's) placeholders.
+
+        Args:
+            grid: the image's or video's.
+
+        Returns:
+            The token id; default the first of :attr:`visual_ids`.
+        """
         del grid
         return self.visual_ids[0]
 
@@ -172,11 +183,25 @@ class Adapter(PictureFrames, ABC):
         """Lengths of the unbroken runs of placeholders that an image takes; default one run.
 
         More than one where other tokens stand between them (tiles with their names, times).
+
+        Args:
+            grid: the image's.
+
+        Returns:
+            Numbers of tokens, in the order of the prompt; their sum is the image's tokens.
         """
         return (grid.cells,)
 
     def views(self, grid: ImageGrid) -> tuple[View, ...]:
-        """The views that an image's tokens make; default one, row by row."""
+        """The views that an image's tokens make; default one, row by row.
+
+        Args:
+            grid: the image's.
+
+        Returns:
+            The views; the frame's map is their mean, cell by cell
+            (:func:`captum_mllm.functional.merge_views`).
+        """
         return (View(torch.arange(grid.cells).reshape(grid.shape)),)
 
     def block(self, ids: Int64[Tensor, " tokens"], where: Tensor) -> range:
@@ -187,6 +212,9 @@ class Adapter(PictureFrames, ABC):
         Args:
             ids: the prompt.
             where: positions of the image's placeholders.
+
+        Returns:
+            Positions in the prompt, without a gap.
         """
         del ids
         return range(int(where[0]), int(where[-1]) + 1)
@@ -216,6 +244,9 @@ class Adapter(PictureFrames, ABC):
         Args:
             inputs: the model's inputs of one sample.
 
+        Returns:
+            One per image, then one per video, in the order of the prompt.
+
         Raises:
             ValueError: pixels of a shape or size that the family can't take.
         """
@@ -223,6 +254,13 @@ class Adapter(PictureFrames, ABC):
     @abstractmethod
     def scaled_grid(self, grid: ImageGrid, scale: float) -> ImageGrid:
         """The nearest grid that the model accepts for an image rescaled by ``scale``.
+
+        Args:
+            grid: the image's at its own scale.
+            scale: factor of height and width, > 0.
+
+        Returns:
+            The grid; its frame has the size in pixels that makes it.
 
         Raises:
             ValueError: the image would be smaller than one patch.
@@ -238,6 +276,9 @@ class Adapter(PictureFrames, ABC):
             grids: the images' grids at their own scale.
             boxes: per image, (left, upper, right, lower) in fractions of what the image shows.
 
+        Returns:
+            Replacements of the pixel inputs; keys and shapes as in ``inputs``.
+
         Raises:
             NotImplementedError: the family takes other sizes, so it needs no windows.
         """
@@ -249,6 +290,9 @@ class Adapter(PictureFrames, ABC):
         Args:
             grid: the image's grid at its own scale.
             box: the window, in fractions of what the image shows.
+
+        Returns:
+            The box of the window's frame, in fractions of the image's frame.
         """
         del grid
         return box
@@ -261,6 +305,9 @@ class Adapter(PictureFrames, ABC):
         Args:
             inputs: the model's inputs of one sample.
             grids: the grids to reach, as :meth:`scaled_grid` gives them.
+
+        Returns:
+            Replacements of those inputs; the rest of ``inputs`` stays.
 
         Raises:
             NotImplementedError: the family is of one fixed size.
@@ -277,24 +324,52 @@ class Adapter(PictureFrames, ABC):
             pictures: PIL pictures.
             settings: the user's image processor.
             grids: the grids to reach, one per picture.
+
+        Returns:
+            Replacements of the inputs with pixels, normalised as the processor does it.
         """
 
     # ---- what the tower gave ----------------------------------------------------------------
 
     def tower_calls(self, grids: Sequence[ImageGrid]) -> list[Sequence[ImageGrid]]:
-        """The images of each of the tower's calls in one forward; default one call for all."""
+        """The images of each of the tower's calls in one forward; default one call for all.
+
+        Args:
+            grids: of all images of the sample.
+
+        Returns:
+            The grids of each call, in the order of the calls.
+        """
         return [grids]
 
     def features(self, tower_output: Any) -> Tensor:
-        """The features in the tower's output, (images or tiles, tokens, dim) or (tokens, dim)."""
+        """The features in the tower's output, (images or tiles, tokens, dim) or (tokens, dim).
+
+        Args:
+            tower_output: what the vision encoder returned.
+
+        Returns:
+            The features before the projector.
+        """
         return tower_output.last_hidden_state
 
     @abstractmethod
     def features_shape(self, grids: Sequence[ImageGrid]) -> tuple[int, ...]:
-        """Shape that :meth:`features` must have for those images, without its last axis."""
+        """Shape that :meth:`features` must have for those images, without its last axis.
+
+        Args:
+            grids: of the images of one call.
+
+        Returns:
+            (images or tiles, tokens) or (tokens,).
+        """
 
     def check_features(self, tower_output: Any, grids: Sequence[ImageGrid]) -> None:
         """Compare the tower's features with the grids.
+
+        Args:
+            tower_output: what the vision encoder returned.
+            grids: of the images of that call.
 
         Raises:
             ValueError: another number of images or features than the grids say.

@@ -13,6 +13,9 @@ def interpolated_positions(tower: nn.Module) -> Iterator[None]:
 
     Args:
         tower: the vision encoder.
+
+    Returns:
+        A context manager; afterwards the tower is as it was.
     """
 
     def interpolate(

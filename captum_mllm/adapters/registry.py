@@ -18,6 +18,9 @@ def register_adapter(*model_classes: str) -> Callable[[_A], _A]:
     Args:
         model_classes: names of ``transformers`` classes; names, so that nothing is imported.
 
+    Returns:
+        The decorator; it gives the class back as it is.
+
     Example:
         >>> from captum_mllm.adapters import LlavaAdapter, register_adapter
         >>> @register_adapter("MyLlavaForConditionalGeneration")
@@ -33,7 +36,11 @@ def register_adapter(*model_classes: str) -> Callable[[_A], _A]:
 
 
 def registered_classes() -> tuple[str, ...]:
-    """Names of the model classes that have an adapter, sorted."""
+    """Names of the model classes that have an adapter, sorted.
+
+    Returns:
+        The names, as :func:`register_adapter` was given them.
+    """
     return tuple(sorted(_REGISTRY))
 
 
@@ -42,6 +49,9 @@ def find_adapter(model: nn.Module) -> Adapter:
 
     Args:
         model: the user's model.
+
+    Returns:
+        A new adapter around the model.
 
     Raises:
         TypeError: not a torch module.

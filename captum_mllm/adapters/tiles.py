@@ -34,7 +34,14 @@ class TileAdapter(Adapter):
 
     @abstractmethod
     def tiles(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """All tiles of all images, overviews included, (tiles, channels, height, width)."""
+        """All tiles of all images, overviews included, (tiles, channels, height, width).
+
+        Args:
+            inputs: the model's inputs of one sample.
+
+        Returns:
+            (tiles, channels, height, width).
+        """
 
     @abstractmethod
     def tiles_per_image(self, ids: Tensor, per_tile: int) -> list[int]:
@@ -43,11 +50,21 @@ class TileAdapter(Adapter):
         Args:
             ids: (tokens,): the prompt.
             per_tile: placeholders of one tile.
+
+        Returns:
+            One number per image, in the order of the prompt.
         """
 
     @abstractmethod
     def as_inputs(self, tiles: Tensor) -> dict[str, Tensor]:
-        """The model's pixel inputs made of all tiles."""
+        """The model's pixel inputs made of all tiles.
+
+        Args:
+            tiles: (tiles, channels, height, width), image after image.
+
+        Returns:
+            Replacements of the pixel inputs.
+        """
 
     # ---- the contract -----------------------------------------------------------------------
 
@@ -81,6 +98,9 @@ class TileAdapter(Adapter):
             ids: (tokens,): the prompt.
             counts: tiles of each image, overview included.
             per_tile: placeholders of one tile.
+
+        Returns:
+            Per image (down, across), or None: then the pixels tell.
         """
         del ids, per_tile
         return [None] * len(counts)
@@ -135,7 +155,14 @@ class TileAdapter(Adapter):
 
     @staticmethod
     def count(grid: ImageGrid) -> int:
-        """Number of an image's tiles, overview included."""
+        """Number of an image's tiles, overview included.
+
+        Args:
+            grid: the image's.
+
+        Returns:
+            1 for a picture of one tile, which has no overview.
+        """
         n = grid.tiles[0] * grid.tiles[1]
         return n if n == 1 else n + 1
 

@@ -58,11 +58,21 @@ class TokenAttribution(Attribution):
             top_k: depth of the rankings to gather, or None for none.
             images: see :meth:`attribute`.
             show_progress: see :meth:`attribute`.
+
+        Returns:
+            All that :meth:`read` needs; see :class:`~captum_mllm.trace.TokenTrace`.
         """
 
     @abstractmethod
     def read(self, trace: TokenTrace) -> MLLMAttributionResult:
-        """Make the result of a trace; runs no model."""
+        """Make the result of a trace; runs no model.
+
+        Args:
+            trace: from :meth:`trace`.
+
+        Returns:
+            The result that :meth:`attribute` gives.
+        """
 
     @property
     def name(self) -> str:

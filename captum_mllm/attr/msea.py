@@ -32,6 +32,11 @@ class MSEA(MultiScaleAttribution):
         resize: see :class:`MultiScaleAttribution`.
         consistency: see :class:`MultiScaleAttribution`.
         preset: see :class:`MultiScaleAttribution`.
+
+    Raises:
+        TypeError: neither a transformers model nor a captum attribution.
+        ValueError: no adapter for the model; ``processor`` or ``layer`` beside an attribution; see
+            also :class:`MultiScaleAttribution`.
     """
 
     def __init__(

@@ -259,6 +259,9 @@ class MultiScaleAttribution(TokenAttribution):
             top_k: see :meth:`trace`.
             images: see :meth:`trace`.
             show_progress: see :meth:`trace`.
+
+        Returns:
+            The maps of every view; its ``merged`` makes them one trace.
         """
         runner = self.runner
         run = runner.run(inputs, target, explain=explain, gen_args=gen_args, top_k=top_k)

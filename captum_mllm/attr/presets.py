@@ -91,6 +91,8 @@ PRESETS: Mapping[str, Preset] = {
         calibration=1.5,
     ),
 }
+"""The values of every option of MSEA and ARC, by the preset's name: "measured" (the default) and
+"paper" (the plain published idea); what each rests on stands beside it in the code."""
 
 
 def preset_values(preset: Any, **given: Any) -> dict[str, Any]:

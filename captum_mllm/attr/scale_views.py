@@ -42,7 +42,14 @@ class ScaleViews:
     consistency: tuple[float, ...] | None = None
 
     def only(self, views: Sequence[int]) -> "ScaleViews":
-        """Some of the views, by their numbers."""
+        """Some of the views, by their numbers.
+
+        Args:
+            views: places in ``maps``, in the order wanted.
+
+        Returns:
+            The same run with those views alone.
+        """
         agreed = self.consistency
         return ScaleViews(
             self.base,

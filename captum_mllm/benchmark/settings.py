@@ -26,6 +26,8 @@ PERTURBATION = (
     "sufficiency",
 )
 METRICS: tuple[str, ...] = ("obj_iou", "func_iou", "f1_iou", *list(MASK_METRICS)[1:], *PERTURBATION)
+"""Names of all metrics of the benchmark, for :class:`Settings`."""
+
 LOWER_IS_BETTER = frozenset({"deletion", "sufficiency"})
 # Of what may change between two runs into one folder: no line of samples.jsonl depends on it.
 _FREE = frozenset({"methods", "limit", "against", "perturbations_per_eval", "bootstrap_seed"})

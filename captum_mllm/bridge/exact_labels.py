@@ -41,7 +41,16 @@ class ExactLabels:
         return getattr(self._tokenizer, name)
 
     def decode(self, ids: Any, *args: Any, **kwargs: Any) -> str:
-        """The ids' labels in a row, which the next call cuts up again; one id as it always is."""
+        """The ids' labels in a row, which the next call cuts up again; one id as it always is.
+
+        Args:
+            ids: one token id, or several.
+            args: of the tokenizer's ``decode``.
+            kwargs: of the tokenizer's ``decode``.
+
+        Returns:
+            The text; of several ids their labels, one after the other.
+        """
         flat = ids.tolist() if hasattr(ids, "tolist") else ids
         if not isinstance(flat, list) or args or kwargs:
             return self._tokenizer.decode(ids, *args, **kwargs)

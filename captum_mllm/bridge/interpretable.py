@@ -34,6 +34,9 @@ def image_input(
         image: which of the pictures is perturbed, default the first.
         baseline: RGB colour that stands in for an absent segment, default white as in captum.
 
+    Returns:
+        captum's ``ImageMaskInput``: one feature per segment, for ``LLMAttribution``.
+
     Raises:
         TypeError: no PIL pictures; no processor.
         ValueError: a mask of another size than the picture; a processor that pads.
@@ -146,5 +149,8 @@ class PromptInput(TextTokenInput):
 
         Args:
             perturbed_tensor: (1, features): 1 for those that are present; None for all.
+
+        Returns:
+            A mapping, as the processor returned it, with its ``input_ids`` changed.
         """
         return {**self._kwargs, "input_ids": super().to_model_input(perturbed_tensor)}

@@ -63,13 +63,28 @@ class TeacherForced(nn.Module):
         return self._adapter.device
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The model's own ``generate``; image and video ids are barred, as no target may be one."""
+        """The model's own ``generate``; image and video ids are barred, as no target may be one.
+
+        Args:
+            args: of the model's ``generate``.
+            kwargs: of the model's ``generate``.
+
+        Returns:
+            Token ids (batch, tokens), prompt included.
+        """
         kwargs.setdefault("suppress_tokens", list(self._adapter.visual_ids))
         with torch.no_grad(), differentiable(self._adapter):
             return self._adapter.model.generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, **kwargs: Any) -> dict[str, Any]:
-        """What captum's cached mode calls before a forward: nothing is cached, nothing dropped."""
+        """What captum's cached mode calls before a forward: nothing is cached, nothing dropped.
+
+        Args:
+            kwargs: the forward's inputs.
+
+        Returns:
+            Them, without what belongs to a cache.
+        """
         return {k: v for k, v in kwargs.items() if k not in ("cache_position", "use_cache")}
 
     def _update_model_kwargs_for_generation(
@@ -87,6 +102,9 @@ class TeacherForced(nn.Module):
             input_ids: (1, tokens): prompt, then any number of tokens of the answer.
             kwargs: the prompt's other inputs as the processor returns them; token-wise ones are
                 extended to the length of ``input_ids``.
+
+        Returns:
+            As the model's own, ``logits`` (1, tokens, vocabulary) among it.
 
         Raises:
             ValueError: a side input is missing, or the prompt is padded as far as can be seen.

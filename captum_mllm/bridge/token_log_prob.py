@@ -154,6 +154,9 @@ class TokenLogProb(ScoredTokens):
             view: 0 (default) the image's own grid; 1 its overview (thumbnail, global or base
                 image), where it has one.
 
+        Returns:
+            The module, for ``LayerGradCam(f, f.layer())`` and its like.
+
         Raises:
             IndexError: no such image or view.
         """

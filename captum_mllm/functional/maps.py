@@ -9,7 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 Aggregation = Literal["mean", "median", "geometric_mean"]
+"""How maps of several scales become one; see :func:`aggregate`."""
+
 AGGREGATIONS: tuple[str, ...] = ("mean", "median", "geometric_mean")
+"""All values of :data:`Aggregation`."""
 
 
 def lens_logits(
@@ -184,6 +187,9 @@ def upsample(
 
     Returns:
         The maps at that size; the same tensor if they have it already.
+
+    Reference:
+        Bilinear interpolation.
 
     Example:
         >>> import torch

@@ -18,6 +18,9 @@ def resize_pixels(
     Returns:
         The resized pixels in their dtype; the same tensor if they have that size already.
 
+    Reference:
+        Ours; the interpolation is that of transformers' image processors.
+
     Example:
         >>> import torch
         >>> resize_pixels(torch.ones(1, 3, 4, 4), (6, 2)).shape
@@ -40,6 +43,12 @@ def join_tiles(
         tiles: (tiles, c, h, w).
         layout: tiles down and across.
 
+    Returns:
+        (c, down * h, across * w).
+
+    Reference:
+        Layout of transformers' InternVL and Idefics3 image processors.
+
     Example:
         >>> import torch
         >>> join_tiles(torch.arange(2.0).reshape(2, 1, 1, 1), (1, 2)).tolist()
@@ -56,6 +65,17 @@ def split_tiles(
     Args:
         picture: (c, height, width).
         layout: tiles down and across; they must divide the picture.
+
+    Returns:
+        (tiles, c, h, w), row by row.
+
+    Reference:
+        Layout of transformers' InternVL and Idefics3 image processors.
+
+    Example:
+        >>> import torch
+        >>> split_tiles(torch.zeros(3, 4, 8), (1, 2)).shape
+        torch.Size([2, 3, 4, 4])
     """
     return rearrange(
         picture, "c (down h) (across w) -> (down across) c h w", down=layout[0], across=layout[1]
@@ -77,6 +97,9 @@ def find_layout(
     Returns:
         (down, across), and whether it is certain: on a blank picture all layouts look alike, and
         the one nearest to a square is given.
+
+    Reference:
+        Ours.
 
     Example:
         >>> import torch
@@ -126,6 +149,12 @@ def patches_to_frames(
 
     Reference:
         Layout of transformers' Qwen2-VL image processor.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.zeros(8, 96)
+        >>> patches_to_frames(rows, (1, 2, 4), channels=3, patch=4, temporal=2, merge=2).shape
+        torch.Size([2, 3, 8, 16])
     """
     steps, h, w = grid
     return rearrange(
@@ -146,6 +175,12 @@ def frames_to_patches(
         patch: side of a patch, pixels.
         temporal: frames per step.
         merge: side of a block, patches.
+
+    Returns:
+        (steps * h * w, channels * temporal * patch * patch).
+
+    Reference:
+        Layout of transformers' Qwen2-VL image processor.
 
     Example:
         >>> import torch

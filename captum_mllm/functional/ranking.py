@@ -23,6 +23,9 @@ def top_k_rankings(
     Raises:
         ValueError: ``k`` is not in 1..vocabulary.
 
+    Reference:
+        ARC's rankings: the paper, k = 50; ties by the lower id are our reading.
+
     Example:
         >>> import torch
         >>> top_k_rankings(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), k=3).tolist()

@@ -7,7 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 ScaleNorm = Literal["none", "max", "std"]
+"""How a scale's maps are brought to the level of scale 1's; see :func:`match_levels`."""
+
 SCALE_NORMS: tuple[str, ...] = ("none", "max", "std")
+"""All values of :data:`ScaleNorm`."""
 
 
 def match_levels(
@@ -61,6 +64,9 @@ def rank_correlation(
 
     Returns:
         Correlations in [-1, 1], float64; 0 where a map is flat.
+
+    Reference:
+        Spearman's rho; its use on scales (:func:`adaptive_weights`) is ours.
 
     Example:
         >>> import torch

@@ -5,7 +5,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 Box = tuple[float, float, float, float]
+"""(left, upper, right, lower) in fractions of a frame, each in [0, 1] inside it."""
+
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+"""The box that is the whole frame."""
 
 
 def merge_views(
@@ -60,6 +63,9 @@ def resample_cells(
 
     Returns:
         Maps on the frame's grid; the same tensor where nothing changes.
+
+    Reference:
+        Ours.
 
     Example:
         >>> import torch
@@ -152,6 +158,9 @@ def join_windows(
 
     Returns:
         Maps on the frame's grid.
+
+    Reference:
+        Ours.
 
     Example:
         >>> import torch

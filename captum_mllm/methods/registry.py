@@ -147,6 +147,7 @@ _ALL = (
     ),
 )
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
+"""Name -> :class:`Method` of all methods, baselines and controls."""
 
 
 def explain(

@@ -88,6 +88,9 @@ def plural(phrase: str) -> str:
     Args:
         phrase: lower case, e.g. "wine glass".
 
+    Returns:
+        The plural, lower case.
+
     Example:
         >>> [plural(word) for word in ("wine glass", "knife", "puppy", "person", "sheep")]
         ['wine glasses', 'knives', 'puppies', 'people', 'sheep']
@@ -127,6 +130,9 @@ class CategoryTable:
         Args:
             names: the categories' names, in the order that breaks ties.
             synonyms: other words for some of them, singular.
+
+        Returns:
+            The table, for :func:`match_categories` and :func:`score_words`.
 
         Raises:
             ValueError: an empty or repeated name, or synonyms of a name that is not there.

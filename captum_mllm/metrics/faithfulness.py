@@ -38,6 +38,9 @@ def curve_auc(curve: Float[Tensor, "*targets points"]) -> Float[Tensor, "*target
     Raises:
         ValueError: fewer than two points.
 
+    Reference:
+        Petsiuk et al., "RISE", BMVC 2018.
+
     Example:
         >>> float(curve_auc(torch.tensor([0.0, 1.0, 1.0])))
         0.75
@@ -54,8 +57,14 @@ def curve_at(curve: Float[Tensor, "*targets points"], area: float) -> Float[Tens
         curve: values at equal steps of area from 0 to 1.
         area: share of the area in [0, 1].
 
+    Returns:
+        One value per curve.
+
     Raises:
         ValueError: ``area`` outside [0, 1].
+
+    Reference:
+        Ours: comprehensiveness and sufficiency at any share of area.
 
     Example:
         >>> float(curve_at(torch.tensor([0.0, 1.0, 1.0]), 0.25))

@@ -28,6 +28,7 @@ FUNCTION_WORDS = frozenset(
     which what whatever whichever who whom whoever whose when where why how whenever wherever
     """.split()  # noqa: SIM905
 )
+"""The function words, lower case: see :func:`is_function_word`."""
 
 
 def is_function_word(word: str) -> bool:
@@ -71,6 +72,12 @@ def noun_threshold(
 
     Reference:
         TAM's Func-IoU, its threshold.
+
+    Example:
+        >>> import numpy as np
+        >>> maps = np.array([[[0.0, 0.0], [1.0, 1.0]], [[0.5, 0.5], [0.0, 0.0]]])
+        >>> 0 < noun_threshold(maps, [[0]], (8, 8)) < 1
+        True
     """
     if any(not tokens for tokens in nouns):
         raise ValueError("nouns must name at least one token each, got an empty one; leave it out.")

@@ -56,6 +56,9 @@ class HallucinationScores:
         Args:
             words: per word, positions of its tokens in the answer, all among ``tokens``.
 
+        Returns:
+            Scores with one row per word; ``tokens`` holds its most decodable token.
+
         Raises:
             ValueError: a word without tokens, or with tokens that have no scores.
         """

@@ -32,6 +32,9 @@ def log_normalizer(
     Raises:
         ValueError: ``chunk`` < 1.
 
+    Reference:
+        The denominator of the softmax.
+
     Example:
         >>> z = log_normalizer(torch.zeros(1, 2), torch.ones(5, 2), chunk=2)
         >>> round(float(z.exp()), 4)
@@ -67,6 +70,15 @@ def rank_of(
         bias: its bias, or None.
         chunk: vocabulary entries at a time, default 16384.
 
+    Returns:
+        (words,): ranks from 1 to the size of the vocabulary.
+
+    Raises:
+        ValueError: ``chunk`` < 1.
+
+    Reference:
+        Ours.
+
     Example:
         >>> rank_of(torch.ones(1, 1), torch.tensor([2]), torch.tensor([[3.0], [1.0], [2.0]]))
         tensor([2])
@@ -101,6 +113,9 @@ def map_entropy(maps: Float[Tensor, "targets ..."]) -> Float64[Tensor, " targets
         Value in [0, 1] per map: 0 where one cell holds everything, 1 for a flat map. A map
         without a positive value points nowhere and counts as flat.
 
+    Reference:
+        Shannon entropy; its use as a score of hallucination is ours.
+
     Example:
         >>> map_entropy(torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])).tolist()
         [0.5]
@@ -126,6 +141,9 @@ def mass_area(
 
     Raises:
         ValueError: ``mass`` out of range.
+
+    Reference:
+        Ours.
 
     Example:
         >>> mass_area(torch.tensor([[6.0, 3.0, 1.0, 0.0]])).tolist()

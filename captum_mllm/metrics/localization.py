@@ -61,6 +61,9 @@ def iou(pred_mask: Masks, mask: Masks) -> Scores:
     Raises:
         ValueError: the shapes differ, or a mask holds anything but 0 and 1.
 
+    Reference:
+        Jaccard index.
+
     Example:
         >>> import numpy as np
         >>> iou(np.array([[1, 1, 0]]), np.array([[0, 1, 1]])) == 1 / 3
@@ -249,6 +252,9 @@ def precision_recall(map: Maps, mask: Masks) -> tuple[Scores, Scores]:
     Raises:
         ValueError: see :func:`otsu_threshold` and :func:`iou`.
         ImportError: scikit-image is not installed.
+
+    Reference:
+        The threshold is Obj-IoU's (TAM); the rest is their definition.
 
     Example:
         >>> import numpy as np

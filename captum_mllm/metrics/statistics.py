@@ -17,7 +17,13 @@ Values = (
 
 
 class Interval(NamedTuple):
-    """A mean (or a mean difference) and the ends of its interval."""
+    """A mean (or a mean difference) and the ends of its interval.
+
+    Args:
+        mean: of the value, or of the paired difference.
+        low: lower end of the interval.
+        high: upper end.
+    """
 
     mean: float
     low: float

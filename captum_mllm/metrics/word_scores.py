@@ -45,7 +45,6 @@ class WordScores:
     more: Mapping[str, Float64[np.ndarray, " mentions"]] = field(default_factory=dict)
 
 
-# What :func:`word_scores_of` can measure of a word's tokens: (tokens,) from maps and one mask.
 MASK_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
     "obj_iou": obj_iou,
     "average_precision": average_precision,
@@ -56,6 +55,8 @@ MASK_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
     "precision": lambda maps, masks: precision_recall(maps, masks)[0],
     "recall": lambda maps, masks: precision_recall(maps, masks)[1],
 }
+"""Name -> what :func:`word_scores_of` can measure of a word's tokens: (tokens,) values in [0, 1]
+from (tokens, height, width) maps and masks."""
 
 
 def word_obj_iou(

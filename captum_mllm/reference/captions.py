@@ -50,7 +50,12 @@ Words = tuple[Word, ...]
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer."""
+    """A question and its answer.
+
+    Args:
+        question: its words.
+        answer: its words.
+    """
 
     question: Words
     answer: Words
@@ -58,7 +63,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One or more turns about one scene."""
+    """One or more turns about one scene.
+
+    Args:
+        turns: in their order.
+    """
 
     turns: tuple[Turn, ...]
 
@@ -67,6 +76,9 @@ class Conversation:
 
         Args:
             answer_last: Whether to include the last turn's answer.
+
+        Returns:
+            One mapping of role and content per message.
         """
         out: list[dict] = []
         for i, turn in enumerate(self.turns):
@@ -317,6 +329,12 @@ _NAMES = re.compile(
 
 def named_objects(text: str) -> list[str]:
     """The categories that a text names, in its order, each as often as it is named.
+
+    Args:
+        text: an answer, in any case.
+
+    Returns:
+        Names of :data:`CATEGORIES`.
 
     Example:
         >>> named_objects("A hot dog on the left and a dog.")

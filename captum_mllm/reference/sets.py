@@ -108,6 +108,7 @@ SETS = {
         TestSet("openmoji", "plain scenes in a style of drawing never trained on", _openmoji),
     )
 }
+"""Name -> test set, for :func:`make_example`; ``SETS[name].about`` says what is hard in it."""
 
 
 def make_example(name: str, number: int, split: str = "test") -> Example:

@@ -13,6 +13,8 @@ from importlib import resources
 import numpy as np
 
 STYLES = ("noto", "twemoji")  # shipped
+"""Drawing styles that are shipped; "openmoji" is made on demand."""
+
 ALL_STYLES = (*STYLES, "openmoji")  # the third is for evaluation only, see `openmoji`
 
 # name of the category -> code point(s) of the emoji, as its file is named in the npm packages
@@ -83,6 +85,8 @@ CODE_POINTS = {
     "camera": "1f4f7",
 }
 CATEGORIES = tuple(CODE_POINTS)
+"""Names of all objects that scenes hold, as captions write them."""
+
 SPRITE_SIZE = 64
 
 

@@ -102,6 +102,9 @@ def colour_stops(cmap: str = CMAP, stops: int = 9, alpha: float = 1.0) -> list[s
         stops: how many.
         alpha: opacity of the full colour; lower values fade as in :func:`overlay`.
 
+    Returns:
+        ``stops`` colours as "rgba(red,green,blue,opacity)".
+
     Example:
         >>> colour_stops("gray", 2)
         ['rgba(0,0,0,0.00)', 'rgba(255,255,255,1.00)']

@@ -86,6 +86,9 @@ class AnswerSummary:
         Args:
             index: which word.
             size: (height, width) to which the picture is resized, pixels.
+
+        Returns:
+            (height, width), 0 where the model saw nothing of the picture.
         """
         (height, width), (full_h, full_w) = size, self.size
         left, upper, right, lower = self.geometry.box
@@ -112,6 +115,9 @@ def answer_text(result: "MLLMAttributionResult") -> str:
 
     Args:
         result: what ``attribute`` returned.
+
+    Returns:
+        The tokens joined as the tokenizer would.
     """
     return join_tokens(result.output_tokens, marks_spaces(result.input_tokens))
 

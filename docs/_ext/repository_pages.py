@@ -32,6 +32,14 @@ def _back_links(app: Sphinx, page: str, template: str, context: dict, doctree: o
     context["body"] = re.sub(r'href="([^"]*)\.html#(captum_mllm\.[^"]*)"', mend, context["body"])
 
 
+def _without_builtins(app: Sphinx, env: object) -> list[str]:
+    """Viewcode lists modules that it has no page for."""
+    modules = getattr(env, "_viewcode_modules", {})
+    for name in [name for name, entry in modules.items() if not entry]:
+        del modules[name]
+    return []
+
+
 def _front_door(app: Sphinx, error: Exception | None) -> None:
     if app.builder.format == "html" and not error:
         page = f"{app.config.root_doc}.html"
@@ -43,6 +51,7 @@ def _front_door(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict:
     app.connect("source-read", _title)
+    app.connect("env-updated", _without_builtins)
     app.connect("html-page-context", _back_links)
     app.connect("build-finished", _front_door)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
