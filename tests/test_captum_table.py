@@ -1,10 +1,9 @@
-"""The table of docs/captum.md says nothing that no test shows, and its Python blocks run."""
+"""The table of docs/captum.md says nothing that no test shows."""
 
 import re
 from pathlib import Path
 
 import families
-import matplotlib.pyplot as plt
 import pytest
 import test_bridge_interplay as interplay
 import test_bridge_llm_attribution as llm
@@ -66,14 +65,3 @@ def test_every_yes_is_a_test_and_every_no_has_its_reason(what):
         assert works or len(claim.split()) == 2, f"{name}: no reason"
         if works:
             assert all(name in families_of(test) for test in SHOWN_BY[what])
-
-
-def test_python_blocks_run():
-    namespace: dict = {}
-    try:
-        for code in re.findall(
-            r"^```python\n(.*?)^```", DOCS.read_text(), re.DOTALL | re.MULTILINE
-        ):
-            exec(compile(code, str(DOCS), "exec"), namespace)
-    finally:
-        plt.close("all")

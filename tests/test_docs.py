@@ -1,59 +1,245 @@
-"""Every Python block of README and CONTRIBUTING runs, in order, in one namespace per file."""
+"""What README and the manual show works: blocks run, commands exist, links lead somewhere."""
 
+import importlib.util
 import json
 import re
+import shlex
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
+
+from captum_mllm import cli
 
 ROOT = Path(__file__).parent.parent
+GUIDE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *GUIDE]
+NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tutorials").glob("*.ipynb"))
+CARDS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("studies/records/*.md", "reference/models/*/README.md")
+    for path in (ROOT / "captum_mllm").glob(pattern)
+)
+FENCES = {"python", "sh", "text", "math", ""}  # one name for each, so that none escapes the tests
+OTHER_COMMANDS = {"pip", "git", "cd"}
 
 
-def blocks(name: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.S | re.M)
+@cache
+def markdown(name: str) -> str:
+    text = (ROOT / name).read_text()
+    if not name.endswith(".ipynb"):
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@cache
+def tokens(name: str) -> list:
+    """Blocks and what is in their lines, flat."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", markdown(name), flags=re.DOTALL)  # a card's metadata
+    found = []
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        found += [token, *(token.children or [])]
+    return found
+
+
+def blocks(name: str, language: str) -> list[str]:
+    fences = [token for token in tokens(name) if token.type == "fence"]
+    return [token.content for token in fences if token.info.strip() == language]
+
+
+# ---- code ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAGES + NOTEBOOKS)
+def test_blocks_name_a_language_that_is_tested(name):
+    infos = {token.info.strip() for token in tokens(name) if token.type == "fence"}
+    assert {info for info in infos if not info.startswith("{")} <= FENCES
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if blocks(name, "python")])
 def test_python_blocks_run(name, tmp_path, monkeypatch):
+    """In order, in one namespace per file."""
     from captum_mllm.adapters import registry
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    found = blocks(name)
-    assert found
     namespace: dict = {}
     try:
-        for number, code in enumerate(found):
+        for number, code in enumerate(blocks(name, "python")):
             exec(compile(code, f"{name}, block {number + 1}", "exec"), namespace)
     finally:
         plt.close("all")
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_local_links_exist(name):
-    text = (ROOT / name).read_text()
-    links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
-    local = [link for link in links if not link.startswith("http")]
-    missing = [link for link in local if not (ROOT / link).exists()]
-    assert not missing
+def commands(text: str) -> list[list[str]]:
+    """The commands of a shell block, cut at pipes and the like."""
+    found: list[list[str]] = [[]]
+    for line in text.replace("\\\n", " ").splitlines():
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            found[-1:] = [found[-1], []] if word in ("&&", "|", ";", ">") else [[*found[-1], word]]
+    return [words for words in found if words]
 
 
-def test_commands_named_in_readme_exist():
-    text = (ROOT / "README.md").read_text()
-    makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`?make (\w+)`?", text)):
-        assert f"\n{target}:" in makefile, target
-    for module in set(re.findall(r"python -m (captum_mllm[\w.]*)", text)):
-        path = ROOT / module.replace(".", "/")
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+def check_command(words: list[str], whole: bool) -> None:
+    """Raise where a command has a program, a module, a target or an option that there is not."""
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    program, *rest = words
+    if program == "captum-mllm":
+        check_cli(rest, whole)
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in rest if "=" not in word} <= set(targets), words
+    elif program.startswith("python"):
+        check_program(rest)
+    else:
+        assert program in OTHER_COMMANDS, words
 
 
-def test_readme_table_of_sets_is_the_recorded_one():
-    """The three families' means, to the digits that README gives."""
+def check_cli(rest: list[str], whole: bool) -> None:
+    parser = cli._parser()
+    if whole:
+        parser.parse_args(rest)
+        return
+    (commands,) = [action.choices for action in parser._actions if action.dest == "command"]
+    known = commands[rest[0]] if rest and not rest[0].startswith("-") else parser
+    options = {word.split("=")[0] for word in rest if word.startswith("-")}
+    assert options <= set(known._option_string_actions), rest
+
+
+def check_program(rest: list[str]) -> None:
+    if rest[0] == "-m":
+        spec = importlib.util.find_spec(rest[1])
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{rest[1]}.__main__")
+        assert spec is not None, rest
+        path, rest = Path(spec.origin or ""), rest[2:]
+    else:
+        path, rest = ROOT / rest[0], rest[1:]
+    source = path.read_text()
+    if path.is_relative_to(ROOT):
+        options = {word.split("=")[0] for word in rest if word.startswith("--")}
+        assert {option for option in options if f'"{option}"' not in source} == set(), path
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_shell_blocks_name_what_there_is(name):
+    for text in blocks(name, "sh"):
+        for words in commands(text):
+            check_command(words, whole=True)
+
+
+@pytest.mark.parametrize("name", PAGES + NOTEBOOKS + CARDS)
+def test_commands_in_the_text_name_what_there_is(name):
+    for token in tokens(name):
+        if token.type == "code_inline" and re.match(
+            r"(captum-mllm|make|python -m captum_mllm\S*|python \S+\.py)( |$)", token.content
+        ):
+            check_command(shlex.split(token.content), whole=False)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "make nothing",
+        "captum-mllm explain --pictures a.png --out out",
+        "captum-mllm draw",
+        "python -m captum_mllm.studies.nothing",
+        "python -m captum_mllm.studies.sets --nothing",
+        "python tests/nothing.py",
+        "curl something",
+    ],
+)
+def test_wrong_commands_are_found(wrong):
+    with pytest.raises((AssertionError, SystemExit, FileNotFoundError)):
+        check_command(shlex.split(wrong), whole=True)
+
+
+# ---- links --------------------------------------------------------------------------------------
+
+
+def links(name: str) -> list[str]:
+    found = [token.attrs.get("href") or token.attrs.get("src") for token in tokens(name)]
+    html = [token.content for token in tokens(name) if token.type.startswith("html")]
+    return [link for link in found if link] + re.findall(r'(?:src|href)="([^"]+)"', " ".join(html))
+
+
+def slug(title: str) -> str:
+    """A heading's anchor, as GitHub and MyST make it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+@cache
+def anchors(name: str) -> set[str]:
+    found: list[str] = re.findall(r'<\w+ id="([^"]+)"', markdown(name))
+    found += re.findall(r"^\(([\w-]+)\)=$", markdown(name), re.MULTILINE)
+    for token, line in pairwise(tokens(name)):
+        if token.type == "heading_open":
+            made = slug("".join(part.content for part in line.children))
+            again = sum(made == other.rsplit("-", 1)[0] or made == other for other in found)
+            found.append(f"{made}-{again}" if made in found else made)
+    return set(found)
+
+
+def wrong(name: str, link: str) -> str:
+    """Why a link leads nowhere, or ""."""
+    parts = urlsplit(link)
+    if parts.scheme or parts.netloc:
+        good = parts.scheme == "https" and "." in parts.netloc and not re.search(r"\s|\.$", link)
+        return "" if good else "is no https address"
+    path = ((ROOT / name).parent / unquote(parts.path)).resolve() if parts.path else ROOT / name
+    if not path.exists() or not path.is_relative_to(ROOT):
+        return "no such file"
+    if parts.fragment and path.suffix in (".md", ".ipynb"):
+        known = anchors(str(path.relative_to(ROOT)))
+        return "" if unquote(parts.fragment) in known else "no such heading"
+    return "an anchor of a file that has none" if parts.fragment else ""
+
+
+@pytest.mark.parametrize("name", PAGES + NOTEBOOKS + CARDS)
+def test_links_lead_somewhere(name):
+    assert {link: why for link in links(name) if (why := wrong(name, link))} == {}
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "nothing.md",
+        "#nothing",
+        "docs/captum.md#nothing",
+        "http://arxiv.org",
+        "https://arxiv",
+        "../x",
+    ],
+)
+def test_wrong_links_are_found(link):
+    assert wrong("README.md", link)
+
+
+def test_anchors_are_githubs():
+    assert {"what-works", "tokenlogprob-a-function-of-pixels-and-of-token-embeddings"} <= anchors(
+        "docs/captum.md"
+    )
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAGES + NOTEBOOKS)
+def test_nothing_is_left_to_fill_in(name):
+    assert not re.findall(r"[A-Z]+_PLACE|TODO|FIXME|XXX", markdown(name))
+
+
+def test_table_of_sets_is_the_recorded_one():
+    """The three families' means, to the digits that the table gives."""
     record = json.loads((ROOT / "captum_mllm/studies/records/sets.json").read_text())["measured"]
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/results.md").read_text()
     columns = ("average_precision", "obj_iou", "func_iou", "removed", "read")
     for name in record["llava"]:
         (row,) = re.findall(rf"^\| {name} \| (.*) \|$", text, re.M)
@@ -65,11 +251,6 @@ def test_readme_table_of_sets_is_the_recorded_one():
                 mean = values.mean() * (100 if metric == "read" else 1)
                 digits = len(value.split(".")[1]) if "." in value else 0
                 assert float(value) == pytest.approx(mean, abs=0.51 * 10**-digits), (name, metric)
-
-
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_nothing_is_left_to_fill_in(name):
-    assert not re.findall(r"[A-Z]+_PLACE|TODO|FIXME|XXX", (ROOT / name).read_text())
 
 
 def test_readme_table_of_results_is_made_of_the_record():
