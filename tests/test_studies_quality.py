@@ -14,6 +14,7 @@ from captum_mllm.studies import (
     choose,
     choose_table,
     quality,
+    quality_bounds,
     quality_rows,
     quality_table,
     quality_time,
@@ -124,6 +125,22 @@ def test_times_of_settings():
     timed = quality_table.sensitivity_table(measured, {"llava": found}).splitlines()
     assert [line.count("|") for line in (first[0], timed[0])] == [4, 5]
     assert timed[3].endswith(f"| {quality_time.ratios(found)['2 scales']:.1f} |")
+
+
+def test_what_the_goal_takes():
+    found = quality_bounds.mask_scores("plain", 2)
+    assert 0.5 < found["14"] < found["28"] < 1
+    for obj, func in ((0.3, 0.9), (0.8, 1.0), (0.71, 0.98)):
+        f1 = 2 * obj * func / (obj + func)
+        assert quality_bounds.needed_obj_iou(f1, func) == pytest.approx(obj)
+    with pytest.raises(ValueError, match="f1 must be below"):
+        quality_bounds.needed_obj_iou(0.9, 0.4)
+    record = json.loads((quality.RECORDS / "quality.json").read_text())
+    own = record["measured"]["methods"]["llava"]["plain"]
+    rows = quality_table.needs_table({"llava": {"plain": own}}, {"plain": found}).splitlines()
+    wanted = 1.145 * quality_table.interval(own, "TAM, chosen", "f1_iou").mean
+    assert rows[2].startswith(f"| llava, plain | {wanted:.3f} | ")
+    assert rows[2].endswith(f"| {found['14']:.3f} | {found['28']:.3f} |")
 
 
 def test_scores_equal_the_metrics_word_by_word(case):
@@ -244,7 +261,7 @@ def test_intervals_are_of_pooled_words():
 def test_the_record_makes_the_tables():
     record = json.loads((quality.RECORDS / "quality.json").read_text())
     assert (quality.RECORDS / "quality.md").read_text() == quality_table.tables(record)
-    assert {*record["measured"], "time"} == set(quality.PARTS)
+    assert {*record["measured"], "bounds", "time"} == set(quality.PARTS)
     assert set(record["seconds"]) == set(quality.FAMILIES)
     assert set(record["measured"]["faithfulness"]) == set(quality.FAMILIES)
 

@@ -40,6 +40,7 @@ from captum_mllm.studies.evidence import (
     score,
 )
 from captum_mllm.studies.prompts import answer_ids, conversation_inputs
+from captum_mllm.studies.quality_bounds import mask_scores
 from captum_mllm.studies.quality_rows import methods, ranges, sensitivity
 from captum_mllm.studies.quality_table import tables
 from captum_mllm.studies.quality_time import RUNS, seconds
@@ -47,13 +48,14 @@ from captum_mllm.studies.quality_time import RUNS, seconds
 RECORDS = Path(__file__).parent / "records"
 FAMILIES = ("llava", "qwen2vl", "internvl")
 ONE_SIZE = "llava-one-size"
+COMPARED = ("plain", "openmoji")
 METRICS = ("obj_iou", "average_precision", "oracle_iou")
 BASELINES = ("attention", "gradcam", "integrated_gradients", "ablation")
 CONTROLS = ("mask", "random", "centre", "randomised_model")
 REPLACED = ("blur",)
 STEPS, PER_EVAL, CHUNK = 16, 32, 2
 IG_STEPS = 8
-PARTS = ("methods", "ranges", "sensitivity", "faithfulness", "time")
+PARTS = ("methods", "ranges", "sensitivity", "faithfulness", "bounds", "time")
 COUNTED = {  # part -> what says how many scenes it takes
     "methods": "scenes",
     "ranges": "ranges",
@@ -205,7 +207,7 @@ def jobs(chosen: dict[str, Setting], args: argparse.Namespace) -> list[Job]:
         )
     }
     plan: list[tuple[str, Sequence[str], Sequence[str], int, dict[str, Setting]]] = [
-        ("methods", FAMILIES, ("plain", "openmoji"), args.scenes, compared),
+        ("methods", FAMILIES, COMPARED, args.scenes, compared),
         ("ranges", (*FAMILIES, ONE_SIZE), ("plain",), args.ranges, ranges(chosen)),
         ("sensitivity", FAMILIES, ("plain",), args.ranges, sensitivity(chosen)),
         ("faithfulness", FAMILIES, ("plain",), args.judged, judged),
@@ -306,6 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for future in tqdm(as_completed(running), total=len(running), mininterval=10):
             done[running[future]] = future.result()
     put_together(record.setdefault("measured", {}), {job: done[job] for job in planned})
+    if "bounds" in args.parts:
+        record["bounds"] = {name: mask_scores(name, args.scenes) for name in COMPARED}
     if "time" in args.parts:
         rows = sensitivity(chosen)
         record["seconds"] = record.get("seconds", {}) | {
