@@ -51,7 +51,7 @@ def rank_biased_overlap(
     Truncated at depth k and divided by ``1 - p^k`` so that identical rankings give 1:
     ``(1 - p) / (1 - p^k) * sum_{d=1..k} p^(d-1) * |A_1..d & B_1..d| / d``, evaluated in the closed
     form ``sum over common ids of g(max(rank_a, rank_b))`` with
-    ``g(m) = (1 - p) * sum_{d=m..k} p^(d-1) / d``.
+    ``g(m) = (1 - p) / (1 - p^k) * sum_{d=m..k} p^(d-1) / d``.
 
     Args:
         rankings_a: ids, best first, distinct within a row.
