@@ -77,7 +77,7 @@ napoleon_custom_sections = ["Reference", "Controls"]
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
-smartquotes = False  # "--flag" is no dash
+smartquotes_action = "D"  # dashes of parameter lists; quotes stay, as they mark strings
 
 # ---- HTML ---------------------------------------------------------------------------------------
 html_theme = "furo"

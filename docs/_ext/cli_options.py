@@ -1,6 +1,7 @@
 """``.. cli-options::``: the commands and options of ``captum-mllm``, read from its parser."""
 
 import argparse
+import re
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -35,10 +36,16 @@ def _section(name: str, parser: argparse.ArgumentParser) -> nodes.section:
         text = (action.help or "") % {"default": action.default, "prog": parser.prog}
         if action.required:
             text += " (required)"
-        body = nodes.definition("", nodes.paragraph("", text))
+        body = nodes.definition("", nodes.paragraph("", "", *_words(text)))
         options += nodes.definition_list_item("", term, body)
     section += options
     return section
+
+
+def _words(text: str) -> list[nodes.Node]:
+    """The text with its flags as code."""
+    parts = re.split(r"(--[a-z][\w-]*)", text)
+    return [nodes.literal("", p) if p.startswith("--") else nodes.Text(p) for p in parts if p]
 
 
 def _flags(action: argparse.Action) -> str:

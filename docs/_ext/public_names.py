@@ -60,7 +60,7 @@ class Public(SphinxDirective):
         """Parse the table and the entries as if they stood in the page."""
         module = self.arguments[0]
         names = [line.strip() for line in self.content if line.strip()]
-        entries = [f".. currentmodule:: {module}", "", ".. autosummary::", ""]
+        entries = [f".. currentmodule:: {module}", "", ".. autosummary::", "   :nosignatures:", ""]
         entries += [*(f"   {name}" for name in names), ""]
         for name in names:
             value = getattr(importlib.import_module(module), name)
@@ -83,11 +83,15 @@ def _options(value: Any) -> list[str]:
 def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     if what == "data":
         lines[:] = [*comment(*name.rsplit(".", 1)).splitlines(), ""]
+    if what in ("attribute", "data", "property"):
+        # Napoleon takes what a first line has before a colon for a type: an empty comment has none.
+        lines[:0] = ["..", ""]
 
 
 def _summary(doc: Any, settings: Any) -> str:
     """The first paragraph: a formula in it may hold a full stop, which autosummary cuts at."""
-    lines = list(itertools.takewhile(str.strip, itertools.dropwhile(lambda s: not s.strip(), doc)))
+    text = itertools.dropwhile(lambda line: line.strip() in ("", ".."), doc)
+    lines = list(itertools.takewhile(str.strip, text))
     return " ".join(line.strip() for line in lines)
 
 
