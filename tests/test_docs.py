@@ -228,6 +228,23 @@ def test_anchors_are_githubs():
     )
 
 
+def test_the_check_of_the_built_pages_finds_what_is_wrong(tmp_path):
+    from check_site import problems
+
+    (tmp_path / "b.html").write_text('<p id="there">')
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#there">x</a><a href="#b">x</a><a href="c.html">x</a><a href="b.html#not">'
+        'x</a><a href="https://captum.ai">x</a><script src="https://captum.ai/x.js"></script>'
+    )
+    found = [line.split(": ", 1)[1] for line in problems(tmp_path)]
+    assert found == [
+        "#b: no such anchor",
+        "c.html: no such file",
+        "b.html#not: no such anchor",
+        "https://captum.ai/x.js: is fetched from another site",
+    ]
+
+
 # ---- text ---------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ docutils translates the LaTeX; what it can't translate is a warning, and so an e
 """
 
 from docutils import nodes
-from docutils.utils.math import MathError, latex2mathml, wrap_math_code
+from docutils.utils.math import MathError, latex2mathml
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
@@ -13,11 +13,9 @@ _log = logging.getLogger(__name__)
 
 def _mathml(node: nodes.Element, block: bool) -> str:
     code = node.astext().strip()
-    if block and "\\begin{" not in code:
-        code = wrap_math_code(code, as_block=True)
     try:
         return latex2mathml.tex2mathml(code, as_block=block)
-    except MathError as error:
+    except (MathError, AttributeError) as error:  # the second where & or \\\\ stand in a line
         _log.warning("formula %r: %s", code, error, location=node)
         return f"<code>{node.astext()}</code>"
 
