@@ -45,9 +45,7 @@ def _rgb(picture: Any) -> Any:
     from transformers.image_transforms import convert_to_rgb
 
     convert: Any = convert_to_rgb
-    if (
-        "return_numpy" in signature(convert).parameters
-    ):  # 5.24 deprecates the other
+    if "return_numpy" in signature(convert).parameters:  # 5.24 deprecates the other
         return Image.fromarray(convert(picture, return_numpy=True))
     return convert(picture)
 
