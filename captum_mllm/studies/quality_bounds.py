@@ -1,5 +1,7 @@
 """What the goal of `studies.quality` asks for, beside what the masks themselves score."""
 
+import numpy as np
+
 from captum_mllm.functional import upsample
 from captum_mllm.metrics import obj_iou
 from captum_mllm.reference.render import render_pil
@@ -25,7 +27,7 @@ def mask_scores(set_name: str, scenes: int) -> dict[str, float]:
         seen = masks[masks.flatten(1).any(1)]
         for cells in CELLS:
             maps = upsample(upper_bound(seen, (cells, cells)), (SIDE, SIDE))
-            found[str(cells)] += obj_iou(maps, seen).tolist()
+            found[str(cells)] += np.atleast_1d(obj_iou(maps, seen)).tolist()
     return {cells: sum(own) / len(own) for cells, own in found.items()}
 
 
