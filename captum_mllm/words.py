@@ -126,8 +126,9 @@ def group_words(tokens: Sequence[str], spaced: bool = True) -> tuple[Word, ...]:
     """Group the labels of tokens to words.
 
     A leading space starts a word; so does the first token. Punctuation, special tokens, the
-    clitics ('s, 're, ...) and tokens of scripts written without spaces stand alone. Hyphens and
-    apostrophes inside a word and points inside a number belong to it. White space is no word.
+    clitics ('s, 're, ..., of one token or two) and tokens of scripts written without spaces stand
+    alone. Hyphens and other apostrophes inside a word and points inside a number belong to it.
+    White space is no word.
 
     Args:
         tokens: labels as in ``result.output_tokens``.
@@ -146,6 +147,9 @@ def group_words(tokens: Sequence[str], spaced: bool = True) -> tuple[Word, ...]:
             joins = False
             continue
         starts = token[0] in _START or token[0].isspace()
+        if joins and spaced and _ends_as_clitic(bare, tokens, index):
+            groups.append([index])  # the apostrophe; its letters follow
+            continue
         if not spaced or _stands_alone(bare, tokens, index):
             groups.append([index])
             joins = False
@@ -190,6 +194,19 @@ def _connects(bare: Sequence[str], tokens: Sequence[str], index: int) -> bool:
     if bare[index] in f"-{_APOSTROPHES}":
         return left[-1].isalnum() and right[0].isalnum()
     return bare[index] in ".,:/" and left[-1].isdigit() and right[0].isdigit()
+
+
+def _ends_as_clitic(bare: Sequence[str], tokens: Sequence[str], index: int) -> bool:
+    """Whether this apostrophe and the token after it are a clitic that ends the word."""
+    if bare[index] not in tuple(_APOSTROPHES) or not _connects(bare, tokens, index):
+        return False
+    after = index + 2
+    if not _CLITIC.match(bare[index] + bare[index + 1]):
+        return False
+    if after == len(tokens) or not bare[after] or tokens[index + 1][-1].isspace():
+        return True
+    starts = tokens[after][0] in _START or tokens[after][0].isspace()
+    return starts or _stands_alone(bare, tokens, after)
 
 
 def word_maps(

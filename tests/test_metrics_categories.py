@@ -10,6 +10,7 @@ from captum_mllm.metrics import (
     match_categories,
     plural,
 )
+from captum_mllm.words import group_words
 
 COCO = CategoryTable.coco()
 
@@ -73,6 +74,30 @@ def test_plurals(one, many):
 )
 def test_words_name_categories(text, labels):
     assert list(named(text)) == labels
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("woman's hand", (" a", " woman", "'s", " hand")),
+        ("woman's hand", (" a", " woman", "'", "s", " hands")),
+        ("man (left)", (" a", " man", " (", "left", ")")),
+        ("dog ", (" two", " dogs")),
+        ("hot  dog", (" a", " hot", "-", "dog")),
+        ("T-shirt", (" two", " T", "-", "sh", "irts")),
+        ("no. 5", (" a", " no", ".", " 5")),
+    ],
+)
+def test_names_are_cut_into_words_as_answers_are(name, tokens):
+    words = [word.text for word in group_words(tokens)]
+    labels = match_categories(words, CategoryTable.of([name]))
+    assert labels == (None, *[name] * (len(words) - 1))
+
+
+def test_parity_takes_no_punctuation_for_a_category():
+    table = CategoryTable.of(["woman's hand", "man (left)"])
+    labels = match_categories(["dog", "'s", "(", "hand"], table, parity=True)
+    assert labels == (None, None, None, "woman's hand")
 
 
 def test_the_longest_phrase_wins_then_the_table_then_the_left():

@@ -133,7 +133,7 @@ def test_f1_edges():
         f1_iou(0.5, 1.5)
 
 
-@pytest.mark.parametrize("word", ["the", "And", " there", "yes", "whose", "should"])
+@pytest.mark.parametrize("word", ["the", "And", " there", "yes", "whose", "should", "\u2019s"])
 def test_function_words(word):
     assert is_function_word(word)
 

@@ -353,6 +353,9 @@ def test_wrong_inputs_raise_and_name_the_argument(metric):
         metric(values, mask * 255)
     with pytest.raises(ValueError, match="map must not hold NaN, got 1"):
         metric(np.where(np.arange(63).reshape(7, 9) == 5, np.nan, values), mask)
+    endless = np.where(np.arange(63).reshape(7, 9) == 5, np.inf, values)
+    with pytest.raises(ValueError, match="map must be finite, got 1 infinite"):
+        metric(endless, mask)
 
 
 def test_wrong_shapes_raise():

@@ -28,6 +28,11 @@ def texts(*tokens):
         (("Ġa", "Ġzeb", "ra"), ["a", "zebra"]),
         ((" dog", "'s", " tail"), ["dog", "'s", "tail"]),
         ((" don", "'", "t", " go"), ["don't", "go"]),
+        ((" dog", "'", "s", " tail"), ["dog", "'s", "tail"]),  # as Llama 2's tokenizer has it
+        ((" zeb", "ra", "\u2019", "s", "."), ["zebra", "\u2019s", "."]),
+        ((" we", "'", "ll"), ["we", "'ll"]),
+        ((" rock", "'", "s", "alt"), ["rock'salt"]),
+        ((" dog", "'", "s", "-", "eye"), ["dog's-eye"]),
         ((" ted", "-", "bear"), ["ted-bear"]),
         ((" dog", " -", " cat"), ["dog", "-", "cat"]),
         ((" dog", "-", " cat"), ["dog", "-", "cat"]),

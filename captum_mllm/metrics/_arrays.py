@@ -18,6 +18,8 @@ def as_maps(map: Any) -> Float64[np.ndarray, "*examples height width"]:
     _check_grid(array, "map")
     if np.isnan(array).any():
         raise ValueError(f"map must not hold NaN, got {int(np.isnan(array).sum())} of them.")
+    if np.isinf(array).any():
+        raise ValueError(f"map must be finite, got {int(np.isinf(array).sum())} infinite values.")
     return array
 
 

@@ -1,7 +1,10 @@
 """Which category a word names: COCO's 80 names, plurals, synonyms; the longest phrase wins."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from captum_mllm.words import group_words
 
 _COCO = """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
@@ -109,6 +112,12 @@ def plural(phrase: str) -> str:
     return " ".join([*before, made])
 
 
+def _words(phrase: str) -> Phrase:
+    """A phrase's words, cut as an answer's are: "woman's hand" has three."""
+    pieces = re.findall(r"\s*(?:\w+|[^\w\s])", phrase)
+    return tuple(word.text for word in group_words(pieces))
+
+
 @dataclass(frozen=True)
 class CategoryTable:
     """Names of categories and the phrases that stand for each; the order of the names counts.
@@ -150,10 +159,10 @@ class CategoryTable:
             raise ValueError(f"synonyms are given for {unknown}, which are not among the names.")
         rows = []
         for name in kept:
-            singular = [word.lower() for word in (name, *others.get(name, ()))]
+            singular = [" ".join(word.lower().split()) for word in (name, *others.get(name, ()))]
             both = [form for word in singular for form in (word, plural(word))]
             both += [form.replace(" ", "-") for form in both]
-            rows.append(tuple(tuple(form.split()) for form in dict.fromkeys(both)))
+            rows.append(tuple(_words(form) for form in dict.fromkeys(both)))
         return cls(kept, tuple(rows))
 
     @classmethod
@@ -207,6 +216,7 @@ def match_categories(
             for name, phrases in zip(table.names, table.phrases, strict=True)
             for phrase in phrases
             for word in phrase
+            if word[0].isalnum()  # neither punctuation nor 's
         }
         return tuple(last.get(word) for word in lower)
     order: dict[Phrase, int] = {}

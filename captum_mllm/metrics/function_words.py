@@ -48,7 +48,7 @@ def is_function_word(word: str) -> bool:
         >>> [is_function_word(word) for word in ("The", "dog", "and", "on")]
         [True, False, True, False]
     """
-    return word.strip().lower() in FUNCTION_WORDS
+    return word.strip().lower().replace("\u2019", "'") in FUNCTION_WORDS
 
 
 def noun_threshold(

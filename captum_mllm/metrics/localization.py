@@ -111,7 +111,7 @@ def oracle_iou(map: Maps, mask: Masks) -> Scores:
         mask.
 
     Raises:
-        ValueError: the shapes differ, the map holds NaN, or the mask anything but 0 and 1.
+        ValueError: the shapes differ, the map is not finite, or the mask anything but 0 and 1.
 
     Reference:
         Ours: to tell a better ranking of cells from a better calibration.
@@ -136,7 +136,7 @@ def average_precision(map: Maps, mask: Masks) -> Scores:
         mask.
 
     Raises:
-        ValueError: the shapes differ, the map holds NaN, or the mask anything but 0 and 1.
+        ValueError: the shapes differ, the map is not finite, or the mask anything but 0 and 1.
         ImportError: scikit-learn is not installed.
 
     Reference:
@@ -162,7 +162,7 @@ def auc(map: Maps, mask: Masks) -> Scores:
         Value in [0, 1] per example, 0.5 for a flat map; NaN where the mask is empty or full.
 
     Raises:
-        ValueError: the shapes differ, the map holds NaN, or the mask anything but 0 and 1.
+        ValueError: the shapes differ, the map is not finite, or the mask anything but 0 and 1.
         ImportError: scikit-learn is not installed.
 
     Reference:
@@ -194,7 +194,7 @@ def pointing_game(map: Maps, mask: Masks) -> Scores:
         empty mask.
 
     Raises:
-        ValueError: the shapes differ, the map holds NaN, or the mask anything but 0 and 1.
+        ValueError: the shapes differ, the map is not finite, or the mask anything but 0 and 1.
 
     Reference:
         Zhang et al., "Top-down neural attention by excitation backprop", ECCV 2016, without the
@@ -219,7 +219,7 @@ def energy_in_mask(map: Maps, mask: Masks) -> Scores:
         Value in [0, 1] per example; 0 where the map has no positive value, NaN for an empty mask.
 
     Raises:
-        ValueError: the shapes differ, the map holds NaN, or the mask anything but 0 and 1.
+        ValueError: the shapes differ, the map is not finite, or the mask anything but 0 and 1.
 
     Reference:
         Wang et al., "Score-CAM", CVPR workshops 2020, energy-based pointing game.
