@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 import captum_mllm
 
 project = "captum_mllm"
-copyright = "the captum_mllm authors"
+copyright = "the captum_mllm founders"
 release = version = captum_mllm.__version__
 
 extensions = [

@@ -7,7 +7,7 @@ planted co-occurrence ("biased": it hallucinates, and which words is known); onl
 their world are small. They exist because a saliency map can only be judged on a model that *sees*,
 on pictures whose masks are known exactly. They are no substitute for results on public models.
 
-What is here (everything loads on first use; importing this package imports no torch):
+What is here (everything loads on first use):
 
     load(name="llava", dtype=None) -> (model, processor)    the shipped weights, on CPU, eval mode
     model_path(name="llava") -> Path                        folder for AutoProcessor / AutoModel...
