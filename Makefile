@@ -17,10 +17,10 @@ demo: .venv/ready
 	$(BIN)/captum-mllm explain --demo --out demo
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 -m "not slow" --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" --cov --cov-report=term:skip-covered
 
 check: .venv/ready docs notebooks wheel oldest video third-style
-	$(BIN)/python -m pytest -q -n 2 -m slow tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow tests
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -42,7 +42,7 @@ notebooks: .venv/ready
 	$(BIN)/python tests/run_notebooks.py tutorials
 
 oldest: .venv-oldest/ready
-	$(OLD)/python -m pytest -q -n 2 -m "not slow" tests
+	$(OLD)/python -m pytest -q -n 2 --dist worksteal -m "not slow" tests
 
 # Real video processors, which need torchvision: it is kept out of the environments, where the
 # package must do without.
