@@ -200,6 +200,16 @@ def sensitivity_table(
     return grid(head, rows)
 
 
+def _time_note(times: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
+    if not times:
+        return []
+    runs = min(len(own) for rows in times.values() for own in rows.values())
+    return [
+        f"Time: for all tokens of an answer, as a multiple of the plain logit lens's; one thread, "
+        f"medians of {runs} interleaved runs."
+    ]
+
+
 def tables(record: Mapping[str, Any]) -> str:
     """The record's Markdown.
 
@@ -238,8 +248,7 @@ def tables(record: Mapping[str, Any]) -> str:
     if "sensitivity" in measured:
         text += [
             "## Sensitivity (k and p with alpha unbounded, scales as chosen else)",
-            "Time: for all tokens of an answer, as a multiple of the plain logit lens's; one "
-            "thread, medians of interleaved runs.",
+            *_time_note(record.get("seconds", {})),
             sensitivity_table(measured["sensitivity"], record.get("seconds", {})),
         ]
     return "\n\n".join(text) + "\n"
