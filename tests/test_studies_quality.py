@@ -258,6 +258,7 @@ def test_intervals_are_of_pooled_words():
     assert np.isnan(quality_table.padded([[1.0, None], []])).sum() == 3
 
 
+@pytest.mark.slow
 def test_the_record_makes_the_tables():
     record = json.loads((quality.RECORDS / "quality.json").read_text())
     assert (quality.RECORDS / "quality.md").read_text() == quality_table.tables(record)

@@ -276,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--scenes", type=int, default=60, help="of the test split, per set")
     parser.add_argument("--ranges", type=int, default=20, help="scenes for ranges and sensitivity")
-    parser.add_argument("--judged", type=int, default=12, help="scenes for faithfulness")
+    parser.add_argument("--judged", type=int, default=8, help="scenes for faithfulness")
     parser.add_argument("--runs", type=int, default=RUNS, help="of each setting, for its time")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="where the models run")
