@@ -16,7 +16,7 @@ IMAGE, SIDE, PATCH = 3, 16, 4
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    exec(blocks("CONTRIBUTING.md")[-1], {})
+    exec(blocks("CONTRIBUTING.md", "python")[-1], {})
 
 
 def tiny_vip_llava():
