@@ -95,6 +95,8 @@ def test_stopped_in_mid_run_and_gone_on_with(number, base, tmp_path, capfd):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # a test run in the background of a shell ignores SIGINT, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 2):
