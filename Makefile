@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 # Models of the tests are tiny: more threads than one only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint docs links notebooks oldest video third-style wheel clean
+.PHONY: demo test check lint docs links notebooks oldest video third-style wheel study clean
 
 demo: .venv/ready
 	$(BIN)/captum-mllm explain --demo --out demo
@@ -53,6 +53,10 @@ video: .venv/ready .venv-oldest/ready .torchvision/ready
 # The third drawing style, CC-BY-SA: fetched from npm, in neither the repository nor the wheel.
 third-style: .openmoji/openmoji.npz
 	CAPTUM_MLLM_DATA=$(CURDIR)/.openmoji $(BIN)/python -m pytest -q tests/test_openmoji.py
+
+# A recorded measurement again, e.g. make study NAME=quality ARGS="--workers 2".
+study: .venv/ready
+	PYTHONPATH=docs $(BIN)/python -m studies.$(NAME) $(ARGS)
 
 wheel: .venv/ready
 	rm -rf dist && $(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null

@@ -37,10 +37,10 @@ include_patterns = [
     "tutorials/*.ipynb",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
-    "captum_mllm/studies/records/*.md",
     "captum_mllm/reference/models/*/README.md",
 ]
 exclude_patterns = [
+    "docs/studies/weights",
     "**/__pycache__",
     "**/.ipynb_checkpoints",
     ".git",

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from captum import attr
-from published import ARC, MSEA
 
 from captum_mllm import LogitLens, TokenLogProb
 from captum_mllm.functional import grid_mask
 from captum_mllm.reference import load, make_scene, render_pil
-from captum_mllm.studies.prompts import default_inputs
+from published import ARC, MSEA
+from studies.prompts import default_inputs
 
 SIDE, BATCH, STEPS, SAMPLES = 112, 8, 50, 10
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

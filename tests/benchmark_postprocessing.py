@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import reference as twin
 import torch
 
+import reference as twin
 from captum_mllm import LogitLens
 from captum_mllm.capture import captured_forward
 from captum_mllm.functional import (
@@ -29,7 +29,7 @@ from captum_mllm.functional import (
 )
 from captum_mllm.inputs import cut, read_sample, rescaled_inputs
 from captum_mllm.reference import load, make_scene, render_pil
-from captum_mllm.studies.prompts import default_inputs
+from studies.prompts import default_inputs
 
 TARGETS, TOKENS, CELLS, SIDE, TOP_K = 64, 128, 24, 336, 50
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from contract_tools import LAYOUTS, QWEN, TILE, TILED, at_scale, canvas_of, visual_ids, with_answer
 from families import patchify
-from torch import Tensor
 
 
 def tile_lines(tiles: Tensor, layout: tuple[int, int]) -> Tensor:

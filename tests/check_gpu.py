@@ -11,12 +11,12 @@ import warnings
 from tempfile import mkdtemp
 
 import accelerate
-import families
 import torch
 import transformers
-from published import ARC, MSEA
 
+import families
 from captum_mllm import LogitLens
+from published import ARC, MSEA
 
 
 def numbers(result):

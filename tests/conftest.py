@@ -16,6 +16,7 @@ install_import_hook(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
 from tiny import Subject, random_picture, tiny_llava, tiny_processor  # noqa: E402
 
 PROMPT = "USER: <image>\nwhat is here ? ASSISTANT:"

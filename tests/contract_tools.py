@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from families import NAMES, PATCH, family, patchify, without_mixing
 from torch import Tensor
+
+from families import NAMES, PATCH, family, patchify, without_mixing
 
 QWEN = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
 TILED = ("InternVL", "Idefics3", "SmolVLM")

@@ -14,7 +14,6 @@ import torch
 import transformers
 from einops import rearrange
 from PIL import Image
-from tiny import Subject, random_picture, tiny_llava, tiny_processor
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -28,6 +27,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from captum_mllm.reference.image_only import image_only_processor
+from tiny import Subject, random_picture, tiny_llava, tiny_processor
 
 NAMES: tuple[str, ...] = (
     "Llava",

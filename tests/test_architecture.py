@@ -18,7 +18,7 @@ LINE = {  # the way of the data; a part may import from parts with a smaller num
     "rescale": 3, "targets": 3,
     "generation": 3, "runner": 4, "attr": 5,
     "coco_masks": 5, "coco": 6, "label_maps": 6, "metrics": 6, "visualization": 6, "bridge": 6,
-    "reference": 7, "methods": 7, "studies": 8, "cli_model": 8,
+    "reference": 7, "methods": 7, "cli_model": 8,
     "cli_arguments": 8, "benchmark": 9, "cli_benchmark": 10, "cli": 11, "__main__": 12,
 }  # fmt: skip
 NO_MODEL = {"functional", "geometry", "words", "labels", "_captum", "trace", "result", "metrics"}

@@ -1,12 +1,12 @@
 """RankCorrelationDenoiser.denoise on attributions computed elsewhere."""
 
 import pytest
-import reference
 import torch
-from published import ARC, RankCorrelationDenoiser
 from torch.testing import assert_close
 
+import reference
 from captum_mllm import LogitLens
+from published import ARC, RankCorrelationDenoiser
 
 
 @pytest.fixture

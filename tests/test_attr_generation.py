@@ -1,13 +1,13 @@
 """Answers: generated ones, given ones, strings."""
 
 import pytest
-import tiny
 import torch
-from published import ARC, MSEA
-from test_attr_multi_scale import same
 from transformers import GenerationConfig
 
+import tiny
 from captum_mllm import LogitLens
+from published import ARC, MSEA
+from test_attr_multi_scale import same
 
 END = 2
 

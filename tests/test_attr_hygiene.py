@@ -3,12 +3,12 @@
 import copy
 
 import pytest
-import tiny
 import torch
-import twins_model
-from published import ARC, MSEA
 
+import tiny
+import twins_model
 from captum_mllm import LogitLens, TokenActivationMap
+from published import ARC, MSEA
 
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",

@@ -1,13 +1,13 @@
 """The base: lens maps, text scores, probabilities, rankings against plain model outputs."""
 
 import pytest
-import tiny
 import torch
-import twins_model
-from published import ARC, MSEA
 from torch.testing import assert_close
 
+import tiny
+import twins_model
 from captum_mllm import LogitLens, TokenActivationMap
+from published import ARC, MSEA
 
 
 def close(actual, expected, share=1e-5):

@@ -1,16 +1,16 @@
 """MSEA, ARC and TAM on a model: maps against slow twins, forwards counted, consistency."""
 
 import pytest
-import tiny
 import torch
-import twins_model
-from published import ARC, MSEA, MultiScaleAttribution, RankCorrelationDenoiser
-from test_attr_logit_lens import answer_positions, close, special_ids, with_two_images
 
 import captum_mllm.capture
 import captum_mllm.functional
 import captum_mllm.runner
+import tiny
+import twins_model
 from captum_mllm import LogitLens, TokenActivationMap
+from published import ARC, MSEA, MultiScaleAttribution, RankCorrelationDenoiser
+from test_attr_logit_lens import answer_positions, close, special_ids, with_two_images
 
 SCALES = (1.0, 1.25, 1.5)
 WRAPPERS = {"lens": lambda a: a, "tam": TokenActivationMap, "arc": ARC}

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from captum.attr import NoiseTunnel
-from published import ARC, MSEA
-from test_attr_logit_lens import close
 
 from captum_mllm import LogitLens, TokenActivationMap
 from captum_mllm.functional import upsample
+from published import ARC, MSEA
+from test_attr_logit_lens import close
 
 METHODS = {
     "lens": LogitLens,

@@ -28,8 +28,9 @@ from captum_mllm.metrics import (
     match_categories,
 )
 from captum_mllm.reference.export import export
-from captum_mllm.reference.models import model_path, sha256
+from captum_mllm.reference.models import model_path
 from captum_mllm.words import group_words
+from studies.training.models import sha256
 
 SIZE, PICTURES = 96, 3
 NAMES = ("images", "instances.json", "captions.json")

@@ -7,9 +7,6 @@ import torch
 import torch.nn.functional as F
 from captum.attr import ImageMaskInput, IntegratedGradients, LLMAttributionResult, NoiseTunnel
 from captum.metrics import infidelity, sensitivity_max
-from contract_tools import kin_of, pictures_of
-from families import NAMES
-from published import ARC, MSEA, MultiScaleAttribution
 from torch.testing import assert_close
 
 from captum_mllm import LogitLens, TokenLogProb
@@ -18,7 +15,10 @@ from captum_mllm.functional import resize_attributions, upsample
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.reference import load, make_scene, render_pil
 from captum_mllm.reference.models import MODELS
-from captum_mllm.studies.prompts import default_inputs
+from contract_tools import kin_of, pictures_of
+from families import NAMES
+from published import ARC, MSEA, MultiScaleAttribution
+from studies.prompts import default_inputs
 
 T = 2
 ONE_SIZE = ("Gemma3", "LlavaNext")

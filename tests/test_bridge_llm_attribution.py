@@ -6,17 +6,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from bridge_tools import log_probs_by_hand
 from captum.attr import FeatureAblation, KernelShap, LLMAttribution, ShapleyValueSampling
-from contract_tools import QWEN, kin_of
-from families import NAMES
 from PIL import Image
-from published import RankCorrelationDenoiser
 from torch.testing import assert_close
 
+from bridge_tools import log_probs_by_hand
 from captum_mllm import PromptInput, TeacherForced, TokenLogProb
 from captum_mllm.bridge import ExactLabels, check_llm_attribution, image_input
 from captum_mllm.functional import grid_mask
+from contract_tools import QWEN, kin_of
+from families import NAMES
+from published import RankCorrelationDenoiser
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 MODES = {

@@ -9,7 +9,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from bridge_tools import by_hand, cells_by_hand, embedded_by_hand
 from captum.attr import (
     FeatureAblation,
     InputXGradient,
@@ -22,12 +21,13 @@ from captum.attr import (
     Saliency,
     ShapleyValueSampling,
 )
-from contract_tools import QWEN, kin_of
-from families import NAMES
 from torch.testing import assert_close
 
+from bridge_tools import by_hand, cells_by_hand, embedded_by_hand
 from captum_mllm import TokenLogProb
 from captum_mllm.functional import grid_mask
+from contract_tools import QWEN, kin_of
+from families import NAMES
 
 T = 2  # the explained token
 

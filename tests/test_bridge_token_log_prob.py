@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from bridge_tools import (
     by_hand,
     cells_by_hand,
@@ -12,13 +14,11 @@ from bridge_tools import (
     log_probs_by_hand,
     view_positions,
 )
-from contract_tools import QWEN, at_scale, kin_of, logits_of, pictures_of, with_answer
-from families import NAMES, video
-from torch.testing import assert_close
-
 from captum_mllm import LogitLens, TokenLogProb
 from captum_mllm.functional import top_k_rankings
 from captum_mllm.geometry import ImageGeometry, maps_to_picture
+from contract_tools import QWEN, at_scale, kin_of, logits_of, pictures_of, with_answer
+from families import NAMES, video
 
 CASES = ("usual", "wide", "tall", "two")
 

@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-import families
 import pytest
+
+import families
 import test_bridge_interplay as interplay
 import test_bridge_llm_attribution as llm
 import test_bridge_methods as methods

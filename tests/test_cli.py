@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import NAMES, PLACEHOLDER, family
 from PIL import Image
-from test_families_models import as_full_processor
 
 from captum_mllm import ARC, MSEA, MLLMAttributionResult, cli, cli_model
 from captum_mllm.adapters import registered_classes
 from captum_mllm.visualization.pictures import open_picture
+from families import NAMES, PLACEHOLDER, family
+from test_families_models import as_full_processor
 
 MADE_BY = {  # method: name and number of scales in its result
     "lens": ("LogitLens", 1),
@@ -127,7 +127,7 @@ def test_image_token_is_put_before_a_prompt_without_template(processor, picture)
 
 @pytest.mark.parametrize("start", ["", "<s>"])
 def test_chat_template_is_used_with_one_start_token(start, picture):
-    from captum_mllm.reference.tokenizer import build_processor
+    from studies.training.tokenizer import build_processor
 
     processor = build_processor(16, 8)  # its tokenizer puts <s> before every text
     processor.chat_template = start + processor.chat_template

@@ -7,13 +7,13 @@ import sys
 import time
 
 import pytest
-from test_benchmark import NAMES, lines
 
 from captum_mllm import cli
 from captum_mllm.cli_benchmark import _option
 from captum_mllm.coco import CocoDataset
 from captum_mllm.label_maps import write_label_maps
 from captum_mllm.reference.export import export
+from test_benchmark import NAMES, lines
 
 PICTURES = 3
 

@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter
+from torch.testing import assert_close
+
+from captum_mllm import ImageGeometry, LogitLens, MLLMAttributionResult, TokenActivationMap
 from contract_tools import (
     ANY_SIZE,
     CASES,
@@ -30,12 +34,8 @@ from contract_tools import (
     windows_by_hand,
 )
 from families import NAMES, video
-from PIL import Image, ImageDraw, ImageFilter
 from published import ARC, MSEA
 from test_attr_hygiene import check_same, state
-from torch.testing import assert_close
-
-from captum_mllm import ImageGeometry, LogitLens, MLLMAttributionResult, TokenActivationMap
 
 pytestmark = pytest.mark.filterwarnings(
     # transformers 5.5's InternVL and 5.23's PaliGemma processors, see `FamilySubject.encode`.

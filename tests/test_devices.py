@@ -4,16 +4,16 @@ import copy
 import re
 import warnings
 
-import families
 import pytest
-import tiny
 import torch
-from published import ARC, MSEA
 from torch import nn
 
+import families
+import tiny
 from captum_mllm import LogitLens
 from captum_mllm.adapters.devices import input_device, loaded, unwrap
 from captum_mllm.adapters.head import head_matrix, head_size
+from published import ARC, MSEA
 
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")

@@ -17,13 +17,17 @@ from markdown_it import MarkdownIt
 from captum_mllm import cli
 
 ROOT = Path(__file__).parent.parent
-GUIDE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+GUIDE = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "docs").rglob("*.md")
+    if "studies" not in path.parts
+)
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *GUIDE]
 NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tutorials").glob("*.ipynb"))
 CARDS = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("studies/records/*.md", "reference/models/*/README.md")
-    for path in (ROOT / "captum_mllm").glob(pattern)
+    for pattern in ("docs/studies/records/*.md", "captum_mllm/reference/models/*/README.md")
+    for path in ROOT.glob(pattern)
 )
 FENCES = {"python", "sh", "text", "math", ""}  # one name for each, so that none escapes the tests
 OTHER_COMMANDS = {"pip", "git", "cd"}
@@ -96,6 +100,9 @@ def check_command(words: list[str], whole: bool) -> None:
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in rest if "=" not in word} <= set(targets), words
+        settings = dict(word.split("=", 1) for word in rest if "=" in word)
+        if "study" in rest:
+            check_program(["-m", f"studies.{settings['NAME']}", *settings.get("ARGS", "").split()])
     elif program.startswith("python"):
         check_program(rest)
     else:
@@ -150,8 +157,8 @@ def test_commands_in_the_text_name_what_there_is(name):
         "make nothing",
         "captum-mllm explain --pictures a.png --out out",
         "captum-mllm draw",
-        "python -m captum_mllm.studies.nothing",
-        "python -m captum_mllm.studies.sets --nothing",
+        "make study NAME=nothing",
+        'make study NAME=sets ARGS="--nothing"',
         "python tests/nothing.py",
         "curl something",
     ],
@@ -255,7 +262,7 @@ def test_nothing_is_left_to_fill_in(name):
 
 def test_table_of_sets_is_the_recorded_one():
     """The three families' means, to the digits that the table gives."""
-    record = json.loads((ROOT / "captum_mllm/studies/records/sets.json").read_text())["measured"]
+    record = json.loads((ROOT / "docs/studies/records/sets.json").read_text())["measured"]
     text = (ROOT / "docs/results.md").read_text()
     columns = ("average_precision", "obj_iou", "func_iou", "removed", "read")
     for name in record["llava"]:
@@ -271,8 +278,8 @@ def test_table_of_sets_is_the_recorded_one():
 
 
 def test_readme_table_of_results_is_made_of_the_record():
-    from captum_mllm.studies.quality import RECORDS
-    from captum_mllm.studies.quality_table import readme_table
+    from studies.quality import RECORDS
+    from studies.quality_table import readme_table
 
     record = json.loads((RECORDS / "quality.json").read_text())
     assert readme_table(record) in (ROOT / "README.md").read_text()

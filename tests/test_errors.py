@@ -3,14 +3,14 @@
 import re
 
 import pytest
-import tiny
 import torch
 from captum.attr import IntegratedGradients, Saliency
-from published import ARC, MSEA, MultiScaleAttribution, RankCorrelationDenoiser
 from torch import nn
 
+import tiny
 from captum_mllm import ImageGeometry, LogitLens, TokenActivationMap
 from captum_mllm.adapters import LlavaAdapter, find_adapter, register_adapter
+from published import ARC, MSEA, MultiScaleAttribution, RankCorrelationDenoiser
 
 
 def raises(error, *parts):

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from families import NAMES, PATCH, family, patchify, video, without_mixing
 
 from captum_mllm.reference.image_only import image_only_processor, load_image_only
+from families import NAMES, PATCH, family, patchify, video, without_mixing
 
 QWEN = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
 IMAGE_ONLY = (*QWEN, "InternVL", "SmolVLM")

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import NoiseTunnel
-from families import NAMES, family, video
 from PIL import Image
-from published import ARC, MSEA
-from tiny import random_picture
 from transformers import image_transforms
 
 from captum_mllm import LogitLens
 from captum_mllm.adapters import find_adapter
 from captum_mllm.functional import WHOLE
+from families import NAMES, family, video
+from published import ARC, MSEA
+from tiny import random_picture
 
 
 def test_inputs_that_are_no_tensors_are_not_left_out():

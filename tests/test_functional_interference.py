@@ -1,10 +1,10 @@
 import itertools
 
 import pytest
-import reference
 import torch
 from torch.testing import assert_close
 
+import reference
 from captum_mllm.functional import (
     arc_subtract,
     context_weights,

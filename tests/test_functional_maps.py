@@ -1,11 +1,11 @@
 import inspect
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import reference
 from captum_mllm.functional import (
     aggregate,
     lens_logits,

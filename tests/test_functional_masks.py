@@ -1,9 +1,9 @@
 """Masks of segments, against their slow twins and their definitions."""
 
 import pytest
-import reference
 import torch
 
+import reference
 from captum_mllm.functional import grid_mask, rank_mask
 
 

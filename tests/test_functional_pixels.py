@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-import reference
 import torch
 from PIL import Image
 from torch.testing import assert_close
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import reference
 from captum_mllm.functional import (
     find_layout,
     frames_to_patches,

@@ -2,12 +2,12 @@ import inspect
 import math
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import reference
 from captum_mllm.functional import rank_biased_overlap, top_k_rankings
 
 few = settings(max_examples=40, deadline=None)

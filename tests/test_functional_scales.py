@@ -3,10 +3,10 @@
 import inspect
 
 import pytest
-import reference
 import torch
 from torch.testing import assert_close
 
+import reference
 from captum_mllm.functional import (
     adaptive_weights,
     aggregate,

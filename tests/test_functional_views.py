@@ -4,12 +4,12 @@ from fractions import Fraction
 from math import ceil
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import reference
 from captum_mllm.functional import join_windows, merge_views, resample_cells, window_boxes
 from captum_mllm.functional.views import WHOLE
 

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from bridge_tools import by_hand, frames_by_hand, log_probs_by_hand, view_positions
 from captum.attr import IntegratedGradients
-from contract_tools import frame_shape, kin_of, pictures_of, with_answer
-from families import NAMES, family
 from torch.testing import assert_close
 
+from bridge_tools import by_hand, frames_by_hand, log_probs_by_hand, view_positions
 from captum_mllm import TokenLogProb
 from captum_mllm.functional import sum_cells
 from captum_mllm.geometry import ImageGrid
@@ -16,6 +14,8 @@ from captum_mllm.methods import explain
 from captum_mllm.methods.ablation import parts_of
 from captum_mllm.methods.attention import _layer
 from captum_mllm.methods.frames import box_on_grid, cell_means, cell_sums, nothing, shown_by
+from contract_tools import frame_shape, kin_of, pictures_of, with_answer
+from families import NAMES, family
 
 
 @pytest.fixture(params=NAMES)

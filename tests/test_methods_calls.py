@@ -4,10 +4,6 @@ import inspect
 
 import pytest
 import torch
-from contract_tools import QWEN, frame_shape, kin_of, pictures_of
-from families import NAMES, family, video
-from test_attr_hygiene import check_same, state, worn
-from tiny import tiny_llava
 from torch.testing import assert_close
 
 from captum_mllm import ARC, MSEA, LogitLens, TokenActivationMap
@@ -16,6 +12,10 @@ from captum_mllm.attr.joint_normalization import unit_result
 from captum_mllm.functional import rank_gaussian_filter
 from captum_mllm.methods import METHODS, explain
 from captum_mllm.metrics import insertion_deletion
+from contract_tools import QWEN, frame_shape, kin_of, pictures_of
+from families import NAMES, family, video
+from test_attr_hygiene import check_same, state, worn
+from tiny import tiny_llava
 
 OURS = ("lens", "tam", "msea", "arc", "msea+arc")
 FEW = {"steps": 2}

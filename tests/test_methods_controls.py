@@ -6,10 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from contract_tools import canvas_of, kin_of, pictures_of
-from families import NAMES, family
 from PIL import Image
-from test_attr_hygiene import check_same, state
 from torch.testing import assert_close
 
 from captum_mllm import ARC, LogitLens
@@ -18,6 +15,9 @@ from captum_mllm.geometry import ImageGeometry
 from captum_mllm.methods import explain
 from captum_mllm.methods.controls import mask_shares
 from captum_mllm.methods.randomised import shuffled_copy
+from contract_tools import canvas_of, kin_of, pictures_of
+from families import NAMES, family
+from test_attr_hygiene import check_same, state
 
 # ---- noise and centre ---------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from families import NAMES, family
 
 from captum_mllm.adapters import find_adapter
 from captum_mllm.geometry import ImageGrid
@@ -21,6 +20,7 @@ from captum_mllm.metrics._perturbation import (
     step_sizes,
 )
 from captum_mllm.metrics._versions import all_masks
+from families import NAMES, family
 
 over_seeds = pytest.mark.parametrize("seed", range(6))
 over_families = pytest.mark.parametrize("name", NAMES)

@@ -6,9 +6,6 @@ import warnings
 
 import pytest
 import torch
-from contract_tools import logits_of, visual_ids, with_answer
-from families import family
-from test_attr_hygiene import check_same, state, worn
 
 from captum_mllm import LogitLens
 from captum_mllm.metrics import (
@@ -19,6 +16,9 @@ from captum_mllm.metrics import (
     mass_area,
     rank_of,
 )
+from contract_tools import logits_of, visual_ids, with_answer
+from families import family
+from test_attr_hygiene import check_same, state, worn
 
 over_seeds = pytest.mark.parametrize("seed", range(6))
 
@@ -217,7 +217,7 @@ def test_the_model_is_left_as_it_was(model, processor, inputs, answer):
 def test_what_is_there_is_decodable_and_relied_on(shipped):
     """The reference model: an object of the picture against one that is not there."""
     from captum_mllm.reference import make_scene, render_pil
-    from captum_mllm.studies.prompts import default_inputs
+    from studies.prompts import default_inputs
 
     model, processor = shipped
     scene = make_scene(3)

@@ -6,8 +6,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from families import NAMES, family, video
-from test_attr_hygiene import check_same, state, worn
 
 from captum_mllm import LogitLens
 from captum_mllm.adapters import find_adapter
@@ -16,7 +14,9 @@ from captum_mllm.metrics._perturbation import BASELINES, black_pixel
 from captum_mllm.reference.models import load
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import make_scene
-from captum_mllm.studies.prompts import answer_words, default_inputs
+from families import NAMES, family, video
+from studies.prompts import answer_words, default_inputs
+from test_attr_hygiene import check_same, state, worn
 
 STEPS = 4
 

@@ -152,7 +152,7 @@ def test_bad_answers_are_errors(model, processor, inputs, answer):
 def test_user_tables_and_two_word_names(shipped):
     """The reference model on a scene: every object that it lists has a value."""
     from captum_mllm.reference import make_scene, render_pil
-    from captum_mllm.studies.prompts import default_inputs
+    from studies.prompts import default_inputs
 
     model, processor = shipped
     scene = make_scene(3)

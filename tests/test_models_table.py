@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-import families
 import pytest
+
+import families
 import test_contract
 import test_devices
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from captum.attr import (
@@ -20,11 +19,12 @@ from captum.attr import (
     Occlusion,
     Saliency,
 )
-from published import MSEA, MultiScaleAttribution
 from torch import nn
 from torch.testing import assert_close
 
+import reference
 from captum_mllm.functional import resize_attributions
+from published import MSEA, MultiScaleAttribution
 
 SCALES = (1.0, 0.5, 1.5)
 pytestmark = [  # captum says so of every tensor without requires_grad, and of its own hooks

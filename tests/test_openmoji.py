@@ -11,12 +11,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from check_wheel import SPRITES, share_alike
 
 from captum_mllm.reference import make_scene, openmoji
 from captum_mllm.reference.render import _sprites, render, render_pil
 from captum_mllm.reference.scenes import SceneBatch
 from captum_mllm.reference.sprites import CATEGORIES, CODE_POINTS, load_sprites
+from check_wheel import SPRITES, share_alike
 
 REAL = openmoji.openmoji_path()
 made = pytest.mark.skipif(

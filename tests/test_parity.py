@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 import twins_model
+from captum_mllm import LogitLens, TokenActivationMap
 from published import MSEA
 from test_attr_logit_lens import answer_positions, close, special_ids
-
-from captum_mllm import LogitLens, TokenActivationMap
 
 
 def twin_run(s, answer=None):

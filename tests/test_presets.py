@@ -4,13 +4,12 @@ import json
 import re
 from dataclasses import asdict, fields
 
-import families
 import pytest
 import torch
 from captum.attr import Saliency
-from test_attr_logit_lens import with_two_images
 from torch.testing import assert_close
 
+import families
 from captum_mllm import (
     ARC,
     MSEA,
@@ -26,7 +25,8 @@ from captum_mllm.attr.scale_views import ScaleViews
 from captum_mllm.functional import aggregate, calibrate, rank_correlation, upsample
 from captum_mllm.inputs import read_sample
 from captum_mllm.metrics import otsu_threshold
-from captum_mllm.studies.quality import RECORDS
+from studies.quality import RECORDS
+from test_attr_logit_lens import with_two_images
 
 
 def maps_of(model, inputs, answer, **options):

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from published import MSEA
 
 from captum_mllm import LogitLens
 from captum_mllm.metrics import average_precision, paired_bootstrap
-from captum_mllm.studies import compare, sets, sets_table
-from captum_mllm.studies.prompts import answer_words, default_inputs
+from published import MSEA
+from studies import compare, sets, sets_table
+from studies.prompts import answer_words, default_inputs
 
 pytestmark = pytest.mark.slow
 

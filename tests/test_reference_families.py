@@ -9,20 +9,15 @@ from transformers import AutoModelForImageTextToText
 
 from captum_mllm.reference import make_scene, render_pil
 from captum_mllm.reference.captions import DEFAULT_QUESTION, converse
-from captum_mllm.reference.data import IGNORE, encode, make_batch, prefix_ids
-from captum_mllm.reference.evaluate_model import lens, prompt_inputs
-from captum_mllm.reference.families import Way
-from captum_mllm.reference.layouts import (
-    Layout,
-    draw_layout,
-    layout_coverage,
-    normalize,
-)
-from captum_mllm.reference.models import FAMILIES, build_model, family_of
 from captum_mllm.reference.render import draw_masks
 from captum_mllm.reference.scenes import SceneBatch
-from captum_mllm.reference.tokenizer import SPECIAL, build_tokenizer, pieces
-from captum_mllm.reference.train import answer_loss, main, save
+from studies.training.data import IGNORE, encode, make_batch, prefix_ids
+from studies.training.evaluate_model import lens, prompt_inputs
+from studies.training.families import Way
+from studies.training.layouts import Layout, draw_layout, layout_coverage, normalize
+from studies.training.models import FAMILIES, build_model, family_of
+from studies.training.tokenizer import SPECIAL, build_tokenizer, pieces
+from studies.training.train import answer_loss, main, save
 
 NAMES = list(FAMILIES)
 SCENES = [make_scene(i) for i in range(3)]

@@ -10,8 +10,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captum_mllm.reference import load, make_scene, model_path, named_objects
 from captum_mllm.reference.captions import DEFAULT_QUESTION
-from captum_mllm.reference.data import make_batch
-from captum_mllm.reference.evaluate_model import (
+from captum_mllm.reference.models import MODELS
+from captum_mllm.reference.planted import draw_broken
+from captum_mllm.reference.scenes import SceneBatch, seeds_of
+from studies.training.data import make_batch
+from studies.training.evaluate_model import (
     answers,
     auc,
     evaluate,
@@ -22,12 +25,10 @@ from captum_mllm.reference.evaluate_model import (
     prompt_inputs,
     share,
 )
-from captum_mllm.reference.families import Way, square
-from captum_mllm.reference.layouts import Layout, draw_layout, layout_coverage, normalize
-from captum_mllm.reference.models import MODELS, build_model, family_of, sha256
-from captum_mllm.reference.planted import draw_broken
-from captum_mllm.reference.scenes import SceneBatch, seeds_of
-from captum_mllm.reference.train import answer_loss, main
+from studies.training.families import Way, square
+from studies.training.layouts import Layout, draw_layout, layout_coverage, normalize
+from studies.training.models import build_model, family_of, sha256
+from studies.training.train import answer_loss, main
 
 LLAVA = family_of("llava")
 SCENES = [make_scene(i) for i in range(5000, 5020)]

@@ -13,11 +13,11 @@ from captum_mllm.reference.captions import (
     draw_conversation,
     text_of,
 )
-from captum_mllm.reference.data import IGNORE, encode, prefix_ids
 from captum_mllm.reference.render import draw, render
 from captum_mllm.reference.scenes import SPLITS, SceneBatch, draw_scenes, seeds_of
 from captum_mllm.reference.sprites import CATEGORIES, STYLES, load_sprites
-from captum_mllm.reference.tokenizer import SPECIAL, SPLIT_NOUNS, build_processor
+from studies.training.data import IGNORE, encode, prefix_ids
+from studies.training.tokenizer import SPECIAL, SPLIT_NOUNS, build_processor
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import torch
 from captum_mllm.reference import make_scene
 from captum_mllm.reference.captions import text_of
 from captum_mllm.reference.crowds import CROWD_SIZE, PLAIN, SMALL_SIZE, VISIBLE, visible_share
-from captum_mllm.reference.data import make_batch
-from captum_mllm.reference.models import family_of
 from captum_mllm.reference.planted import (
     PARTNERS,
     draw_broken,
@@ -28,6 +26,8 @@ from captum_mllm.reference.scenes import (
 )
 from captum_mllm.reference.sets import ROOM, SETS, make_example
 from captum_mllm.reference.sprites import CATEGORIES
+from studies.training.data import make_batch
+from studies.training.models import family_of
 
 NAMES = ["plain", "crowded", "occluded", "twins", "small", "interference", "biased", "openmoji"]
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import transformers
-from families import without_mixing
-from published import ARC, MSEA
-from test_docs import blocks
 
 from captum_mllm import LogitLens
 from captum_mllm.adapters import find_adapter, registry
+from families import without_mixing
+from published import ARC, MSEA
+from test_docs import blocks
 
 IMAGE, SIDE, PATCH = 3, 16, 4
 

@@ -7,14 +7,14 @@ from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import pytest
-import reference
 import torch
-from published import ARC, MSEA
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_attr_logit_lens import with_two_images
 
+import reference
 from captum_mllm import LogitLens, MLLMAttributionResult, TokenActivationMap
+from published import ARC, MSEA
+from test_attr_logit_lens import with_two_images
 
 METHODS = {
     "lens": lambda s: LogitLens(s.model),

@@ -3,14 +3,8 @@
 import numpy as np
 import pytest
 
-from captum_mllm.studies.detection import (
-    auroc,
-    best_threshold,
-    drawn_weights,
-    f1_at,
-    interval,
-)
-from captum_mllm.studies.processes import joined, measured, shares
+from studies.detection import auroc, best_threshold, drawn_weights, f1_at, interval
+from studies.processes import joined, measured, shares
 
 over_seeds = pytest.mark.parametrize("seed", range(8))
 

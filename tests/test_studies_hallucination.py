@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_tools import at_scale, logits_of, visual_ids
-from families import family
-from published import ARC, MSEA
 
 from captum_mllm import LogitLens, TokenActivationMap
 from captum_mllm.metrics import hallucination_scores, map_entropy, mass_area
 from captum_mllm.reference import load
 from captum_mllm.reference.captions import converse, named_objects, text_of
-from captum_mllm.reference.models import model_path, sha256
+from captum_mllm.reference.models import model_path
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import make_scene
 from captum_mllm.reference.sets import make_example
-from captum_mllm.studies import hallucination, hallucination_table
-from captum_mllm.studies.compare import methods
-from captum_mllm.studies.prompts import default_inputs
+from contract_tools import at_scale, logits_of, visual_ids
+from families import family
+from published import ARC, MSEA
+from studies import hallucination, hallucination_table
+from studies.compare import methods
+from studies.prompts import default_inputs
+from studies.training.models import sha256
 
 
 @pytest.fixture(scope="module")
@@ -255,9 +256,7 @@ RECORD = Path(hallucination.__file__).parent / "records" / "hallucination.json"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not RECORD.exists(), reason="no record: python -m captum_mllm.studies.hallucination"
-)
+@pytest.mark.skipif(not RECORD.exists(), reason="no record: make study NAME=hallucination")
 def test_the_record_is_of_the_shipped_weights():
     record = json.loads(RECORD.read_text())
     assert record["weights_sha256"] == sha256(model_path("biased") / "model.safetensors")

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from captum_mllm.adapters import find_adapter
-from captum_mllm.studies import large, large_table
-from captum_mllm.studies.large_models import FAMILIES, build, make_inputs, tiny
+from studies import large, large_table
+from studies.large_models import FAMILIES, build, make_inputs, tiny
 
 CPU = torch.device("cpu")
 NAMES = ["llava", "qwen2vl", "internvl"]
@@ -53,7 +53,7 @@ def test_each_case_ran_on_its_tokens_and_has_maps_on_its_grid(run, name):
 
 def test_record_says_what_was_measured(run):
     record = run[1]
-    assert record["command"].endswith(f"--tiny --repeats 2 --out {run[0]}")
+    assert record["command"].endswith(f'ARGS="--tiny --repeats 2 --out {run[0]}"')
     assert (record["device"], record["gpu"]) == ("CPU", False)
     assert (record["dtype"], record["attention"]) == ("bfloat16", "sdpa")
     assert record["torch"] == torch.__version__

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captum_mllm.studies import limits, limits_plots
+from studies import limits, limits_plots
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -39,7 +39,7 @@ def test_twins_have_one_raw_map(shipped):
     """What the page says of them: bit for bit for the lens."""
     from captum_mllm import LogitLens
     from captum_mllm.reference import make_example, render_pil
-    from captum_mllm.studies.prompts import default_inputs
+    from studies.prompts import default_inputs
 
     picture, _ = render_pil(make_example("twins", 16).scene, limits.SIDE)
     result = LogitLens(*shipped).attribute(default_inputs(shipped[1], picture))

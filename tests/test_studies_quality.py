@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivationMap
 from captum_mllm.metrics import average_precision, func_iou, obj_iou, paired_bootstrap_f1
 from captum_mllm.reference.sets import make_example
-from captum_mllm.studies import (
+from studies import (
     choose,
     choose_table,
     quality,
@@ -19,7 +19,7 @@ from captum_mllm.studies import (
     quality_table,
     quality_time,
 )
-from captum_mllm.studies.evidence import (
+from studies.evidence import (
     HALF_CELLS,
     Setting,
     gather,
@@ -28,8 +28,8 @@ from captum_mllm.studies.evidence import (
     shifted_maps,
     training_path,
 )
-from captum_mllm.studies.prompts import answer_ids, conversation_inputs
-from captum_mllm.studies.windows import shifted_trace
+from studies.prompts import answer_ids, conversation_inputs
+from studies.windows import shifted_trace
 
 SCALES = (1.0, 1.5, 2.0)
 METRICS = ("obj_iou", "func_iou", "average_precision")

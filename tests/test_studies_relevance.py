@@ -7,28 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
 import torch
-from contract_tools import logits_of, with_answer
-from families import family
-from published import ARC
 
+import reference
 from captum_mllm import LogitLens
 from captum_mllm.functional import top_k_rankings, upsample
 from captum_mllm.metrics import average_precision, energy_in_mask
-from captum_mllm.reference.models import model_path, sha256
+from captum_mllm.reference.models import model_path
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import make_example
-from captum_mllm.studies import relevance, relevance_table
-from captum_mllm.studies.processes import joined, measured
-from captum_mllm.studies.prompts import answer_ids, conversation_inputs, script_columns
-from captum_mllm.studies.relevance_measures import (
+from contract_tools import logits_of, with_answer
+from families import family
+from published import ARC
+from studies import relevance, relevance_table
+from studies.processes import joined, measured
+from studies.prompts import answer_ids, conversation_inputs, script_columns
+from studies.relevance_measures import (
     MEASURES,
     cosine_relevance,
     jensen_shannon_relevance,
     relevances,
     shuffled_relevance,
 )
+from studies.training.models import sha256
 
 over_seeds = pytest.mark.parametrize("seed", range(5))
 
@@ -301,9 +302,7 @@ def test_table_gives_means_and_leads_over_rbo():
 RECORD = Path(relevance.__file__).parent / "records" / "relevance.json"
 
 
-@pytest.mark.skipif(
-    not RECORD.exists(), reason="no record: python -m captum_mllm.studies.relevance"
-)
+@pytest.mark.skipif(not RECORD.exists(), reason="no record: make study NAME=relevance")
 def test_the_record_is_of_the_shipped_weights():
     record = json.loads(RECORD.read_text())
     for name, own in record["weights"].items():

@@ -13,13 +13,14 @@ from captum_mllm import LogitLens
 from captum_mllm.functional import joint_min_max, upsample
 from captum_mllm.metrics import average_precision, func_iou, obj_iou
 from captum_mllm.reference.captions import Conversation, Turn, Word, text_of
-from captum_mllm.reference.evaluate_model import partner_named
-from captum_mllm.reference.models import MODELS, model_path, sha256
+from captum_mllm.reference.models import MODELS, model_path
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import Scene, SceneObject
 from captum_mllm.reference.sets import make_example
-from captum_mllm.studies import seeds, sets, sets_table
-from captum_mllm.studies.prompts import answer_ids, conversation_inputs, script_columns, whole_nouns
+from studies import seeds, sets, sets_table
+from studies.prompts import answer_ids, conversation_inputs, script_columns, whole_nouns
+from studies.training.evaluate_model import partner_named
+from studies.training.models import sha256
 
 
 def traced(shipped, example):
@@ -223,12 +224,12 @@ def test_hallucinations_table_counts_absent_and_present_partners():
 
 
 RECORDS = Path(sets.__file__).parent / "records"
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(sets.__file__).parent / "weights"
 
 
 @pytest.mark.skipif(
     not WEIGHTS.is_dir() and not (WEIGHTS.parents[1] / ".git").exists(),
-    reason="source distributions leave tests/weights out (15 MB); the repository has them",
+    reason="source distributions leave docs/studies/weights out (15 MB); the repository has them",
 )
 def test_recorded_seeds_are_those_of_the_weights_that_are_kept():
     runs = json.loads((RECORDS / "seeds.json").read_text())["runs"]

@@ -13,8 +13,8 @@ from captum_mllm.functional import upsample
 from captum_mllm.reference import model_path
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import make_scene
-from captum_mllm.studies import windows
-from captum_mllm.studies.prompts import default_inputs
+from studies import windows
+from studies.prompts import default_inputs
 
 NAMES = [
     "LogitLens (scale 1)",

@@ -6,10 +6,11 @@ twins of ``reference``. At other scales the vision features are put in by hand.
 
 from dataclasses import dataclass, replace
 
-import reference
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import reference
 
 
 def with_answer(inputs, answer):

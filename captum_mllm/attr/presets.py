@@ -71,7 +71,7 @@ PRESETS: Mapping[str, Preset] = {
         upsampling=1,
         calibration=None,
     ),
-    # Chosen on validation scenes by `python -m captum_mllm.studies.choose` (records/choose.md;
+    # Chosen on validation scenes by `make study NAME=choose` (records/choose.md;
     # scales are the cheapest within .01 of the best; top_k, rbo_p and strength were not varied).
     # One is not the rule's: the weights of scales tie there, and the rule takes the plainer equal
     # ones. Adaptive ones keep scales from harming a model trained on one size, whatever the range;

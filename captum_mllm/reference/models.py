@@ -1,52 +1,17 @@
-"""The reference models: building untrained ones, and loading the shipped ones."""
+"""The shipped reference models."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from captum_mllm.reference.families import Family
-from captum_mllm.reference.family_internvl import InternVL
-from captum_mllm.reference.family_llava import BiasedLlava, Llava
-from captum_mllm.reference.family_qwen2vl import Qwen2VL
+from captum_mllm.reference.image_only import load_image_only
 
-_ALL: tuple[Family, ...] = (Llava(), Qwen2VL(), InternVL(), BiasedLlava())
-FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
-MODELS = tuple(FAMILIES)
-
-
-def family_of(name: str) -> Family:
-    """What is particular to a model's family.
-
-    Args:
-        name: One of `MODELS`.
-
-    Raises:
-        ValueError: No such model.
-    """
-    if name not in FAMILIES:
-        raise ValueError(f"name={name!r} is unknown; there are {list(MODELS)}.")
-    return FAMILIES[name]
-
-
-def build_model(size: str = "small", name: str = "llava") -> Any:
-    """Build an untrained model with tied embeddings.
-
-    Args:
-        size: One of the family's `sizes`: "small" is what is shipped, "tiny" for trials.
-        name: One of `MODELS`.
-
-    Returns:
-        The model, float32, randomly initialised from torch's global generator.
-
-    Raises:
-        ValueError: No such model, or no such size of it.
-    """
-    return family_of(name).build_model(size)
+MODELS = ("llava", "qwen2vl", "internvl", "biased")
+_IMAGE_ONLY = ("qwen2vl", "internvl")  # their full processors need torchvision
 
 
 def model_path(name: str = "llava") -> Path:
@@ -65,7 +30,9 @@ def model_path(name: str = "llava") -> Path:
         >>> model_path("llava").name
         'llava'
     """
-    return Path(__file__).parent / "models" / family_of(name).name
+    if name not in MODELS:
+        raise ValueError(f"name={name!r} is unknown; there are {list(MODELS)}.")
+    return Path(__file__).parent / "models" / name
 
 
 def load(
@@ -81,6 +48,9 @@ def load(
     Returns:
         Model (on the CPU, in eval mode) and processor.
 
+    Raises:
+        ValueError: No such model.
+
     Example:
         >>> model, processor = load()
         >>> type(model).__name__, type(processor).__name__
@@ -90,9 +60,6 @@ def load(
     model = AutoModelForImageTextToText.from_pretrained(
         path, dtype=dtype or torch.float32, local_files_only=True
     )
-    return model.eval(), family_of(name).load_processor(path)
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file, as `sha256sum` prints it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    if name in _IMAGE_ONLY:
+        return model.eval(), load_image_only(path)
+    return model.eval(), AutoProcessor.from_pretrained(path, local_files_only=True)

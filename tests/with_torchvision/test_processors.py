@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import NAMES, PATCH, family, without_mixing
-from published import MSEA
 
 from captum_mllm import LogitLens, cli_model
 from captum_mllm.adapters import find_adapter
 from captum_mllm.geometry import Preprocessing
+from families import NAMES, PATCH, family, without_mixing
+from published import MSEA
 
 QWEN = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
 ROWS, COLUMNS, CELL = 3, 5, 2 * PATCH
