@@ -32,14 +32,14 @@ SPHINX := $(BIN)/sphinx-build -c docs -W --keep-going -q
 docs: .venv/ready
 	rm -rf build/docs build/doctrees
 	$(SPHINX) -b html -d build/doctrees . build/docs
-	$(BIN)/python tests/check_site.py build/docs
+	$(BIN)/python tests/docs/check_site.py build/docs
 
 # Links to other sites, for who has a network.
 links: .venv/ready
 	$(SPHINX) -b linkcheck -d build/doctrees . build/links
 
 notebooks: .venv/ready
-	$(BIN)/python tests/run_notebooks.py tutorials
+	$(BIN)/python tests/docs/run_notebooks.py tutorials
 
 oldest: .venv-oldest/ready
 	$(OLD)/python -m pytest -q -n 2 --dist worksteal -m "not slow" tests
@@ -52,11 +52,11 @@ video: .venv/ready .venv-oldest/ready .torchvision/ready
 
 # The third drawing style, CC-BY-SA: fetched from npm, in neither the repository nor the wheel.
 third-style: .openmoji/openmoji.npz
-	CAPTUM_MLLM_DATA=$(CURDIR)/.openmoji $(BIN)/python -m pytest -q tests/test_openmoji.py
+	CAPTUM_MLLM_DATA=$(CURDIR)/.openmoji $(BIN)/python -m pytest -q tests/reference/test_openmoji.py
 
 # A recorded measurement again, e.g. make study NAME=quality ARGS="--workers 2".
 study: .venv/ready
-	PYTHONPATH=docs $(BIN)/python -m studies.$(NAME) $(ARGS)
+	PYTHONPATH=docs:. $(BIN)/python -m studies.$(NAME) $(ARGS)
 
 wheel: .venv/ready
 	rm -rf dist && $(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null

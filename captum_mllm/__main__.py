@@ -2,7 +2,7 @@
 
 import sys
 
-from captum_mllm.cli import main
+from captum_mllm.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

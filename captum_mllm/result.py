@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from captum_mllm.checks import picture_size
+from captum_mllm.files import read_tensors, write_tensors
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import (
     ImageGeometry,
@@ -18,7 +18,7 @@ from captum_mllm.geometry import (
     maps_to_picture,
     picture_geometry,
 )
-from captum_mllm.storage import read_tensors, write_tensors
+from captum_mllm.validation import picture_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

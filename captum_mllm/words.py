@@ -10,14 +10,68 @@ What a person reads is words; what a model says is tokens. Pure functions, all *
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from captum_mllm.geometry import ImageGeometry
+
+_SPACE_MARKS = ("▁", "Ġ")
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor; a tokenizer itself; None for None.
+
+    Args:
+        processor: a transformers processor or tokenizer, or None.
+
+    Raises:
+        TypeError: something else, such as an image processor alone.
+    """
+    if processor is None:
+        return None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise TypeError(
+            f"processor must be the model's processor (AutoProcessor.from_pretrained(...)) or "
+            f"tokenizer, got {type(processor).__name__}."
+        )
+    return tokenizer
+
+
+def token_labels(ids: Iterable[int], tokenizer: Any = None) -> tuple[str, ...]:
+    """One label per token id; a leading space marks the start of a word.
+
+    Args:
+        ids: token ids.
+        tokenizer: a transformers tokenizer, or None.
+
+    Returns:
+        Labels such as ``" dog"``; ``"<id 123>"`` without a tokenizer.
+
+    Example:
+        >>> token_labels([5, 123])
+        ('<id 5>', '<id 123>')
+    """
+    return tuple(_label(int(i), tokenizer) for i in ids)
+
+
+def _label(token_id: int, tokenizer: Any) -> str:
+    if tokenizer is None:
+        return f"<id {token_id}>"
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if not token:
+        return f"<id {token_id}>"
+    starts_word = token.startswith(_SPACE_MARKS)
+    text = tokenizer.convert_tokens_to_string([token])
+    if "\ufffd" in text:  # a byte of a longer character: the raw token tells more
+        return token
+    return f" {text.strip(' ')}" if starts_word else text or token
+
 
 _CLOSED_CLASSES = {
     "CC, DT, EX": "and but or nor yet so plus either neither both the a an this that these those "
@@ -37,14 +91,24 @@ _CLOSED_CLASSES = {
     "up down",
 }
 
+
 FUNCTION_WORDS = frozenset(" ".join(_CLOSED_CLASSES.values()).split())
 """Closed-class words, lower case: the tags CC DT EX MD POS PRP PRP$ UH WDT WP WP$ WRB as a fixed
 list (a tagger would need a download), and for display also prepositions and auxiliaries."""
 
+
 _START = " \u2581\u0120"  # a space, and how SentencePiece and byte-level BPE write one
+
+
 _APOSTROPHES = "'\u2019"
+
+
 _CLITIC = re.compile(rf"[{_APOSTROPHES}](s|re|ve|ll|d|m)$", re.IGNORECASE)
+
+
 _SPECIAL = re.compile(r"<(?!0x)[^<>\s]+>$|\[[A-Z]+\]$")
+
+
 _NO_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 
 

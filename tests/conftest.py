@@ -1,23 +1,24 @@
 """Shared fixtures: tiny random LLaVAs with their real processor, and the shipped model."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from jaxtyping import install_import_hook
 
 # Shapes in the annotations of the formulas are checked at run time.
 install_import_hook(
-    ["captum_mllm.functional", "captum_mllm.trace", "captum_mllm.geometry", "captum_mllm.capture"],
+    [
+        "captum_mllm.functional",
+        "captum_mllm.model.trace",
+        "captum_mllm.geometry",
+        "captum_mllm.model.forward",
+    ],
     "beartype.beartype",
 )
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tiny import Subject, random_picture, tiny_llava, tiny_processor  # noqa: E402
+from tests.oracle.tiny import Subject, random_picture, tiny_llava, tiny_processor  # noqa: E402
 
 PROMPT = "USER: <image>\nwhat is here ? ASSISTANT:"
 

@@ -150,7 +150,7 @@ def test_nothing_happens_on_import():
         "assert (logging.getLogger().handlers[:], logging.getLogger().level) == before\n"
         "assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1]\n"
         "assert torch.is_grad_enabled()\n"
-        "names = ('captum_mllm.visualization', 'captum_mllm.reference', 'captum_mllm.cli')\n"
+        "names = ('captum_mllm.visualization', 'captum_mllm.reference', 'captum_mllm.cli.main')\n"
         "assert not [n for n in sys.modules if n.startswith(names)]\n"
     )
     assert in_a_fresh_python(code) == ("", "")

@@ -19,12 +19,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-import tiny
 from captum_mllm import ImageGeometry, LogitLens
 from captum_mllm.functional import find_layout, join_tiles, patches_to_frames
 from captum_mllm.geometry import ImageGrid, Preprocessing, maps_to_picture
 from captum_mllm.result import MLLMAttributionResult
-from published import ARC, MSEA
+from tests.oracle import tiny
+from tests.oracle.published import ARC, MSEA
 
 SIZES = [(120, 360), (360, 120), (200, 200), (97, 251), (251, 97), (333, 334), (61, 47)]
 NORM = {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0], "do_rescale": False}

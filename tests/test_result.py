@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import reference
 from captum_mllm import LogitLens, MLLMAttributionResult, TokenActivationMap
-from published import ARC, MSEA
-from test_attr_logit_lens import with_two_images
+from tests.oracle import formulas as reference
+from tests.oracle.comparing import with_two_images
+from tests.oracle.published import ARC, MSEA
 
 METHODS = {
     "lens": lambda s: LogitLens(s.model),

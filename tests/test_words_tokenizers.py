@@ -4,8 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from captum_mllm.labels import token_labels
-from captum_mllm.words import group_words, marks_spaces
+from captum_mllm.words import group_words, marks_spaces, token_labels
 
 LINES = ["a dog and a zebra", "two hot dogs near the dining table", "a dog's tail", "the zebras"]
 

@@ -1,18 +1,22 @@
 """Adapters: what differs between families of models. ``register_adapter`` adds one."""
 
 from captum_mllm.adapters.base import Adapter, View
-from captum_mllm.adapters.frames import FrameAdapter, Gemma3Adapter, LlavaAdapter, PaliGemmaAdapter
+from captum_mllm.adapters.frames import FrameAdapter
+from captum_mllm.adapters.gemma3 import Gemma3Adapter
 from captum_mllm.adapters.hooks import interpolated_positions
 from captum_mllm.adapters.idefics import IdeficsAdapter
+from captum_mllm.adapters.internvl import InternVLAdapter
+from captum_mllm.adapters.llava import LlavaAdapter
 from captum_mllm.adapters.llava_next import LlavaNextAdapter
-from captum_mllm.adapters.qwen import Qwen3VLAdapter, QwenVLAdapter
+from captum_mllm.adapters.paligemma import PaliGemmaAdapter
+from captum_mllm.adapters.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
 from captum_mllm.adapters.registry import (
     find_adapter,
     refuse_compiled,
     register_adapter,
     registered_classes,
 )
-from captum_mllm.adapters.tiles import InternVLAdapter, TileAdapter
+from captum_mllm.adapters.tiles import TileAdapter
 
 __all__ = [
     "Adapter",

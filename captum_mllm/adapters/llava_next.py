@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters.base import Adapter, View
-from captum_mllm.adapters.pictures import cut_window, enlarged, picture_pixels
+from captum_mllm.adapters.pixels import cut_window, enlarged, picture_pixels
 from captum_mllm.adapters.registry import register_adapter
 from captum_mllm.functional import WHOLE, Box, join_tiles, resize_pixels, split_tiles
 from captum_mllm.geometry import ImageGrid

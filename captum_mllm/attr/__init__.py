@@ -1,13 +1,13 @@
 """The attributors: thin captum ``Attribution`` subclasses over the pure functions."""
 
+from captum_mllm.attr.arc import ARC, RankCorrelationDenoiser
 from captum_mllm.attr.base import TokenAttribution
 from captum_mllm.attr.joint_normalization import JointNormalization
 from captum_mllm.attr.logit_lens import LogitLens
 from captum_mllm.attr.msea import MSEA
 from captum_mllm.attr.multi_scale import MultiScaleAttribution
 from captum_mllm.attr.presets import PRESETS, Preset
-from captum_mllm.attr.rank_correlation import ARC, RankCorrelationDenoiser
-from captum_mllm.attr.token_activation_map import TokenActivationMap
+from captum_mllm.attr.tam import TokenActivationMap
 
 __all__ = [
     "ARC",

@@ -12,10 +12,10 @@ from torch import Tensor
 from captum_mllm._captum import log_usage
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGrid
+from captum_mllm.model.runner import Runner
+from captum_mllm.model.targets import Explain
+from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import LOGITS, MLLMAttributionResult
-from captum_mllm.runner import Runner
-from captum_mllm.targets import Explain
-from captum_mllm.trace import TokenTrace
 
 
 class TokenAttribution(Attribution):
@@ -60,7 +60,7 @@ class TokenAttribution(Attribution):
             show_progress: see :meth:`attribute`.
 
         Returns:
-            All that :meth:`read` needs; see :class:`~captum_mllm.trace.TokenTrace`.
+            All that :meth:`read` needs; see :class:`~captum_mllm.model.trace.TokenTrace`.
         """
 
     @abstractmethod

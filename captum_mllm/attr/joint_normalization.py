@@ -7,13 +7,13 @@ from torch import nn
 from typing_extensions import override
 
 from captum_mllm.attr.base import TokenAttribution, make_result
-from captum_mllm.attr.finishing import Finishing
 from captum_mllm.attr.logit_lens import raw_maps_of
+from captum_mllm.attr.postprocessing import Finishing
 from captum_mllm.functional import joint_min_max
+from captum_mllm.model.runner import Runner
+from captum_mllm.model.targets import Explain
+from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import UNIT, MLLMAttributionResult
-from captum_mllm.runner import Runner
-from captum_mllm.targets import Explain
-from captum_mllm.trace import TokenTrace
 
 
 def unit_result(
@@ -49,9 +49,9 @@ class JointNormalization(TokenAttribution):
             (``LogitLens(model)``, ``MSEA(model)``).
         processor: the model's processor, default None; with an attribution, give it to that.
         layer: as for ``LogitLens``, default -1.
-        rank_filter: see :class:`~captum_mllm.attr.finishing.Finishing`.
-        upsampling: see :class:`~captum_mllm.attr.finishing.Finishing`.
-        calibration: see :class:`~captum_mllm.attr.finishing.Finishing`.
+        rank_filter: see :class:`~captum_mllm.attr.postprocessing.Finishing`.
+        upsampling: see :class:`~captum_mllm.attr.postprocessing.Finishing`.
+        calibration: see :class:`~captum_mllm.attr.postprocessing.Finishing`.
 
     Raises:
         ValueError: a base that already subtracts context; numbers out of range.

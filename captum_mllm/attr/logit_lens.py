@@ -9,11 +9,11 @@ from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
 from captum_mllm.attr.base import TokenAttribution, raw_result
-from captum_mllm.labels import tokenizer_of
+from captum_mllm.model.runner import Runner
+from captum_mllm.model.targets import Explain
+from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import MLLMAttributionResult
-from captum_mllm.runner import Runner
-from captum_mllm.targets import Explain
-from captum_mllm.trace import TokenTrace
+from captum_mllm.words import tokenizer_of
 
 
 class LogitLens(TokenAttribution):

@@ -12,7 +12,7 @@ from captum_mllm.attr.logit_lens import LogitLens
 from captum_mllm.attr.multi_scale import MultiScaleAttribution
 from captum_mllm.attr.presets import PRESET, FromPreset
 from captum_mllm.functional import Aggregation, ScaleNorm
-from captum_mllm.targets import Explain
+from captum_mllm.model.targets import Explain
 
 
 class MSEA(MultiScaleAttribution):

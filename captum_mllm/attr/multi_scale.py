@@ -13,13 +13,13 @@ from typing_extensions import override
 from captum_mllm._captum import log_usage
 from captum_mllm.attr.base import TokenAttribution
 from captum_mllm.attr.presets import PRESET, FromPreset, preset_values
-from captum_mllm.attr.scale_views import SCALE_WEIGHTS, ScaleViews, achieved_scale
 from captum_mllm.attr.tensor_scales import attribute_at_scales, distinct_scales
 from captum_mllm.functional import AGGREGATIONS, SCALE_NORMS, Aggregation, ScaleNorm
+from captum_mllm.model.runner import Runner
+from captum_mllm.model.scales import SCALE_WEIGHTS, ScaleViews, achieved_scale
+from captum_mllm.model.targets import Explain
+from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import MLLMAttributionResult
-from captum_mllm.runner import Runner
-from captum_mllm.targets import Explain
-from captum_mllm.trace import TokenTrace
 
 _CHOICES = {
     "aggregation": AGGREGATIONS,

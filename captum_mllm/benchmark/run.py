@@ -17,10 +17,10 @@ from captum_mllm.benchmark.figures import failures, figures, markdown
 from captum_mllm.benchmark.log import SampleLog
 from captum_mllm.benchmark.samples import Asked, ask, explained, scores
 from captum_mllm.benchmark.settings import Settings, differences, fixed_part, table_of
-from captum_mllm.coco import CocoDataset
-from captum_mllm.label_maps import LabelMapDataset
+from captum_mllm.data.coco import CocoDataset
+from captum_mllm.data.label_maps import LabelMapDataset
+from captum_mllm.files import no_nan, write_whole
 from captum_mllm.methods import METHODS
-from captum_mllm.storage import no_nan, write_whole
 
 SAMPLES, FIGURES, TABLE = "samples.jsonl", "benchmark.json", "benchmark.md"
 FORMAT = 1

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from captum_mllm.attr import LogitLens
 from captum_mllm.benchmark.settings import PERTURBATION, Settings
-from captum_mllm.cli_model import prepare_inputs
-from captum_mllm.coco import CocoSample
+from captum_mllm.data.coco import CocoSample
 from captum_mllm.methods import METHODS, explain
 from captum_mllm.metrics import (
     MASK_METRICS,
@@ -22,6 +21,7 @@ from captum_mllm.metrics import (
     match_categories,
     score_words,
 )
+from captum_mllm.model.loading import prepare_inputs
 from captum_mllm.result import MLLMAttributionResult
 from captum_mllm.words import group_words, marks_spaces
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import captum_mllm
-from captum_mllm.cli_model import PROMPT
-from captum_mllm.coco import CocoSample
-from captum_mllm.label_maps import LabelMapDataset
+from captum_mllm.data.coco import CocoSample
+from captum_mllm.data.label_maps import LabelMapDataset
 from captum_mllm.methods import METHODS
 from captum_mllm.metrics import COCO_NAMES, MASK_METRICS, CategoryTable
+from captum_mllm.model.loading import PROMPT
 
 PERTURBATION = (
     "insertion",
@@ -46,8 +46,8 @@ class Settings:
         max_new_tokens: longest answer of the model's own, default 128.
         categories: what words may name. "coco": COCO's 80 categories with synonyms; "data": the
             data's names; "picture": each picture's own names, where the data tells them
-            (:class:`~captum_mllm.label_maps.LabelMapDataset`). "auto" (default): "coco" where all
-            of the data's names are COCO's, else "picture" where there are such, else "data".
+            (:class:`~captum_mllm.data.label_maps.LabelMapDataset`). "auto" (default): "coco" where
+            all of the data's names are COCO's, else "picture" where there are such, else "data".
         parity: reproduce known defects of TAM's evaluation, see
             :func:`captum_mllm.metrics.score_words`. Default: no.
         steps: steps of area of insertion and deletion, default 64.

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from captum_mllm.adapters import Adapter
-from captum_mllm.checks import picture_size
 from captum_mllm.functional import resize_attributions, resize_pixels
 from captum_mllm.geometry import (
     ImageGeometry,
@@ -19,7 +18,8 @@ from captum_mllm.geometry import (
     maps_to_picture,
     picture_geometry,
 )
-from captum_mllm.inputs import Sample, rescaled_inputs
+from captum_mllm.model.inputs import Sample, rescaled_inputs
+from captum_mllm.validation import picture_size
 
 Size = tuple[int, int]
 

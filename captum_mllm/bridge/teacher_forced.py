@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
-from captum_mllm.bridge.running import differentiable
+from captum_mllm.model.forward import differentiable
 
 _TOLERANCE = 1e-3  # of a log-probability; half precision: _TOLERANCE_HALF
 _TOLERANCE_HALF = 5e-2

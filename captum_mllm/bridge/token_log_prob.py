@@ -10,14 +10,60 @@ from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
 from captum_mllm.bridge.frames import at_size, base_sizes, place, read_tensors, spread
-from captum_mllm.bridge.running import forward_logits, replaced
-from captum_mllm.bridge.scored import ScoredTokens
 from captum_mllm.functional import top_k_rankings
-from captum_mllm.generation import generate_answer
 from captum_mllm.geometry import ImageGeometry, Preprocessing
-from captum_mllm.inputs import Sample, append_answer, read_sample, read_target
-from captum_mllm.labels import tokenizer_of
-from captum_mllm.targets import Explain, explained_columns, text_positions
+from captum_mllm.model.forward import forward_logits, replaced
+from captum_mllm.model.generation import generate_answer
+from captum_mllm.model.inputs import Sample, append_answer, read_sample
+from captum_mllm.model.targets import Explain, explained_columns, read_target, text_positions
+from captum_mllm.words import token_labels, tokenizer_of
+
+
+class ScoredTokens(nn.Module):
+    """The tokens of a prompt and its answer, and which of them are scored.
+
+    Args:
+        ids: (tokens,): prompt without padding, then the answer.
+        rows: (targets,): positions of the scored tokens.
+        answer: (answer,): the answer.
+        tokenizer: for labels, or None.
+    """
+
+    def __init__(
+        self,
+        ids: Int64[Tensor, " tokens"],
+        rows: Int64[Tensor, " targets"],
+        answer: Int64[Tensor, " answer"],
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        self._ids, self._rows, self._answer, self._tokenizer = ids, rows, answer, tokenizer
+
+    @property
+    def positions(self) -> Int64[Tensor, " targets"]:
+        """Positions, in ``input_ids`` without padding + answer, of the scored tokens."""
+        return self._rows.clone()
+
+    @property
+    def output_ids(self) -> Int64[Tensor, " targets"]:
+        """Ids of the scored tokens: the columns of what a call returns."""
+        return self._ids[self._rows]
+
+    @property
+    def answer_ids(self) -> Int64[Tensor, " answer"]:
+        """Ids of the whole answer."""
+        return self._answer.clone()
+
+    @property
+    def output_tokens(self) -> tuple[str, ...]:
+        """Labels of the scored tokens."""
+        return token_labels(self.output_ids.tolist(), self._tokenizer)
+
+    @property
+    def input_tokens(self) -> tuple[str, ...]:
+        """Labels of all tokens, prompt (without padding) and answer: one per embedding."""
+        return token_labels(self._ids.tolist(), self._tokenizer)
+
 
 SCORES = ("log_prob", "logit")
 

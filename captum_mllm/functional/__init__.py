@@ -9,47 +9,44 @@ token interactions" (arXiv 2509.22415), **TAM** is "Token Activation Map" (arXiv
 its released code computes it, **our reading** is ours where the paper leaves the detail open.
 """
 
+from captum_mllm.functional.arc import arc_subtract, rank_biased_overlap, top_k_rankings
 from captum_mllm.functional.calibration import calibrate
-from captum_mllm.functional.interference import (
-    arc_subtract,
-    context_weights,
-    eci_subtract,
-    joint_min_max,
-)
-from captum_mllm.functional.maps import (
+from captum_mllm.functional.lens import lens_logits
+from captum_mllm.functional.msea import (
     AGGREGATIONS,
+    SCALE_NORMS,
     Aggregation,
+    ScaleNorm,
+    adaptive_weights,
     aggregate,
-    lens_logits,
-    rank_gaussian_filter,
-    resize_attributions,
-    upsample,
+    match_levels,
+    rank_correlation,
 )
-from captum_mllm.functional.masks import grid_mask, rank_mask
-from captum_mllm.functional.pixels import (
+from captum_mllm.functional.patches import (
     find_layout,
     frames_to_patches,
     join_tiles,
     patches_to_frames,
-    resize_pixels,
     split_tiles,
 )
-from captum_mllm.functional.ranking import rank_biased_overlap, top_k_rankings
-from captum_mllm.functional.scales import (
-    SCALE_NORMS,
-    ScaleNorm,
-    adaptive_weights,
-    match_levels,
-    rank_correlation,
-)
-from captum_mllm.functional.views import (
+from captum_mllm.functional.resampling import (
     WHOLE,
     Box,
     join_windows,
     merge_views,
     resample_cells,
+    resize_attributions,
+    resize_pixels,
     sum_cells,
+    upsample,
     window_boxes,
+)
+from captum_mllm.functional.segments import grid_mask, rank_mask
+from captum_mllm.functional.tam import (
+    context_weights,
+    eci_subtract,
+    joint_min_max,
+    rank_gaussian_filter,
 )
 
 __all__ = [

@@ -8,8 +8,9 @@ from captum.attr import FeatureAblation
 
 from captum_mllm.functional import grid_mask
 from captum_mllm.geometry import ImageGrid
-from captum_mllm.methods.asked import Asked, over_answer
-from captum_mllm.methods.frames import cell_means, frames_of, nothing, scored
+from captum_mllm.methods.cells import cell_means, frames_of, scored
+from captum_mllm.methods.request import Asked, over_answer
+from captum_mllm.model.baselines import nothing
 from captum_mllm.result import MLLMAttributionResult
 
 MOST = 64  # parts per image
@@ -27,7 +28,7 @@ def ablation(
         asked: the question.
         grid: (rows, cols) of the parts that each picture is cut into; default None: the model's
             own cells, so many joined that at most 64 parts are left.
-        baseline: "blur" (default) or "black", see :func:`~captum_mllm.methods.frames.nothing`.
+        baseline: "blur" (default) or "black", see :func:`~captum_mllm.model.baselines.nothing`.
 
     Raises:
         TypeError: ``grid`` is no pair of numbers.

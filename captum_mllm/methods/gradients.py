@@ -11,8 +11,9 @@ from tqdm import tqdm
 from captum_mllm.adapters import find_adapter
 from captum_mllm.bridge import TokenLogProb
 from captum_mllm.functional import merge_views
-from captum_mllm.methods.asked import Asked, over_answer
-from captum_mllm.methods.frames import cell_sums, frames_of, nothing, scored
+from captum_mllm.methods.cells import cell_sums, frames_of, scored
+from captum_mllm.methods.request import Asked, over_answer
+from captum_mllm.model.baselines import nothing
 from captum_mllm.result import MLLMAttributionResult
 
 
@@ -58,7 +59,7 @@ def integrated_gradients(
 
     Args:
         asked: the question; its ``steps`` are the points of the path.
-        baseline: "blur" (default) or "black", see :func:`~captum_mllm.methods.frames.nothing`.
+        baseline: "blur" (default) or "black", see :func:`~captum_mllm.model.baselines.nothing`.
         batch: pictures that go through the model at once, default 4.
 
     Raises:

@@ -11,7 +11,7 @@ from captum_mllm.attr import (
     TokenActivationMap,
     TokenAttribution,
 )
-from captum_mllm.methods.asked import Asked
+from captum_mllm.methods.request import Asked
 from captum_mllm.result import MLLMAttributionResult
 
 INNER = frozenset({"layer"})  # of a chain, only the innermost attributor takes them

@@ -9,10 +9,10 @@ from torch import nn
 from captum_mllm.attr import ARC, MSEA, LogitLens, TokenActivationMap
 from captum_mllm.methods import controls, ours
 from captum_mllm.methods.ablation import ablation
-from captum_mllm.methods.asked import Asked
 from captum_mllm.methods.attention import attention
+from captum_mllm.methods.controls import shuffled_copy
 from captum_mllm.methods.gradients import gradcam, integrated_gradients
-from captum_mllm.methods.randomised import shuffled_copy
+from captum_mllm.methods.request import Asked
 from captum_mllm.result import MLLMAttributionResult
 
 Kind = Literal["ours", "baseline", "control"]

@@ -10,12 +10,24 @@ staying silent.
 brings an answer's words, their categories and masks together.
 """
 
-from captum_mllm.metrics.categories import (
+from captum_mllm.data.categories import (
     COCO_NAMES,
     COCO_SYNONYMS,
     CategoryTable,
     match_categories,
     plural,
+)
+from captum_mllm.metrics.answers import (
+    FUNCTION_WORDS,
+    MASK_METRICS,
+    WordScores,
+    f1_iou,
+    func_iou,
+    is_function_word,
+    noun_threshold,
+    score_words,
+    word_obj_iou,
+    word_scores_of,
 )
 from captum_mllm.metrics.faithfulness import (
     Faithfulness,
@@ -23,15 +35,14 @@ from captum_mllm.metrics.faithfulness import (
     curve_auc,
     insertion_deletion,
 )
-from captum_mllm.metrics.function_words import (
-    FUNCTION_WORDS,
-    f1_iou,
-    func_iou,
-    is_function_word,
-    noun_threshold,
+from captum_mllm.metrics.hallucination import (
+    HallucinationScores,
+    hallucination_scores,
+    log_normalizer,
+    map_entropy,
+    mass_area,
+    rank_of,
 )
-from captum_mllm.metrics.hallucination import HallucinationScores, hallucination_scores
-from captum_mllm.metrics.lens_scores import log_normalizer, map_entropy, mass_area, rank_of
 from captum_mllm.metrics.localization import (
     auc,
     average_precision,
@@ -44,13 +55,6 @@ from captum_mllm.metrics.localization import (
     precision_recall,
 )
 from captum_mllm.metrics.statistics import Interval, paired_bootstrap, paired_bootstrap_f1
-from captum_mllm.metrics.word_scores import (
-    MASK_METRICS,
-    WordScores,
-    score_words,
-    word_obj_iou,
-    word_scores_of,
-)
 
 __all__ = [
     "COCO_NAMES",

@@ -10,18 +10,23 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 from tqdm import tqdm
 
-from captum_mllm.checks import check_number
-from captum_mllm.metrics._answers import chosen_tokens, read_question
-from captum_mllm.metrics._perturbation import (
+from captum_mllm.metrics.perturbation import (
+    Run,
+    Version,
+    all_masks,
+    perturbed_versions,
+    read_maps,
+    step_sizes,
+)
+from captum_mllm.model.baselines import (
     BASELINES,
     Baseline,
     ChangeablePictures,
     black_pixel,
     mask_shape,
-    read_maps,
-    step_sizes,
 )
-from captum_mllm.metrics._versions import Run, Version, all_masks, perturbed_versions
+from captum_mllm.model.targets import chosen_tokens, read_question
+from captum_mllm.validation import check_number
 
 AREAS = (0.01, 0.05, 0.1, 0.2, 0.5)
 

@@ -15,6 +15,8 @@ from captum_mllm.metrics._arrays import (
 )
 
 OTSU_BINS = 256
+
+
 ROUNDING = 1e-5  # how far interpolation in float32 may leave [0, 1]
 
 
@@ -270,9 +272,6 @@ def precision_recall(map: Maps, mask: Masks) -> tuple[Scores, Scores]:
         return float((values > _otsu(values))[truth].mean())
 
     return against_mask(precision, map, mask), against_mask(recall, map, mask)
-
-
-# --- one map ----------------------------------------------------------------------------------
 
 
 def _otsu(values: Float64[np.ndarray, "height width"]) -> float:

@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 
 import captum_mllm
-from captum_mllm.coco_masks import mask_tools
+from captum_mllm.data.coco_masks import mask_tools
 from captum_mllm.reference import openmoji
 from captum_mllm.reference.captions import Words, text_of
 from captum_mllm.reference.render import render_pil

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from captum_mllm.reference.image_only import load_image_only
+from captum_mllm.adapters.image_only import load_image_only
 
 MODELS = ("llava", "qwen2vl", "internvl", "biased")
 _IMAGE_ONLY = ("qwen2vl", "internvl")  # their full processors need torchvision

@@ -10,7 +10,7 @@ from sphinx.util.docutils import SphinxDirective
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """Name -> parser of each command."""
-    from captum_mllm.cli import _parser
+    from captum_mllm.cli.main import _parser
 
     (found,) = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
     return dict(found.choices)

@@ -10,6 +10,7 @@ rank-biased overlap and with what could replace it,
 ``make study NAME=hallucination`` tells real from hallucinated nouns by their maps,
 ``make study NAME=windows`` measures scales of models of one size,
 ``make study NAME=large`` takes time and memory at the sizes of 7B models on a GPU,
-``make study NAME=readme_picture`` draws the picture at the top of README. The time
-of the post-processing is measured beside its slow twin, by ``tests/benchmark_postprocessing.py``.
+``make study NAME=readme_picture`` draws the picture at the top of README. ``make study
+NAME=postprocessing`` times the post-processing, ``NAME=captum`` captum's methods, ``NAME=devices``
+compares GPUs with the CPU; these three need the tests' reference implementations beside them.
 """

@@ -17,14 +17,14 @@ import torch
 from tqdm import tqdm
 
 from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivationMap
+from captum_mllm.files import no_nan
 from captum_mllm.functional import upsample
 from captum_mllm.metrics import average_precision, obj_iou, paired_bootstrap
+from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.models import load, model_path
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import make_scene
 from captum_mllm.result import MLLMAttributionResult
-from captum_mllm.storage import no_nan
-from captum_mllm.trace import TokenTrace
 from studies.prompts import answer_words, default_inputs
 
 SIDE = 112

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivationMap
 from captum_mllm.attr.base import TokenAttribution
-from captum_mllm.attr.scale_views import ScaleViews
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGeometry, maps_to_picture
 from captum_mllm.metrics import (
@@ -27,12 +26,13 @@ from captum_mllm.metrics import (
     oracle_iou,
     pointing_game,
 )
-from captum_mllm.metrics._perturbation import blurred
+from captum_mllm.model.baselines import blurred
+from captum_mllm.model.scales import ScaleViews
+from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.models import load
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import Example, make_example
 from captum_mllm.result import MLLMAttributionResult
-from captum_mllm.trace import TokenTrace
 from studies.prompts import answer_ids, conversation_inputs, script_columns, whole_nouns
 
 SIDE, DEPTH = 112, 200

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from captum_mllm import MSEA, LogitLens
 from captum_mllm.adapters import find_adapter
 from captum_mllm.attr.presets import PRESETS
-from captum_mllm.capture import captured_forward
 from captum_mllm.functional import lens_logits
-from captum_mllm.inputs import cut, read_sample, rescaled_inputs
 from captum_mllm.metrics import (
     CategoryTable,
     HallucinationScores,
@@ -34,12 +32,14 @@ from captum_mllm.metrics import (
     mass_area,
     match_categories,
 )
+from captum_mllm.model.forward import captured_forward
+from captum_mllm.model.inputs import cut, read_sample, rescaled_inputs
+from captum_mllm.model.scales import scaled_inputs
+from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.models import load
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import make_example
 from captum_mllm.reference.sprites import CATEGORIES
-from captum_mllm.rescale import scaled_inputs
-from captum_mllm.trace import TokenTrace
 from captum_mllm.words import group_words
 from studies.compare import Method, methods
 from studies.hallucination_table import NOTE, SEED, table

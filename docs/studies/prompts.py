@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
+from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.captions import DEFAULT_QUESTION, Conversation, text_of
 from captum_mllm.reference.captions import Word as ScriptWord
 from captum_mllm.reference.scenes import Scene
-from captum_mllm.trace import TokenTrace
 from captum_mllm.words import group_words
 
 

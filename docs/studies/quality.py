@@ -23,11 +23,11 @@ import torch
 from tqdm import tqdm
 
 from captum_mllm.attr.presets import PRESETS
+from captum_mllm.files import no_nan, write_whole
 from captum_mllm.methods import explain
 from captum_mllm.metrics import insertion_deletion
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import Example
-from captum_mllm.storage import no_nan, write_whole
 from studies.choose import weights_of
 from studies.evidence import SIDE, Evidence, Setting, Values, examples, gather, lens_of, score
 from studies.prompts import answer_ids, conversation_inputs

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 
 from captum_mllm import LogitLens
 from captum_mllm.adapters import find_adapter
-from captum_mllm.capture import captured_forward, full_logits
 from captum_mllm.functional import arc_subtract, context_weights, upsample
-from captum_mllm.inputs import append_answer, read_sample
 from captum_mllm.metrics import average_precision, energy_in_mask
+from captum_mllm.model.forward import captured_forward, full_logits
+from captum_mllm.model.inputs import append_answer, read_sample
+from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.captions import Word as ScriptWord
 from captum_mllm.reference.models import MODELS, load
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import Example, make_example
-from captum_mllm.trace import TokenTrace
 from studies.compare import no_nan
 from studies.detection import auroc
 from studies.processes import Columns, joined, measured

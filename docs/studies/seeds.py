@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from captum_mllm.files import no_nan
 from captum_mllm.metrics import paired_bootstrap
 from captum_mllm.reference.models import model_path
-from captum_mllm.storage import no_nan
 from studies.compare import compare
 from studies.training.evaluate_model import evaluate
 from studies.training.models import sha256
@@ -131,7 +131,7 @@ def known(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _with_nan(run: dict[str, Any]) -> dict[str, Any]:
-    """Undo :func:`captum_mllm.storage.no_nan`."""
+    """Undo :func:`captum_mllm.files.no_nan`."""
     for scores in run["methods"].values():
         for name, values in scores.items():
             scores[name] = [float("nan") if value is None else value for value in values]

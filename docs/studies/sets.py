@@ -25,11 +25,11 @@ from captum_mllm import LogitLens
 from captum_mllm.attr.joint_normalization import unit_result
 from captum_mllm.functional import context_weights, eci_subtract, upsample
 from captum_mllm.metrics import average_precision, func_iou, is_function_word, obj_iou
+from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.captions import named_objects
 from captum_mllm.reference.models import MODELS, load, model_path
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import SETS, Example, make_example
-from captum_mllm.trace import TokenTrace
 from studies.prompts import answer_ids, conversation_inputs, script_columns, whole_nouns
 from studies.sets_table import NOTE, SEED, Row, hallucinations, rounded, table
 from studies.training.evaluate_model import answers

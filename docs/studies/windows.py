@@ -22,16 +22,16 @@ from typing_extensions import override
 
 from captum_mllm import MSEA, LogitLens
 from captum_mllm.adapters import LlavaAdapter
-from captum_mllm.adapters.pictures import cut_window, enlarged
+from captum_mllm.adapters.pixels import cut_window, enlarged
 from captum_mllm.attr.base import raw_result
 from captum_mllm.functional import Box, joint_min_max, upsample
 from captum_mllm.geometry import ImageGeometry, ImageGrid, maps_to_picture
 from captum_mllm.metrics import average_precision, obj_iou, paired_bootstrap
+from captum_mllm.model.runner import Runner
+from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.models import load, model_path
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import make_scene
-from captum_mllm.runner import Runner
-from captum_mllm.trace import TokenTrace
 from studies.prompts import answer_words, default_inputs
 
 SIDE, SEED, FIRST = 112, 0, 1000

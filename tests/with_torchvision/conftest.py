@@ -7,7 +7,6 @@ them, so two are declared before the first import.
 """
 
 import importlib.util
-import sys
 from pathlib import Path
 
 _FOUND = importlib.util.find_spec("torchvision")
@@ -20,5 +19,3 @@ if _FOUND and ".torchvision" in Path(_FOUND.origin).parts:  # the usual build, b
     for operator in ("nms", "qnms"):
         signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         torch.library.define(f"torchvision::{operator}", signature)
-
-sys.path.insert(0, str(Path(__file__).parents[1]))

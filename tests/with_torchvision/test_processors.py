@@ -13,11 +13,12 @@ import pytest
 import torch
 import transformers
 
-from captum_mllm import LogitLens, cli_model
+from captum_mllm import LogitLens
 from captum_mllm.adapters import find_adapter
 from captum_mllm.geometry import Preprocessing
-from families import NAMES, PATCH, family, without_mixing
-from published import MSEA
+from captum_mllm.model import loading as cli_model
+from tests.oracle.families import NAMES, PATCH, family, without_mixing
+from tests.oracle.published import MSEA
 
 QWEN = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
 ROWS, COLUMNS, CELL = 3, 5, 2 * PATCH

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from captum_mllm.reference.image_only import image_only_processor, load_image_only
+from captum_mllm.adapters.image_only import image_only_processor, load_image_only
 from studies.training.families import SIDES, Family, Way, square
 from studies.training.layouts import NATIVE, Layout
 from studies.training.tokenizer import build_tokenizer, chat_template

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from captum_mllm.reference.image_only import image_only_processor, load_image_only
+from captum_mllm.adapters.image_only import image_only_processor, load_image_only
 from studies.training.data import prefix_ids
 from studies.training.families import SIDES, Family, Way, square
 from studies.training.layouts import NATIVE, Layout

@@ -1,0 +1,148 @@
+"""TAM: the predecessor's cleaning of the lens maps (ECI, joint normalisation, rank filter)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from captum_mllm.attr.base import TokenAttribution, make_result
+from captum_mllm.attr.logit_lens import raw_maps_of
+from captum_mllm.attr.postprocessing import Finishing
+from captum_mllm.functional import (
+    context_weights,
+    eci_subtract,
+    joint_min_max,
+)
+from captum_mllm.model.runner import Runner
+from captum_mllm.model.targets import Explain
+from captum_mllm.model.trace import TokenTrace
+from captum_mllm.result import UNIT, MLLMAttributionResult
+from captum_mllm.validation import check_alpha_max, check_number
+
+
+class TokenActivationMap(TokenAttribution):
+    """Token Activation Map: lens maps without what earlier words explain, rank-filtered.
+
+    Estimated causal inference, joint normalisation of image and text, rank Gaussian filter.
+
+    Args:
+        model: a transformers model, or a token attribution that gives the raw maps
+            (``TokenActivationMap(MSEA(model))``).
+        processor: the model's processor, default None.
+        parity: True reproduces the released code's quirks: the first answer token shows the map
+            of the first prompt token with its argmax class; context maps of those two tokens are
+            of other classes than their own; maps are truncated to 256 levels; the chat
+            template's tail is no context. Default False: the formulas.
+        layer: as for ``LogitLens``, default -1.
+        rank_filter: apply the filter, default True.
+        alpha_max: bound of ECI's alpha, default None (none, as TAM).
+        upsampling: see :class:`~captum_mllm.attr.postprocessing.Finishing`; default 1, as TAM.
+        calibration: see :class:`~captum_mllm.attr.postprocessing.Finishing`; default None, as TAM.
+        template_tail: with ``parity``, how many of the prompt's last text tokens belong to the
+            chat template (the assistant header), default 0.
+
+    Raises:
+        ValueError: unsupported model; a base that already subtracts context; numbers out of
+            range; ``upsampling`` or ``calibration`` with ``parity``.
+
+    Reference:
+        "Token Activation Map to Visually Explain Multimodal LLMs", arXiv 2506.23270, as its
+        released code computes it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | TokenAttribution,
+        processor: Any = None,
+        parity: bool = False,
+        *,
+        layer: int = -1,
+        rank_filter: bool = True,
+        alpha_max: float | None = None,
+        template_tail: int = 0,
+        upsampling: int = 1,
+        calibration: float | None = None,
+    ) -> None:
+        self.attribution_method = raw_maps_of(model, processor, layer, wanted_by="TAM")
+        super().__init__(self.attribution_method.forward_func)
+        self.parity = parity
+        self.finishing = Finishing(rank_filter, upsampling, calibration)
+        if parity and (self.finishing.upsampling > 1 or calibration is not None):
+            raise ValueError(
+                "upsampling and calibration are not the released code's: leave them out, or parity."
+            )
+        self.alpha_max = check_alpha_max(alpha_max)
+        tail = check_number("template_tail", template_tail, "at 0 or above", lambda n: n >= 0)
+        self.template_tail = int(tail)
+
+    @property
+    def subtracts_context(self) -> bool:
+        """Whether :meth:`read` takes interference of context off: yes."""
+        return True
+
+    @property
+    @override
+    def runner(self) -> Runner:
+        return self.attribution_method.runner
+
+    @override
+    def trace(
+        self,
+        inputs: Mapping[str, Any],
+        target: Any = None,
+        *,
+        explain: Explain = "answer",
+        top_k: int | None = None,
+        **options: Any,
+    ) -> TokenTrace:
+        return self.attribution_method.trace(
+            inputs, target, explain=explain, top_k=top_k, **options
+        )
+
+    @override
+    def read(self, trace: TokenTrace) -> MLLMAttributionResult:
+        cells, text_class = trace.cells, trace.text_class
+        maps, context_maps = cells[text_class[trace.targets]], cells[text_class]
+        is_context, is_earlier = trace.is_context, trace.is_earlier
+        if self.parity:
+            context_maps, is_text = self._parity_context(trace, context_maps)
+            is_context, is_earlier = is_context & is_text, is_earlier & is_text
+        weights = context_weights(trace.text_scores, is_context)
+        cleaned = eci_subtract(maps, context_maps, weights, self.alpha_max)
+        unit, scores = joint_min_max(cleaned, trace.text_scores, is_earlier)
+        if self.parity:
+            unit = self._parity_first_answer(trace, unit)
+        grids = self.finishing(trace.unpack_cells(unit))
+        if self.parity:
+            grids = tuple((grid * 255).floor() / 255 for grid in grids)
+        return make_result(trace, grids, scores, UNIT, self.name)
+
+    def _parity_context(self, trace: TokenTrace, context_maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Context maps of the released code, and which columns it counts as text."""
+        n_text = trace.n_prompt - self.template_tail
+        if n_text < 1:
+            raise ValueError(
+                f"parity needs prompt text before the answer, but the prompt has "
+                f"{trace.n_prompt} text tokens and template_tail is {self.template_tail}."
+            )
+        if bool((trace.targets < trace.n_prompt).any()):
+            raise ValueError("parity explains answer tokens only; use explain='answer'.")
+        columns = torch.arange(len(trace.text_ids), device=context_maps.device)
+        is_text = (columns < n_text) | (columns >= trace.n_prompt)
+        context_maps = context_maps.clone()
+        context_maps[0] = trace.cells[trace.quirks.first_class]
+        context_maps[trace.n_prompt] = trace.cells[trace.quirks.last_class]
+        return context_maps, is_text
+
+    def _parity_first_answer(self, trace: TokenTrace, unit: Tensor) -> Tensor:
+        """The first answer token shows the first prompt token's argmax class, without ECI."""
+        quirks = trace.quirks
+        rows = (trace.targets == trace.n_prompt).nonzero()[:, 0]
+        prompt = quirks.first_scores[None, : trace.n_prompt - self.template_tail]
+        shown = trace.cells[quirks.first_class][None]
+        first, _ = joint_min_max(shown, prompt, torch.ones_like(prompt, dtype=torch.bool))
+        unit = unit.clone()
+        unit[rows] = first
+        return unit

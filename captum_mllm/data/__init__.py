@@ -1,0 +1,1 @@
+"""Annotated pictures: COCO's format, label images, categories and the words that name them."""

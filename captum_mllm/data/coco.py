@@ -1,0 +1,355 @@
+"""Read pictures with masks and captions in COCO format: a folder of images and two JSON files.
+
+What COCO itself publishes (`val2017/`, `instances_val2017.json`, `captions_val2017.json`), what
+other tools write in its format, and what `captum_mllm.reference.export` writes. Masks may be
+polygons or run lengths, compressed or not; pycocotools draws them, so they are COCO's own to the
+pixel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from PIL import Image
+
+from captum_mllm.data.coco_masks import draw_mask, is_number, mask_problem, mask_tools, shown
+
+__all__ = ["CocoDataset", "CocoObject", "CocoSample"]
+
+
+_INT, _TEXT = "a whole number", "a text that is not empty"
+
+
+_SIDE, _FLAG = "a whole number above 0", "0 or 1"
+
+
+_AREA, _BOX = "a number of at least 0", "four numbers: left, top, width, height"
+
+
+_RULES: dict[str, Callable[[Any], bool]] = {
+    _INT: lambda v: type(v) is int,
+    _TEXT: lambda v: isinstance(v, str) and bool(v.strip()),
+    _SIDE: lambda v: type(v) is int and v > 0,
+    _FLAG: lambda v: v in (0, 1),
+    _AREA: lambda v: is_number(v) and v >= 0,
+    _BOX: lambda v: isinstance(v, list) and len(v) == 4 and all(map(is_number, v)),
+}
+
+
+_IMAGE = {"id": _INT, "file_name": _TEXT, "width": _SIDE, "height": _SIDE}
+
+
+_CATEGORY = {"id": _INT, "name": _TEXT}
+
+
+_OBJECT = {"id": _INT, "image_id": _INT, "category_id": _INT}
+
+
+_MAYBE = {"iscrowd": _FLAG, "area": _AREA, "bbox": _BOX}  # fields that may be left out
+
+
+_CAPTION = {"id": _INT, "image_id": _INT, "caption": _TEXT}
+
+
+_LINKS = ("license", "flickr_url", "coco_url", "date_captured")  # COCO's further fields of images
+
+
+@dataclass(frozen=True, eq=False)
+class CocoObject:
+    """One annotated object of a picture.
+
+    Args:
+        category: Name of the category.
+        mask: bool (height, width), where the object is, at the picture's own size. All False where
+            a polygon is too thin to hold the centre of a pixel.
+        area: In pixels, as annotated; the mask's sum if it is not.
+        is_crowd: Whether the mask covers a group of objects that were not told apart.
+        id: Of the annotation.
+        bbox: (left, top, width, height) in pixels as annotated, or None. Default: None.
+        extra: The annotation's fields that are not COCO's. Default: none.
+    """
+
+    category: str
+    mask: np.ndarray
+    area: float
+    is_crowd: bool
+    id: int
+    bbox: tuple[float, float, float, float] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class CocoSample:
+    """One picture with everything that is annotated on it.
+
+    Args:
+        image_id: Id of the image.
+        file_name: As in the instances file.
+        path: Of the image file.
+        size: (height, width) in pixels.
+        captions: What is said about the picture, in the captions file's order.
+        objects: The annotated objects, in the instances file's order; may be empty.
+        extra: The image's fields that are not COCO's.
+        caption_extra: Likewise of each caption, aligned with `captions`.
+    """
+
+    image_id: int
+    file_name: str
+    path: Path
+    size: tuple[int, int]
+    captions: list[str]
+    objects: tuple[CocoObject, ...]
+    extra: dict[str, Any]
+    caption_extra: tuple[dict[str, Any], ...]
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture (RGB), read from its file each time it is asked for.
+
+        The pixels are as stored: an EXIF orientation is not applied, as COCO's masks and sizes are
+        of the stored pixels.
+
+        Raises:
+            ValueError: The file cannot be read as a picture, or its size is not the annotated one.
+        """
+        try:
+            with Image.open(self.path) as opened:
+                image = opened.convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{self.path} cannot be read as a picture: {error}.") from error
+        if image.size != self.size[::-1]:
+            raise ValueError(
+                f"{self.path} is {image.width} x {image.height} px, but image {self.image_id} is "
+                f"annotated as {self.size[1]} x {self.size[0]}; use the pictures that were "
+                "annotated: not resized, and not turned by their EXIF orientation."
+            )
+        return image
+
+
+class CocoDataset(Sequence[CocoSample]):
+    """Pictures, masks and captions, ordered by image id.
+
+    Everything but the pictures' pixels is checked when the set is opened. Images without
+    annotations or captions are kept; captions of images that the instances file lacks are left
+    out, so a part of a set can be read with the whole set's captions. Masks are drawn when a
+    sample is taken.
+
+    Every annotation needs a mask, and a number where it has `area`; a file with others is refused.
+    The second example takes those without a mask out of a file; an `area` that is null can be left
+    out of its annotation, and the mask's own is taken.
+
+    Args:
+        images: Folder that holds the image files.
+        instances: JSON file with `images`, `annotations` (masks) and `categories`.
+        captions: JSON file whose `annotations` are captions of the same images, or of more.
+            Default: none, and samples have no captions.
+
+    Raises:
+        FileNotFoundError: A file or the folder is missing, or image files are.
+        ValueError: Something in a JSON file is not as COCO has it; the message says where, what
+            came and how to mend it.
+        ImportError: pycocotools is missing.
+
+    Example:
+        >>> import tempfile
+        >>> from captum_mllm.reference.export import export
+        >>> folder = export("plain", tempfile.mkdtemp(), count=2, size=64)
+        >>> data = CocoDataset(folder / "images", folder / "instances.json")
+        >>> len(data), data[1].file_name, data[1].image.size
+        (2, '000001.png', (64, 64))
+        >>> data[1].objects[0].mask.shape
+        (64, 64)
+
+        >>> from captum_mllm.data.coco_masks import mask_problem
+        >>> file = json.loads((folder / "instances.json").read_text())
+        >>> file["annotations"][0]["segmentation"] = []  # only a box, say
+        >>> size = {image["id"]: (image["height"], image["width"]) for image in file["images"]}
+        >>> def has_mask(a):
+        ...     return mask_problem(a.get("segmentation"), *size[a["image_id"]]) is None
+        >>> file["annotations"] = list(filter(has_mask, file["annotations"]))
+        >>> _ = (folder / "with_masks.json").write_text(json.dumps(file))
+        >>> len(CocoDataset(folder / "images", folder / "with_masks.json"))
+        2
+    """
+
+    def __init__(
+        self,
+        images: str | os.PathLike[str],
+        instances: str | os.PathLike[str],
+        captions: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._tools = mask_tools("CocoDataset")
+        self._folder = Path(images)
+        if not self._folder.is_dir():
+            raise FileNotFoundError(
+                f"images={str(images)!r} is not a folder; give the folder that holds the images."
+            )
+        file = _File("instances", instances)
+        self._images = dict(sorted(file.table("images", _IMAGE).items()))
+        self._categories = file.table("categories", _CATEGORY)
+        self._objects: dict[int, list[dict]] = {id: [] for id in self._images}
+        self._add_objects(file)
+        self._captions: dict[int, list[dict]] = {id: [] for id in self._images}
+        if captions is not None:
+            self._add_captions(_File("captions", captions), file)
+        self._check_files(file)
+        self._ids = list(self._images)
+        self.files = (file.path,) if captions is None else (file.path, Path(captions))
+
+    def _add_objects(self, file: _File) -> None:
+        records = file.table("annotations", _OBJECT)
+        refused: list[int] = []
+        first = ""
+        for id, record in records.items():
+            try:
+                self._check_object(file, record)
+            except ValueError as error:
+                first = first or str(error)
+                refused.append(id)
+            else:
+                self._objects[record["image_id"]].append(record)
+        if refused:
+            raise ValueError(
+                f"{first} Annotations refused: {len(refused)} of {len(records)} (ids "
+                f"{_first(refused)}); CocoDataset's docstring shows how to drop those without a "
+                "mask."
+            )
+
+    def _check_object(self, file: _File, record: dict) -> None:
+        where = f"annotation {record['id']}"
+        image = _known(file, record, "image_id", self._images, "images")
+        _known(file, record, "category_id", self._categories, "categories")
+        file.check_fields(where, {k: record[k] for k in _MAYBE if k in record}, _MAYBE)
+        problem = mask_problem(record.get("segmentation"), image["height"], image["width"])
+        if problem:
+            raise file.wrong(where, "segmentation", *problem)
+
+    def _add_captions(self, file: _File, instances: _File) -> None:
+        records = file.table("annotations", _CAPTION).values()
+        for record in records:
+            if record["image_id"] in self._captions:
+                self._captions[record["image_id"]].append(record)
+        if records and self._images and not any(self._captions.values()):
+            raise ValueError(
+                f"{file.path}: none of its {len(records)} captions is of an image that "
+                f"{instances.path} holds; give the captions of the same images, or none."
+            )
+
+    def _check_files(self, file: _File) -> None:
+        names = [image["file_name"] for image in self._images.values()]
+        missing = [name for name in names if not (self._folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of the {len(names)} images that {file.path} names are not in "
+                f"{self._folder}: {_first(missing)}. Give the folder that holds them, or take "
+                "them out of the file."
+            )
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The categories' names, ordered by their ids."""
+        return tuple(self._categories[id]["name"] for id in sorted(self._categories))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> CocoSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CocoSample]: ...
+    def __getitem__(self, index: int | slice) -> CocoSample | list[CocoSample]:
+        if isinstance(index, slice):
+            return [self._sample(id) for id in self._ids[index]]
+        return self._sample(self._ids[index])
+
+    def _sample(self, id: int) -> CocoSample:
+        image, captions = self._images[id], self._captions[id]
+        return CocoSample(
+            image_id=id,
+            file_name=image["file_name"],
+            path=self._folder / image["file_name"],
+            size=(image["height"], image["width"]),
+            captions=[record["caption"] for record in captions],
+            objects=tuple(self._object(record, image) for record in self._objects[id]),
+            extra=_extra(image, *_IMAGE, *_LINKS),
+            caption_extra=tuple(_extra(record, *_CAPTION) for record in captions),
+        )
+
+    def _object(self, record: dict, image: dict) -> CocoObject:
+        mask = draw_mask(self._tools, record["segmentation"], image["height"], image["width"])
+        box = record.get("bbox")
+        return CocoObject(
+            category=self._categories[record["category_id"]]["name"],
+            mask=mask,
+            area=float(record.get("area", mask.sum())),
+            is_crowd=bool(record.get("iscrowd", 0)),
+            id=record["id"],
+            bbox=None if box is None else (box[0], box[1], box[2], box[3]),
+            extra=_extra(record, *_OBJECT, *_MAYBE, "segmentation"),
+        )
+
+
+class _File:
+    """A JSON file that can say what is wrong in it."""
+
+    def __init__(self, argument: str, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{argument}={str(path)!r} is not a file.")
+        try:
+            self.data = json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{argument}={str(path)!r} is not a JSON file: {error}.") from error
+        if not isinstance(self.data, dict):
+            raise ValueError(f"{self.path}: must hold an object, got {shown(self.data)}.")
+
+    def wrong(self, where: str, name: str, came: str, mend: str) -> ValueError:
+        return ValueError(f"{self.path}: {where}: field {name!r} {came}; {mend}.")
+
+    def table(self, name: str, rules: dict[str, str]) -> dict[int, dict]:
+        """The records of a list by their ids, in the file's order."""
+        records = self.data.get(name)
+        if not isinstance(records, list):
+            came = "is missing" if name not in self.data else f"is {shown(records)}"
+            fields = f"a COCO file of this kind has a list of objects with {', '.join(rules)}"
+            raise self.wrong("top level", name, came, fields)
+        out: dict[int, dict] = {}
+        for i, record in enumerate(records):
+            where = f"{name}[{i}]"
+            if not isinstance(record, dict):
+                raise ValueError(f"{self.path}: {where} must be an object, got {shown(record)}.")
+            self.check_fields(where, record, rules)
+            if record["id"] in out:
+                came = f"is {record['id']}, as another's in {name}"
+                raise self.wrong(where, "id", came, "give every one an id of its own")
+            out[record["id"]] = record
+        return out
+
+    def check_fields(self, where: str, record: dict, rules: dict[str, str]) -> None:
+        for name, rule in rules.items():
+            if name not in record:
+                if name not in _MAYBE:
+                    raise self.wrong(where, name, "is missing", f"it must be {rule}")
+            elif not _RULES[rule](record[name]):
+                raise self.wrong(where, name, f"is {shown(record[name])}", f"it must be {rule}")
+
+
+def _known(file: _File, record: dict, name: str, known: dict[int, dict], where: str) -> dict:
+    if record[name] not in known:
+        came = f"is {record[name]}, which {where} does not hold"
+        raise file.wrong(f"annotation {record['id']}", name, came, "add it there or leave this out")
+    return known[record[name]]
+
+
+def _first(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:3])) + (", ..." if len(values) > 3 else "")
+
+
+def _extra(record: dict, *known: str) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in known}

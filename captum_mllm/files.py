@@ -1,0 +1,175 @@
+"""Files and folders that appear whole or not at all; tensors with a header."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+_KEY = "captum_mllm"
+
+
+def write_tensors(
+    path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write the file whole or not at all.
+
+    Args:
+        path: file to write; its folder must exist.
+        header: plain data for JSON.
+        tensors: the tensors by name.
+    """
+    data = save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        metadata={_KEY: json.dumps(header)},
+    )
+    write_whole(path, data)
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all; what was there before stays until then.
+
+    Args:
+        path: file to write; its folder must exist.
+        data: what is to be in it.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
+    """Read what :func:`write_tensors` wrote: the header and the tensors by name.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of ours.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path {os.fspath(path)!r}: no such file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"path {os.fspath(path)!r} is no safetensors file: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"path {os.fspath(path)!r} is damaged: {error}") from error
+    if header is None:
+        raise ValueError(f"path {os.fspath(path)!r} was not written by captum_mllm.")
+    return header, tensors
+
+
+def no_nan(values: Any) -> Any:
+    """JSON knows no NaN: null stands for it.
+
+    Args:
+        values: plain data, lists and dictionaries.
+
+    Example:
+        >>> no_nan({"a": [1.0, float("nan")], "b": float("nan")})
+        {'a': [1.0, None], 'b': None}
+    """
+    if isinstance(values, dict):
+        return {name: no_nan(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [no_nan(value) for value in values]
+    return None if isinstance(values, float) and values != values else values
+
+
+_OWN = re.compile(r"word-\d{2,}-[a-z0-9]+\.png")
+
+
+_REPORT = ("index.html", "picture.png", "text-heatmap.png", "text-heatmap.html", "table.txt")
+
+
+@contextmanager
+def filled_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder; what was written there moves to ``folder`` if nothing failed.
+
+    Other files in ``folder`` stay; an earlier report there (or one per image, in its folders
+    ``image-1``, ``image-2``, ...) is taken away, so that two answers don't mix.
+
+    Args:
+        folder: where the files are to appear; made if missing.
+
+    Yields:
+        A temporary folder beside it.
+
+    Raises:
+        FileExistsError: ``folder`` (or a folder above it) is a file.
+
+    Example:
+        >>> target = Path(tempfile.mkdtemp()) / "report"
+        >>> with filled_folder(target) as folder:
+        ...     _ = (folder / "table.txt").write_text("dog")
+        >>> [path.name for path in target.iterdir()]
+        ['table.txt']
+    """
+    folder = folder.absolute()
+    check_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield partial
+        folder.mkdir(exist_ok=True)
+        _remove_earlier(folder)
+        for earlier in list(folder.glob("image-*")):  # one report per image
+            _remove_earlier(earlier)
+            if earlier.is_dir() and not any(earlier.iterdir()):
+                earlier.rmdir()
+        for path in sorted(partial.rglob("*")):
+            target = folder / path.relative_to(partial)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                path.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise if ``folder`` can't be made.
+
+    Args:
+        folder: where a folder is wanted.
+
+    Raises:
+        FileExistsError: it, or a folder above it, is a file.
+        PermissionError: it, or the folder in which it would be made, may not be written.
+    """
+    for path in (folder, *folder.absolute().parents):
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(f"{str(path)!r} is a file, not a folder")
+    above = next(path for path in folder.absolute().parents if path.is_dir())
+    for path in (folder, above):
+        if path.is_dir() and not os.access(path, os.W_OK):
+            raise PermissionError(f"{str(path)!r} may not be written")
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Take away an earlier report of ours, and nothing else."""
+    try:
+        head = json.loads((folder / "words.json").read_text(encoding="utf-8"))
+        ours = head["written_by"] == "captum_mllm"
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if ours:
+        for path in folder.iterdir():
+            if _OWN.fullmatch(path.name) or path.name in (*_REPORT, "words.json"):
+                path.unlink()

@@ -1,0 +1,191 @@
+"""MSEA: maps of several scales brought to one level, weighted and aggregated."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Aggregation = Literal["mean", "median", "geometric_mean"]
+"""How maps of several scales become one; see :func:`aggregate`."""
+
+
+AGGREGATIONS: tuple[str, ...] = ("mean", "median", "geometric_mean")
+"""All values of :data:`Aggregation`."""
+
+
+def aggregate(
+    stack: Float[Tensor, "scales ..."],
+    how: Aggregation = "mean",
+    weights: Float[Tensor, "scales ..."] | None = None,
+) -> Float[Tensor, "..."]:
+    """Aggregate maps of several scales into one.
+
+    Args:
+        stack: the maps, already on one grid.
+        how: "mean" (default, the paper's), "median" (of an even number: the mean of the middle
+            two) or "geometric_mean" (of values >= 0).
+        weights: weights >= 0 for "mean" and "geometric_mean": one per scale, or one per scale and
+            map, (scales, maps) for a stack (scales, maps, ...); None for equal.
+
+    Returns:
+        One map of the shape of each.
+
+    Raises:
+        ValueError: ``how`` is unknown; weights given with "median", of another number than the
+            scales, negative or all 0; negative values with "geometric_mean".
+
+    Reference:
+        Multi-scale explanation aggregation: the mean is the paper's, the rest ours.
+
+    Example:
+        >>> import torch
+        >>> aggregate(torch.tensor([[1.0, 0.0], [3.0, 4.0]])).tolist()
+        [2.0, 2.0]
+    """
+    if how not in AGGREGATIONS:
+        raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {how!r}.")
+    if not len(stack):
+        raise ValueError("stack is empty: give the maps of at least one scale.")
+    if weights is not None:
+        _check_scale_weights(weights, how, tuple(stack.shape))
+    if len(stack) == 1:
+        return stack[0]  # bit for bit: one scale is the base itself
+    if how == "median":
+        ordered, last = stack.sort(dim=0).values, len(stack) - 1
+        return (ordered[last // 2] + ordered[last - last // 2]) / 2
+    if how == "geometric_mean" and bool((stack < 0).any()):
+        raise ValueError("aggregation 'geometric_mean' needs values >= 0; use 'mean' or 'median'.")
+    if weights is None:
+        weights = stack.new_ones(len(stack))
+    share = (weights / weights.sum(0)).to(stack.dtype)
+    share = share.reshape(*weights.shape, *[1] * (stack.ndim - weights.ndim))
+    if how == "mean":
+        return (share * stack).sum(0)
+    return torch.xlogy(share, stack).sum(0).exp()  # a weight of 0 silences log(0)
+
+
+def _check_scale_weights(weights: Tensor, how: str, shape: tuple[int, ...]) -> None:
+    if how == "median":
+        raise ValueError("aggregation 'median' takes no weights; use 'mean'.")
+    given = tuple(weights.shape)
+    if given not in (shape[:1], shape[:2]):
+        raise ValueError(
+            f"weights must hold one value per scale ({shape[0]}), or per scale and map "
+            f"{shape[:2]}, got {given}."
+        )
+    if bool((weights < 0).any()) or not bool((weights.sum(0) > 0).all()):
+        raise ValueError(f"weights must be >= 0 and not all 0, got {weights.tolist()}.")
+
+
+ScaleNorm = Literal["none", "max", "std"]
+"""How a scale's maps are brought to the level of scale 1's; see :func:`match_levels`."""
+
+
+SCALE_NORMS: tuple[str, ...] = ("none", "max", "std")
+"""All values of :data:`ScaleNorm`."""
+
+
+def match_levels(
+    maps: Float[Tensor, "classes cells"],
+    base: Float[Tensor, "classes base_cells"],
+    how: ScaleNorm = "none",
+) -> Float[Tensor, "classes cells"]:
+    """Bring a scale's maps to the level of the base scale's, each class on its own.
+
+    Args:
+        maps: the maps at a scale.
+        base: the maps at the base scale, on any number of cells.
+        how: "none" (default) leaves them; "max" gives each its base's maximum, "std" its base's
+            standard deviation (population) by a factor.
+
+    Returns:
+        The maps times one factor per class; a map without a level (all 0, or flat for "std")
+        stays as it is.
+
+    Raises:
+        ValueError: ``how`` is unknown.
+
+    Reference:
+        Ours; the paper names no normalisation of scales.
+
+    Example:
+        >>> import torch
+        >>> match_levels(torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 1.0, 2.0]]), "max")
+        tensor([[0., 2.]])
+    """
+    if how not in SCALE_NORMS:
+        raise ValueError(f"scale_norm must be one of {', '.join(SCALE_NORMS)}, got {how!r}.")
+    if how == "none":
+        return maps
+    levels = [
+        own.amax(1, keepdim=True) if how == "max" else own.std(1, keepdim=True, correction=0)
+        for own in (maps, base)
+    ]
+    safe = torch.where(levels[0] > 0, levels[0], torch.ones_like(levels[0]))
+    return torch.where(levels[0] > 0, maps * levels[1] / safe, maps)
+
+
+def rank_correlation(
+    a: Float[Tensor, "classes cells"], b: Float[Tensor, "classes cells"]
+) -> Float[Tensor, " classes"]:
+    """Spearman's rank correlation of two maps, class by class; ties share their mean rank.
+
+    Args:
+        a: maps.
+        b: maps of the same cells.
+
+    Returns:
+        Correlations in [-1, 1], float64; 0 where a map is flat.
+
+    Reference:
+        Spearman's rho; its use on scales (:func:`adaptive_weights`) is ours.
+
+    Example:
+        >>> import torch
+        >>> a = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
+        >>> rank_correlation(a, -a).round(decimals=6).tolist()
+        [-1.0, 0.0]
+    """
+    left, right = (_centred_ranks(maps) for maps in (a, b))
+    scale = left.norm(dim=1) * right.norm(dim=1)
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return ((left * right).sum(1) / safe).clamp(-1, 1)
+
+
+def _centred_ranks(maps: Float[Tensor, "classes cells"]) -> Float[Tensor, "classes cells"]:
+    """Ranks of the cells minus their mean; equal values share the mean of their ranks."""
+    ordered = maps.sort(dim=1).values.contiguous()
+    below = torch.searchsorted(ordered, maps.contiguous(), right=False)
+    up_to = torch.searchsorted(ordered, maps.contiguous(), right=True)
+    return (below + up_to).double() / 2 - maps.shape[1] / 2
+
+
+def adaptive_weights(
+    agreement: Float[Tensor, "scales classes"],
+    consistency: Float[Tensor, " scales"] | None = None,
+) -> Float[Tensor, "scales classes"]:
+    """How much each scale's map counts: ``w_s = c_s * max(0.01, rho_s)^2``.
+
+    A scale whose map orders the cells otherwise than the base scale's, or at which the model
+    would answer otherwise, explains something else and counts little.
+
+    Args:
+        agreement: rho, rank correlation of each scale's map with the base scale's (1 for the base
+            itself), per class.
+        consistency: c in [0, 1], how far the model still predicts the answer at each scale, or
+            None (default) for 1.
+
+    Returns:
+        Weights > 0 (0 where c is 0), not normalised.
+
+    Reference:
+        Ours.
+
+    Example:
+        >>> import torch
+        >>> adaptive_weights(torch.tensor([[1.0], [0.5], [-0.3]]))[:, 0]
+        tensor([1.0000e+00, 2.5000e-01, 1.0000e-04])
+    """
+    weights = agreement.clamp(min=0.01).square()
+    return weights if consistency is None else weights * consistency.to(weights)[:, None]

@@ -1,0 +1,171 @@
+"""How models cut a picture up: tiles, and Qwen's rows of patches."""
+
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+
+def join_tiles(
+    tiles: Float[Tensor, "tiles c h w"], layout: tuple[int, int]
+) -> Float[Tensor, "c height width"]:
+    """Put tiles, given row by row, together to the picture they were cut from.
+
+    Args:
+        tiles: (tiles, c, h, w).
+        layout: tiles down and across.
+
+    Returns:
+        (c, down * h, across * w).
+
+    Reference:
+        Layout of transformers' InternVL and Idefics3 image processors.
+
+    Example:
+        >>> import torch
+        >>> join_tiles(torch.arange(2.0).reshape(2, 1, 1, 1), (1, 2)).tolist()
+        [[[0.0, 1.0]]]
+    """
+    return rearrange(tiles, "(down across) c h w -> c (down h) (across w)", down=layout[0])
+
+
+def split_tiles(
+    picture: Float[Tensor, "c height width"], layout: tuple[int, int]
+) -> Float[Tensor, "tiles c h w"]:
+    """Inverse of :func:`join_tiles`.
+
+    Args:
+        picture: (c, height, width).
+        layout: tiles down and across; they must divide the picture.
+
+    Returns:
+        (tiles, c, h, w), row by row.
+
+    Reference:
+        Layout of transformers' InternVL and Idefics3 image processors.
+
+    Example:
+        >>> import torch
+        >>> split_tiles(torch.zeros(3, 4, 8), (1, 2)).shape
+        torch.Size([2, 3, 4, 4])
+    """
+    return rearrange(
+        picture, "c (down h) (across w) -> (down across) c h w", down=layout[0], across=layout[1]
+    )
+
+
+def find_layout(
+    tiles: Float[Tensor, "tiles c h w"], overview: Float[Tensor, "c h w"]
+) -> tuple[tuple[int, int], bool]:
+    """How many tiles lie down and across, told by the overview of the same picture.
+
+    Processors don't return the layout. Put together rightly and shrunk, the tiles look like the
+    overview; put together wrongly they don't.
+
+    Args:
+        tiles: the tiles, row by row.
+        overview: the whole picture at the size of one tile.
+
+    Returns:
+        (down, across), and whether it is certain: on a blank picture all layouts look alike, and
+        the one nearest to a square is given.
+
+    Reference:
+        Ours.
+
+    Example:
+        >>> import torch
+        >>> picture = torch.arange(16.0).reshape(1, 2, 8)
+        >>> overview = resize_pixels(picture[None], (2, 2))[0]
+        >>> find_layout(split_tiles(picture, (1, 4)), overview)
+        ((1, 4), True)
+    """
+    n, side = len(tiles), tuple(overview.shape[-2:])
+    layouts = [(down, n // down) for down in range(1, n + 1) if n % down == 0]
+    layouts.sort(key=lambda layout: abs(layout[0] - layout[1]))
+    if len(layouts) == 1:
+        return layouts[0], True
+    errors = []
+    for layout in layouts:
+        shrunk = F.interpolate(join_tiles(tiles, layout)[None].double(), size=side, mode="area")[0]
+        errors.append(float((shrunk - overview.double()).square().mean()))
+    ordered = sorted(errors)
+    certain = ordered[0] < 0.9 * ordered[1]
+    return layouts[errors.index(ordered[0]) if certain else 0], certain
+
+
+def patches_to_frames(
+    patches: Float[Tensor, "rows values"],
+    grid: tuple[int, int, int],
+    *,
+    channels: int,
+    patch: int,
+    temporal: int,
+    merge: int,
+) -> Float[Tensor, "frames c height width"]:
+    """Qwen's rows of patches put together to the frames they were cut from.
+
+    A row holds (channel, frame of the step, y, x) of one patch; rows run over steps, then over
+    blocks of merge x merge patches, then over the patches of a block.
+
+    Args:
+        patches: (steps * h * w, channels * temporal * patch * patch).
+        grid: (steps, h, w): steps in time, patches down and across, as ``image_grid_thw``.
+        channels: colour channels.
+        patch: side of a patch, pixels.
+        temporal: frames per step.
+        merge: side of a block, patches.
+
+    Returns:
+        (steps * temporal, channels, h * patch, w * patch).
+
+    Reference:
+        Layout of transformers' Qwen2-VL image processor.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.zeros(8, 96)
+        >>> patches_to_frames(rows, (1, 2, 4), channels=3, patch=4, temporal=2, merge=2).shape
+        torch.Size([2, 3, 8, 16])
+    """
+    steps, h, w = grid
+    return rearrange(
+        patches,
+        "(s h w mh mw) (c t y x) -> (s t) c (h mh y) (w mw x)",
+        s=steps, h=h // merge, w=w // merge, mh=merge, mw=merge,
+        c=channels, t=temporal, y=patch, x=patch,
+    )  # fmt: skip
+
+
+def frames_to_patches(
+    frames: Float[Tensor, "frames c height width"], *, patch: int, temporal: int, merge: int
+) -> Float[Tensor, "rows values"]:
+    """Inverse of :func:`patches_to_frames`.
+
+    Args:
+        frames: (steps * temporal, c, height, width); sides are multiples of patch * merge.
+        patch: side of a patch, pixels.
+        temporal: frames per step.
+        merge: side of a block, patches.
+
+    Returns:
+        (steps * h * w, channels * temporal * patch * patch).
+
+    Reference:
+        Layout of transformers' Qwen2-VL image processor.
+
+    Example:
+        >>> import torch
+        >>> frames = torch.rand(2, 3, 8, 16)
+        >>> rows = frames_to_patches(frames, patch=4, temporal=2, merge=2)
+        >>> rows.shape
+        torch.Size([8, 96])
+        >>> back = patches_to_frames(rows, (1, 2, 4), channels=3, patch=4, temporal=2, merge=2)
+        >>> torch.equal(back, frames)
+        True
+    """
+    return rearrange(
+        frames,
+        "(s t) c (h mh y) (w mw x) -> (s h w mh mw) (c t y x)",
+        t=temporal, mh=merge, mw=merge, y=patch, x=patch,
+    )  # fmt: skip

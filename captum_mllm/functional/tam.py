@@ -1,0 +1,170 @@
+"""TAM: context weights, estimated causal inference, joint normalisation, rank Gaussian filter."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from captum_mllm.functional.arc import arc_subtract
+
+
+def context_weights(
+    scores: Float[Tensor, "targets tokens"], is_context: Bool[Tensor, "targets tokens"]
+) -> Float[Tensor, "targets tokens"]:
+    """Weight of each context token in a target's interference: ``w_tj = s_tj / sum_j s_tj``.
+
+    Args:
+        scores: ``s_tj = relu(logit_{pos(j)}(y_t))``, >= 0.
+        is_context: earlier text tokens whose id differs from the target's.
+
+    Returns:
+        Weights that sum to 1 over the context, or are all 0 where no context token scores.
+
+    Reference:
+        TAM, estimated causal inference.
+
+    Example:
+        >>> import torch
+        >>> s, earlier = torch.tensor([[3.0, 1.0, 9.0]]), torch.tensor([[True, True, False]])
+        >>> context_weights(s, earlier).tolist()
+        [[0.75, 0.25, 0.0]]
+    """
+    kept = torch.where(is_context, scores, torch.zeros_like(scores))
+    total = kept.sum(1, keepdim=True)
+    return torch.where(total > 0, kept / total, torch.zeros_like(kept))
+
+
+def eci_subtract(
+    maps: Float[Tensor, "targets cells"],
+    context_maps: Float[Tensor, "tokens cells"],
+    weights: Float[Tensor, "targets tokens"],
+    alpha_max: float | None = None,
+) -> Float[Tensor, "targets cells"]:
+    """Subtract the context's interference map: ``relu(A_t - alpha E)``.
+
+    ``E = sum_j w_tj A_j`` and ``alpha = <A_t, E> / <E, E>``, the least-squares fit in closed form
+    (0 where E is 0).
+
+    Args:
+        maps: raw maps A_t, >= 0.
+        context_maps: raw maps A_j of the text tokens.
+        weights: from :func:`context_weights`.
+        alpha_max: upper bound of alpha, or None (default, as TAM).
+
+    Returns:
+        Cleaned maps (targets, cells), >= 0.
+
+    Reference:
+        TAM, estimated causal inference (ECI); the bound is ours.
+
+    Example:
+        >>> import torch
+        >>> a, e = torch.tensor([[2.0, 3.0]]), torch.tensor([[1.0, 0.0]])
+        >>> eci_subtract(a, e, torch.ones(1, 1)).tolist()
+        [[0.0, 3.0]]
+    """
+    return arc_subtract(maps, context_maps, weights, torch.zeros_like(weights), alpha_max=alpha_max)
+
+
+def joint_min_max(
+    maps: Float[Tensor, "targets cells"],
+    scores: Float[Tensor, "targets tokens"],
+    is_earlier: Bool[Tensor, "targets tokens"],
+) -> tuple[Float[Tensor, "targets cells"], Float[Tensor, "targets tokens"]]:
+    """Min-max each target over its image cells *and* its earlier text scores together.
+
+    Joint, so that maps of different tokens stay comparable: a function word that text explains
+    gets a dark map. Where all values are equal the result is 0.
+
+    Args:
+        maps: cleaned maps over the cells of all images.
+        scores: raw scores s_tj.
+        is_earlier: all earlier text tokens, those with the target's id included.
+
+    Returns:
+        Maps and scores, both in [0, 1]; scores that are not earlier are 0.
+
+    Reference:
+        TAM, joint normalisation of the multimodal activations.
+
+    Example:
+        >>> import torch
+        >>> earlier = torch.tensor([[True, False]])
+        >>> m, s = joint_min_max(torch.tensor([[0.0, 1.0]]), torch.tensor([[4.0, 9.0]]), earlier)
+        >>> m.tolist(), s.tolist()
+        ([[0.0, 0.25]], [[1.0, 0.0]])
+    """
+    # A score that does not count is stood in for by a cell, which counts anyway.
+    joint = torch.cat([maps, torch.where(is_earlier, scores, maps[:, :1])], dim=1)
+    low, high = joint.aminmax(dim=1, keepdim=True)
+    span = high - low
+    safe = torch.where(span > 0, span, torch.ones_like(span))
+    unit_maps = torch.where(span > 0, (maps - low) / safe, torch.zeros_like(maps))
+    unit_scores = torch.where(is_earlier & (span > 0), (scores - low) / safe, 0.0)
+    return unit_maps, unit_scores.to(scores.dtype)
+
+
+def rank_gaussian_filter(
+    maps: Float[Tensor, "*batch rows cols"],
+) -> Float[Tensor, "*batch rows cols"]:
+    """3x3 filter that weights a window's values by their rank: robust to single hot cells.
+
+    The nine values of a window are sorted ascending; rank r = 0..8 has the weight
+    ``exp(-(r - 4)^2 / (2 sigma^2))``, normalised, with sigma the window's population standard
+    deviation over its mean. Reflect padding (edge padding along an axis of one cell). 0 where the
+    window's mean is not positive, the constant where the window is flat.
+
+    Args:
+        maps: maps >= 0, any number of leading axes.
+
+    Returns:
+        Filtered maps of the same shape.
+
+    Reference:
+        TAM, rank Gaussian filter (its released code yields NaN on a flat window).
+
+    Example:
+        >>> import torch
+        >>> spike = torch.zeros(1, 5, 5)
+        >>> spike[0, 2, 2] = 1.0
+        >>> bool(rank_gaussian_filter(spike).max() < 0.2)
+        True
+    """
+    rows, cols = maps.shape[-2:]
+    flat = maps.reshape(-1, 1, rows, cols)
+    flat = F.pad(flat, (0, 0, 1, 1), mode="reflect" if rows > 1 else "replicate")
+    flat = F.pad(flat, (1, 1, 0, 0), mode="reflect" if cols > 1 else "replicate")
+    low_to_high = _sort_nine(
+        [flat[:, 0, y : y + rows, x : x + cols] for y in range(3) for x in range(3)]
+    )
+    # Relative to the window's peak: squares of 1e-30 or 1e30 leave the range of float32.
+    peak = low_to_high[8]
+    relative = torch.stack(low_to_high) / torch.where(peak > 0, peak, torch.ones_like(peak))
+    mean = relative.mean(0)
+    variance = (relative - mean).square().mean(0)
+    tiny = torch.finfo(maps.dtype).tiny
+    # A tiny sigma leaves all weight on the median, which is the constant of a flat window.
+    sigma2 = (variance / mean.clamp(min=tiny).square()).clamp(min=tiny)
+    nearest = (-0.5 / sigma2).exp()  # weight of ranks 3 and 5; that of 4 -+ d is its d^2-th power
+    total, norm = low_to_high[4], torch.ones_like(nearest)
+    for d in range(1, 5):
+        weight = nearest ** (d * d)
+        total = total + weight * (low_to_high[4 - d] + low_to_high[4 + d])
+        norm = norm + 2 * weight
+    return torch.where(mean > 0, total / norm, torch.zeros_like(total)).reshape(maps.shape)
+
+
+_NETWORK = (
+    *((0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7)),  # sort threes
+    *((0, 3), (3, 6), (0, 3), (1, 4), (4, 7), (1, 4), (2, 5), (5, 8), (2, 5)),  # merge by column
+    *((1, 3), (5, 7), (2, 6), (4, 6), (2, 4), (2, 3), (5, 6)),
+)
+
+
+def _sort_nine(planes: list[Tensor]) -> list[Tensor]:
+    """Sort nine tensors elementwise, ascending: a sorting network, ten times torch.sort here."""
+    planes = list(planes)
+    for i, j in _NETWORK:
+        low, high = planes[i], planes[j]
+        planes[i], planes[j] = torch.minimum(low, high), torch.maximum(low, high)
+    return planes

@@ -1,0 +1,75 @@
+"""Attributions of pixels brought to the cells of the model's grid."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from captum_mllm.bridge import TokenLogProb
+from captum_mllm.functional import WHOLE, Box, resample_cells, sum_cells
+from captum_mllm.geometry import ImageGrid
+from captum_mllm.methods.request import Asked
+from captum_mllm.model.runner import Run
+
+
+def scored(asked: Asked, run: Run) -> TokenLogProb:
+    """The log-probabilities of the run's answer as a function of pixels."""
+    return TokenLogProb(asked.model, asked.inputs, run.answer_ids, asked.processor)
+
+
+def frames_of(f: TokenLogProb) -> tuple[Tensor, ...]:
+    """The pictures' frames, a tuple of one too."""
+    return f.pixels if isinstance(f.pixels, tuple) else (f.pixels,)
+
+
+def shown_by(grid: ImageGrid) -> Box:
+    """Where the picture's frame of pixels lies on an image's grid, in fractions of the grid.
+
+    The same but where the frame shows the whole picture and the grid another part of it.
+
+    Args:
+        grid: the image's.
+
+    Example:
+        >>> shown_by(ImageGrid(1, 1, 2, 2, picture=(4, 3), box=(1.0, 1.0, 3.0, 3.0)))
+        (-0.5, -0.5, 1.0, 1.5)
+    """
+    if grid.picture is None or grid.box is None:
+        return WHOLE
+    return box_on_grid(grid.box, grid.picture)
+
+
+def box_on_grid(box: Box, size: tuple[int, int]) -> Box:
+    """Where a whole picture lies on a grid that shows a box of it, in fractions of the grid.
+
+    Args:
+        box: (left, upper, right, lower), pixels of the picture.
+        size: (height, width) of the picture, pixels.
+    """
+    left, upper, right, lower = box
+    wide, high = right - left, lower - upper
+    return (-left / wide, -upper / high, (size[1] - left) / wide, (size[0] - upper) / high)
+
+
+def cell_sums(
+    attribution: Float[Tensor, "n *frames c h w"], grid: ImageGrid
+) -> Float[Tensor, "n *steps rows cols"]:
+    """The attribution of each cell: the sum over its pixels, channels (and frames of a step).
+
+    Args:
+        attribution: of a frame's pixels.
+        grid: the image's.
+    """
+    summed = sum_cells(attribution.float().sum(-3), shown_by(grid), (grid.rows, grid.cols))
+    return summed.unflatten(1, (grid.steps, -1)).sum(2) if grid.steps else summed
+
+
+def cell_means(
+    attribution: Float[Tensor, "n *frames c h w"], grid: ImageGrid
+) -> Float[Tensor, "n *steps rows cols"]:
+    """The level of each cell: the mean over its pixels, channels (and frames of a step).
+
+    Args:
+        attribution: of a frame's pixels.
+        grid: the image's.
+    """
+    level = resample_cells(attribution.float().mean(-3), shown_by(grid), (grid.rows, grid.cols))
+    return level.unflatten(1, (grid.steps, -1)).mean(2) if grid.steps else level

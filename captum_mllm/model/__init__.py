@@ -1,0 +1,1 @@
+"""Where the user's model runs: from checkpoint and prompt to a :class:`TokenTrace`."""

@@ -1,0 +1,404 @@
+"""Every forward of the user's model but generation's: evaluating, hooks, rows of the LM head."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from captum_mllm.adapters import Adapter, refuse_compiled
+from captum_mllm.adapters.devices import tables_loaded
+from captum_mllm.adapters.hooks import unchanged
+from captum_mllm.functional import lens_logits
+from captum_mllm.geometry import ImageGrid
+from captum_mllm.model.inputs import Sample, append_answer
+
+
+@dataclass
+class Captured:
+    """What the hooks saw in one forward.
+
+    Args:
+        final_hidden: states after the final norm, (positions, dim): what the LM head reads.
+        lens_hidden: the same of the chosen layer; ``final_hidden`` itself for the last layer.
+        logits: the model's logits at the asked rows, (rows, vocabulary), unprocessed.
+    """
+
+    final_hidden: Float[Tensor, "positions dim"]
+    lens_hidden: Float[Tensor, "positions dim"]
+    logits: Float[Tensor, "rows vocabulary"]
+
+
+def captured_forward(
+    adapter: Adapter,
+    inputs: Mapping[str, Tensor],
+    grids: Sequence[ImageGrid],
+    *,
+    rows: Int64[Tensor, " rows"],
+    layer: int = -1,
+) -> Captured:
+    """One forward of the whole model under hooks; the LM head sees only the asked rows.
+
+    Args:
+        adapter: the model's adapter, already ``running()``.
+        inputs: the model's inputs.
+        grids: the images among them, for the check of the tower's features.
+        rows: positions whose logits are wanted; may be empty.
+        layer: LM layer of ``lens_hidden``; -1 is the last.
+
+    Returns:
+        States and logits of the sample, without a batch axis.
+
+    Raises:
+        ValueError: a hook fired another number of times than once (compiled or altered model),
+            or states are not finite.
+    """
+    with _hooks(adapter, grids, rows, layer) as seen:
+        output = adapter.model(**inputs, use_cache=False, return_dict=True)
+    expected = {"final norm": 1, "LM head": 1, "lens layer": 1}
+    expected |= {"vision encoder": len(adapter.tower_calls(grids))}
+    for name, times in expected.items():
+        if len(seen[name]) != times:
+            raise ValueError(
+                f"model: the hook on the {name} fired {len(seen[name])} times in one forward, "
+                f"expected {times}. Is a part of the model compiled (torch.compile), or replaced? "
+                f"Pass the plain model."
+            )
+    for name in ("final norm", "lens layer"):
+        if not torch.isfinite(seen[name][0]).all():
+            raise ValueError(
+                f"model: hidden states at the {name} hold NaN or infinite values; try another "
+                f"dtype (float32 or bfloat16), or check the weights."
+            )
+    device = adapter.device  # a dispatched model's parts lie on several
+    return Captured(
+        final_hidden=seen["final norm"][0][0].to(device),
+        lens_hidden=seen["lens layer"][0][0].to(device),
+        logits=output.logits[0].to(device),
+    )
+
+
+@contextmanager
+def _hooks(
+    adapter: Adapter, grids: Sequence[ImageGrid], rows: Tensor, layer: int
+) -> Iterator[dict[str, list[Any]]]:
+    """Set the hooks; yields what each saw, call by call; removes them whatever happens."""
+    seen: dict[str, list[Any]] = defaultdict(list)
+
+    def on_tower(_module: nn.Module, _args: Any, output: Any) -> None:
+        calls = adapter.tower_calls(grids)
+        if len(seen["vision encoder"]) < len(calls):
+            adapter.check_features(output, calls[len(seen["vision encoder"])])
+        seen["vision encoder"].append(None)
+
+    def on_norm(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        seen["final norm"].append(output)
+        if layer == -1:
+            seen["lens layer"].append(output)
+
+    def on_layer(_module: nn.Module, _args: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        # The bare forward: hooks on the norm are meant for the model's last layer.
+        seen["lens layer"].append(adapter.final_norm.forward(states))
+
+    def before_head(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen["LM head"].append(None)
+        return (args[0][:, rows.to(args[0].device)], *args[1:])
+
+    with ExitStack() as stack:
+        stack.callback(adapter.tower.register_forward_hook(on_tower).remove)
+        stack.callback(adapter.final_norm.register_forward_hook(on_norm).remove)
+        if layer != -1:
+            stack.callback(adapter.layers[layer].register_forward_hook(on_layer).remove)
+        stack.callback(adapter.head.register_forward_pre_hook(before_head).remove)
+        yield seen
+
+
+def check_head(
+    adapter: Adapter,
+    hidden: Float[Tensor, "rows dim"],
+    logits: Float[Tensor, "rows vocabulary"],
+    class_ids: Int64[Tensor, " classes"],
+) -> None:
+    """Compare ``W[y] . h + b`` with the model's own logits.
+
+    Args:
+        adapter: the model's adapter.
+        hidden: final hidden states of some rows.
+        logits: the model's logits there.
+        class_ids: ids to compare.
+
+    Raises:
+        ValueError: they differ by more than the dtype's rounding: soft-capping, a logit scale, a
+            wrapped or quantised head.
+    """
+    ours = lens_logits(hidden, *adapter.class_weights(class_ids)).T
+    theirs = logits[:, class_ids].to(ours)
+    largest = float(torch.maximum(theirs.abs().max(), ours.abs().max()))
+    tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 3e-2
+    worst = float((ours - theirs).abs().max())
+    if not worst <= tolerance * max(largest, 1e-6):
+        raise ValueError(
+            f"model: its LM head is not the plain linear map W h + b that the logit lens assumes "
+            f"(logits differ by {worst:.3g} at a size of {largest:.3g}): soft-capping, a logit "
+            f"scale, an adapter (merge it first) or quantised weights. Register an adapter whose "
+            f"class_weights tells the true map."
+        )
+
+
+def full_logits(
+    adapter: Adapter, hidden: Float[Tensor, "rows dim"], chunk: int = 16384
+) -> Float[Tensor, "rows vocabulary"]:
+    """Logits over the whole vocabulary in float32, whatever the model's dtype.
+
+    bfloat16 logits tie within the first ranks; in float32 rankings don't depend on that noise.
+
+    Args:
+        adapter: the model's adapter.
+        hidden: final hidden states of a few rows.
+        chunk: vocabulary entries that are converted to float32 at a time.
+    """
+    weight, bias = adapter.class_weights(slice(None))
+    hidden, device = hidden.to(weight.device), hidden.device
+    parts = [
+        lens_logits(hidden, weight[rows], None if bias is None else bias[rows]).T.to(device)
+        for rows in (slice(at, at + chunk) for at in range(0, len(weight), chunk))
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def batched(
+    adapter: Adapter,
+    kwargs: Mapping[str, Tensor],
+    pixels: Sequence[Mapping[str, Tensor]],
+    n: int,
+) -> dict[str, Tensor]:
+    """A sample's inputs repeated for n copies, each with pixels of its own.
+
+    Args:
+        adapter: tells which inputs are token-wise.
+        kwargs: the model's inputs of one sample.
+        pixels: the pixel inputs of each copy; empty if they are all the sample's own.
+        n: number of copies.
+    """
+    made = {}
+    for name, value in kwargs.items():
+        if pixels and name in pixels[0]:
+            continue
+        if name in adapter.token_wise:
+            made[name] = value.expand(n, -1)
+        else:  # images, tiles, rows of patches, sizes: one copy's follow the other's
+            made[name] = value.repeat(n, *[1] * (value.ndim - 1))
+    for name in pixels[0] if pixels else ():
+        made[name] = torch.cat([own[name] for own in pixels])
+    return made
+
+
+def forward_logits(
+    adapter: Adapter,
+    sample: Sample,
+    frames: tuple[Tensor, ...],
+    n: int,
+    rows: Tensor,
+    *,
+    layers: Iterable[Iterable[nn.Module]] = (),
+    on_embeddings: Callable[[Tensor], Tensor] | None = None,
+) -> Float[Tensor, "n rows vocabulary"]:
+    """Logits of one forward of n copies of a sample, differentiable.
+
+    Args:
+        adapter: the model's adapter.
+        sample: prompt and answer.
+        frames: one per image, (n, ..., height, width); none for the sample's own pixels.
+        n: number of copies.
+        rows: positions whose logits are wanted.
+        layers: per image and view, the module that its features are led through.
+        on_embeddings: see :func:`hooked`.
+
+    Returns:
+        float32, or float64 of such a model.
+    """
+    own = [tuple(frame[k : k + 1] for frame in frames) for k in range(n if frames else 0)]
+    pixels = [adapter.with_frames(sample.kwargs, sample.grids, one) for one in own]
+    kwargs = batched(adapter, sample.kwargs, pixels, n)
+
+    def lead(given: Tensor) -> Tensor:
+        return led_through(layers, given, sample, adapter)
+
+    with (
+        differentiable(adapter),
+        hooked(adapter, rows, on_embeddings=on_embeddings, on_decoder=lead),
+    ):
+        output = adapter.model(**kwargs, use_cache=False, return_dict=True)
+    logits = output.logits.to(adapter.device)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def led_through(
+    layers: Iterable[Iterable[nn.Module]], embeddings: Tensor, sample: Sample, adapter: Adapter
+) -> Tensor:
+    """What the language model gets, its image features led through modules as (n, width, cells).
+
+    Args:
+        layers: per image, one module for each of its views; none leaves all as it is.
+        embeddings: (n, tokens, width).
+        sample: tells where the images' tokens are.
+        adapter: tells the views.
+    """
+    for where, grid, own in zip(sample.image_positions, sample.grids, layers, strict=False):
+        for view, layer in zip(adapter.views(grid), own, strict=True):
+            at = where[view.tokens.flatten().to(where.device)].to(embeddings.device)
+            cells = embeddings[:, at].transpose(1, 2).unflatten(2, view.tokens.shape)
+            led = layer(cells).flatten(2).transpose(1, 2)
+            embeddings = embeddings.index_copy(1, at, led.to(embeddings.dtype))
+    return embeddings
+
+
+@contextmanager
+def differentiable(adapter: Adapter) -> Iterator[None]:
+    """Evaluation mode and size hooks, under the caller's gradient mode; all is put back afterwards.
+
+    Meanwhile no parameter asks for a gradient: none gets one from a graph that is built here, and
+    the graph keeps only what gradients of inputs need.
+
+    Args:
+        adapter: the model's adapter.
+    """
+    model = adapter.model
+    refuse_compiled(model)
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with unchanged(model), adapter.size_hooks(), tables_loaded(adapter.tower):
+        model.eval()
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+
+
+@contextmanager
+def hooked(
+    adapter: Adapter,
+    rows: Tensor,
+    *,
+    on_embeddings: Callable[[Tensor], Tensor] | None = None,
+    on_decoder: Callable[[Tensor], Tensor],
+) -> Iterator[None]:
+    """Hooks for one forward: the LM head sees some rows only, embeddings may be replaced.
+
+    Args:
+        adapter: the model's adapter.
+        rows: positions whose logits are wanted.
+        on_embeddings: takes the token embeddings (batch, tokens, width) and gives those to go on
+            with; image features come into them later.
+        on_decoder: the same for what the language model gets, image features included.
+
+    Raises:
+        ValueError: the token embeddings were not computed once.
+    """
+    calls = 0
+
+    def before_head(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][:, rows.to(args[0].device)], *args[1:])
+
+    def after_embedding(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return output if on_embeddings is None else on_embeddings(output)
+
+    def before_decoder(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = kwargs.get("inputs_embeds")
+        if given is not None:
+            kwargs = {**kwargs, "inputs_embeds": on_decoder(given)}
+        return args, kwargs
+
+    table = adapter.model.get_input_embeddings()
+    with ExitStack() as stack:
+        stack.callback(adapter.head.register_forward_pre_hook(before_head).remove)
+        stack.callback(table.register_forward_hook(after_embedding).remove)
+        hook = adapter.decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)
+        stack.callback(hook.remove)
+        yield
+    if calls != 1:
+        raise ValueError(
+            f"model: its token embeddings were computed {calls} times in one forward, expected "
+            f"once, so they can't be replaced; pass the plain model."
+        )
+
+
+def replaced(given: Tensor, new: Tensor) -> Tensor:
+    """Token embeddings in place of those that the model computed, checked.
+
+    Args:
+        given: the model's own, (n, tokens, width).
+        new: the others.
+
+    Raises:
+        ValueError: they are of another shape.
+    """
+    if new.shape != given.shape:
+        raise ValueError(
+            f"inputs hold embeddings of shape {tuple(new.shape)}, but the model makes "
+            f"{tuple(given.shape)} (batch, tokens, width); .embeddings gives them."
+        )
+    return new.to(given)
+
+
+def answer_log_probs(
+    adapter: Adapter,
+    sample: Sample,
+    answer: Int64[Tensor, " answer"],
+    versions: Sequence[Mapping[str, Tensor]],
+    tokens: Sequence[Sequence[int]],
+) -> Float[Tensor, "versions tokens"]:
+    """Log-probability of tokens of one answer, given versions of the images: one forward.
+
+    Args:
+        adapter: the model's adapter, already ``running()``.
+        sample: the prompt.
+        answer: ids of the answer, fixed.
+        versions: per version, the inputs that hold its pixels.
+        tokens: per version, positions in the answer; of one length.
+
+    Returns:
+        ``log p(y_t | version, prompt, y_<t)`` of the model's own logits, softmax in float32.
+
+    Raises:
+        ValueError: the LM head did not run once (a replaced part of the model), or NaN.
+    """
+    n, calls = len(versions), []
+    full = append_answer(sample, answer, adapter)
+    batch = batched(adapter, full, versions, n)
+    where = torch.tensor([list(own) for own in tokens])
+    rows = where + len(sample.prompt_ids) - 1  # the position that predicts the token
+
+    def asked_rows(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        calls.append(None)
+        at = rows.to(args[0].device)
+        return (args[0][torch.arange(n, device=at.device)[:, None], at], *args[1:])
+
+    handle = adapter.head.register_forward_pre_hook(asked_rows)
+    try:
+        logits = adapter.model(**batch, use_cache=False, return_dict=True).logits
+    finally:
+        handle.remove()
+    if len(calls) != 1 or logits.shape[:2] != rows.shape:
+        raise ValueError(
+            f"model: its LM head ran {len(calls)} times in one forward and gave logits of shape "
+            f"{tuple(logits.shape)}, expected once and {tuple(rows.shape)} rows. Is a part of the "
+            f"model compiled, or replaced? Pass the plain model."
+        )
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    found = logits.to(dtype).log_softmax(-1)
+    found = found.gather(-1, answer[where.to(answer.device)].to(found.device)[..., None])[..., 0]
+    if bool(found.isnan().any()):
+        raise ValueError("model: its logits hold NaN; try another dtype (float32 or bfloat16).")
+    return found

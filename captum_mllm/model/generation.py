@@ -1,0 +1,128 @@
+"""The model's own answer: greedy decoding, whatever settings come with the checkpoint."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import GenerationConfig
+
+from captum_mllm.adapters import Adapter
+from captum_mllm.model.inputs import Sample
+
+MAX_NEW_TOKENS = 128
+
+
+def generate_answer(
+    sample: Sample, adapter: Adapter, gen_args: Mapping[str, Any] | None = None
+) -> Int64[Tensor, " answer"]:
+    """The model's own answer: plain greedy decoding unless ``gen_args`` says otherwise.
+
+    Of the checkpoint's own generation settings only the ids of special and of suppressed tokens
+    count: a repetition penalty or a banned word there would make another answer than the greedy
+    one.
+
+    Args:
+        sample: the prompt.
+        adapter: the model's adapter.
+        gen_args: keyword arguments of ``generate`` that replace ours.
+
+    Returns:
+        Ids of the answer without the final end-of-sequence token.
+
+    Raises:
+        TypeError: ``gen_args`` is no mapping, or its generation_config none.
+        ValueError: several sequences, inputs of the model among ``gen_args``, or nothing but
+            the end of sequence.
+    """
+    given = _checked(gen_args, sample)
+    config, others = _settings(adapter, given)
+    with _only_special_ids(adapter.model), warnings.catch_warnings():
+        # Of an offloaded model: 5.5 compares with model.device, which is "meta" then.
+        warnings.filterwarnings("ignore", r"You are calling \.generate\(\) with the .input_ids")
+        output = adapter.model.generate(**sample.kwargs, generation_config=config, **others)
+    sequences = getattr(output, "sequences", output)
+    if sequences.shape[0] != 1:
+        raise _several(sequences.shape[0])
+    answer = sequences[0, sample.prompt_ids.shape[0] :]
+    # generate takes the model's own where a given generation_config names none.
+    ends = config.eos_token_id
+    ends = adapter.model.generation_config.eos_token_id if ends is None else ends
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    if len(answer) and int(answer[-1]) in ends:
+        answer = answer[:-1]
+    if len(answer) == 0:
+        raise ValueError(
+            "target is None and the model generated nothing but the end of sequence: check the "
+            "prompt (chat template?), or give a target."
+        )
+    return answer
+
+
+def _checked(gen_args: Any, sample: Sample) -> dict[str, Any]:
+    if gen_args is not None and not isinstance(gen_args, Mapping):
+        raise TypeError(
+            f"gen_args must be a mapping of keyword arguments of generate, got "
+            f"{type(gen_args).__name__}."
+        )
+    given = dict(gen_args or {})
+    settings = given.get("generation_config")
+    if settings is not None and not isinstance(settings, GenerationConfig):
+        raise TypeError(
+            f"gen_args: generation_config must be a transformers GenerationConfig, got "
+            f"{type(settings).__name__}."
+        )
+    twice = sorted(set(given) & set(sample.kwargs))
+    if twice:
+        raise ValueError(
+            f"gen_args holds {twice}, which belong to inputs: gen_args takes settings of generate "
+            f"such as max_new_tokens."
+        )
+    count = given.get("num_return_sequences") or getattr(settings, "num_return_sequences", 1) or 1
+    if count != 1:
+        raise _several(count)
+    return given
+
+
+def _several(count: int) -> ValueError:
+    return ValueError(
+        f"gen_args make {count} sequences, but one answer is explained at a time: set "
+        f"num_return_sequences=1, or pass each answer as target."
+    )
+
+
+def _settings(adapter: Adapter, given: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+    """Our greedy settings with the user's on top, and what ``generate`` takes beside them."""
+    config = deepcopy(given.pop("generation_config", None)) or GenerationConfig(
+        **_special_ids(adapter.model),
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=MAX_NEW_TOKENS,
+        suppress_tokens=adapter.model.generation_config.suppress_tokens,
+    )
+    if "max_length" in given:
+        config.max_new_tokens = None
+    others = {name: value for name, value in given.items() if not hasattr(config, name)}
+    config.update(**{name: value for name, value in given.items() if name not in others})
+    config.suppress_tokens = sorted({*(config.suppress_tokens or []), *adapter.visual_ids})
+    return config, others
+
+
+def _special_ids(model: Any) -> dict[str, Any]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(model.generation_config, name) for name in names}
+
+
+@contextmanager
+def _only_special_ids(model: Any) -> Iterator[None]:
+    """While it lasts, generate can't fill gaps from the checkpoint's own generation settings."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(**_special_ids(model))
+    try:
+        yield
+    finally:
+        model.generation_config = own

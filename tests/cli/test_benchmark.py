@@ -1,0 +1,192 @@
+"""``captum-mllm benchmark``: the command, stopped and gone on with, and its users' mistakes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from captum_mllm.cli.benchmark import _option
+from captum_mllm.cli.main import main
+from captum_mllm.data.coco import CocoDataset
+from captum_mllm.data.label_maps import write_label_maps
+from captum_mllm.reference.export import export
+from tests.benchmark.test_run import NAMES, lines
+
+PICTURES = 3
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    return export("plain", tmp_path_factory.mktemp("data"), count=PICTURES, size=64)
+
+
+@pytest.fixture
+def base(exported, tmp_path):
+    """Arguments that work."""
+    return {
+        "--data": str(exported),
+        "--methods": "lens,random",
+        "--metrics": "obj_iou,func_iou,f1_iou",
+        "--out": str(tmp_path / "out"),
+        "--device": "cpu",
+    }
+
+
+def command(arguments, *flags):
+    return ["benchmark", *(part for pair in arguments.items() for part in pair), *flags]
+
+
+def run(arguments, *flags):
+    return main(command(arguments, *flags))
+
+
+def without_time(folder):
+    found = json.loads((folder / "benchmark.json").read_text())
+    for own in found["figures"].values():
+        del own["seconds"]
+    return {name: value for name, value in found.items() if name != "settings"}
+
+
+def test_table_on_stdout_the_rest_on_stderr(base, tmp_path, capfd):
+    assert run({**base, "--limit": "2", "--against": "random"}, "--parity") == 0
+    out, err = capfd.readouterr()
+    assert (tmp_path / "out/benchmark.md").read_text() == out
+    rows = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")]
+    assert rows == ["| method", "| ---", "| lens", "| random", "| method", "| ---", "| lens"]
+    assert "Minus random, where both have a value:" in out
+    assert "(parity)" in out
+    assert "wrote benchmark.json, benchmark.md and samples.jsonl" in err
+    assert "100%" in err
+    found = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert found["settings"]["against"] == "random"
+    assert found["fixed"]["parity"] is True
+    assert (found["model"], found["pictures"]) == ("shipped", 2)
+    assert found["paths"] == {"data": base["--data"]}
+
+
+def test_every_way_to_name_the_data(base, exported, tmp_path):
+    data = CocoDataset(*(exported / name for name in NAMES))
+    labels = write_label_maps(data, tmp_path / "labels")
+    del base["--data"]
+    paths = dict(zip(("--images", "--instances", "--captions"), NAMES, strict=True))
+    ways = [
+        {"--data": str(exported)},
+        {flag: str(exported / name) for flag, name in paths.items()},
+        {"--data": str(labels)},
+    ]
+    found = []
+    for number, way in enumerate(ways):
+        out = tmp_path / f"out{number}"
+        assert run({**base, **way, "--out": str(out), "--answers": "captions"}) == 0
+        found.append(without_time(out)["figures"])
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_in_mid_run_and_gone_on_with(number, base, tmp_path, capfd):
+    """Nothing is lost, nothing made twice, and the figures are those of a run in one go."""
+    base |= {"--metrics": "obj_iou,func_iou,f1_iou,insertion", "--steps": "16"}  # a second each
+    path = tmp_path / "out/samples.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "captum_mllm", *command(base)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background of a shell ignores SIGINT, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 2):
+            time.sleep(0.01)
+        process.send_signal(number)
+        said = process.communicate()[1]
+    finally:
+        process.kill()
+    before = path.read_bytes()
+    whole = before[: before.rfind(b"\n") + 1]
+    assert 2 <= whole.count(b"\n") < 2 * PICTURES
+    assert json.loads((tmp_path / "out/benchmark.json").read_text())["finished"] is False
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "interrupted, but what is done is in " in said
+        assert "the same command goes on from there" in said
+        assert "Traceback" not in said
+    else:
+        assert process.returncode == -signal.SIGKILL
+    assert run(base) == 0
+    assert path.read_bytes().startswith(whole)
+    assert run({**base, "--out": str(tmp_path / "in one go")}) == 0
+    assert lines(tmp_path / "out") == lines(tmp_path / "in one go")
+    assert without_time(tmp_path / "out") == without_time(tmp_path / "in one go")
+    capfd.readouterr()
+
+
+def test_a_broken_picture_is_counted(base, exported, tmp_path, capfd):
+    data = CocoDataset(*(exported / name for name in NAMES))
+    labels = write_label_maps(data, tmp_path / "labels")
+    (labels / "image/000000000001.png").write_bytes(b"no picture")
+    assert run({**base, "--data": str(labels)}) == 0
+    out = capfd.readouterr().out
+    assert "Failed, and left out of the means:" in out
+    assert "- 2 x ValueError: " in out
+
+
+MISTAKES = [  # changes (None: without it) -> what the line says
+    ({"--methods": "lens,tan"}, "argument --methods: methods: no tan; there are lens, tam"),
+    ({"--methods": "lens,"}, "argument --methods: must be names with commas between"),
+    ({"--metrics": "iou"}, "argument --metrics: metrics: no iou; there are obj_iou"),
+    ({"--against": "tam"}, "argument --against: against='tam' is not among methods"),
+    ({"--option": "scales=1"}, "argument --option: must be METHOD.NAME=VALUE, got 'scales=1'"),
+    ({"--option": "tam.layer=1"}, "argument --option: options: 'tam' is not among methods"),
+    ({"--option": "lens.x=1"}, "argument --option: options: lens takes no x; it takes"),
+    ({"--data": None}, "arguments --data or, for COCO, --images and --instances: give one"),
+    ({"--images": "x"}, "arguments --data or, for COCO, --images and --instances: give one"),
+    ({"--data": None, "--images": "x"}, "arguments --data or, for COCO, --images and --instances"),
+    ({"--data": "nowhere"}, "argument --data: 'nowhere' holds neither instances.json nor anno"),
+    (
+        {"--data": None, "--images": "x", "--instances": "y"},
+        "argument --images, --instances or --captions: images='x' is not a folder",
+    ),
+    ({"--limit": "0"}, "argument --limit: must be a whole number of at least 1, got '0'"),
+    ({"--steps": "few"}, "argument --steps: must be a whole number of at least 1, got 'few'"),
+    ({"--prompt": " "}, "argument --prompt: is empty"),
+    ({"--baseline": "white"}, "argument --baseline: invalid choice: 'white'"),
+    ({"--categories": "coco"}, "argument --categories: categories is 'coco', but the data has"),
+    ({"--model": "./nowhere"}, "argument --model: './nowhere' can't be loaded"),
+    ({"--device": "abacus"}, "argument --device: can't use 'abacus'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES, ids=[m for _, m in MISTAKES])
+def test_mistakes_are_one_line(change, message, base, capfd):
+    arguments = {name: v for name, v in {**base, **change}.items() if v is not None}
+    try:
+        code = run(arguments)
+    except SystemExit as stopped:  # argparse
+        code = stopped.code
+    out, err = capfd.readouterr()
+    assert (code, out) == (2, "")
+    (line,) = [line for line in err.splitlines() if "error:" in line]
+    assert message in line
+    assert err.endswith(line + "\n")
+    assert "Traceback" not in err
+
+
+def test_other_settings_and_a_file_in_the_way(base, tmp_path, capfd):
+    assert run(base) == 0
+    assert run({**base, "--prompt": "what is here ?"}) == 2
+    err = capfd.readouterr().err.splitlines()[-1]
+    assert "argument --out: out=" in err
+    assert "prompt was 'describe the picture.', is 'what is here ?'. Name another folder" in err
+    (tmp_path / "file").write_text("")
+    assert run({**base, "--out": str(tmp_path / "file")}) == 2
+    assert "argument --out: " in capfd.readouterr().err
+
+
+def test_options():
+    assert _option("msea+arc.scales=1,1.5") == ("msea+arc", "scales", (1, 1.5))
+    assert _option("tam.parity=True") == ("tam", "parity", True)
+    assert _option("msea.aggregation=mean") == ("msea", "aggregation", "mean")

@@ -1,0 +1,464 @@
+"""The command line on a tiny model saved to disk; `main` runs in this process."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from captum_mllm.cli.main import main
+from PIL import Image
+
+from captum_mllm import ARC, MSEA, MLLMAttributionResult
+from captum_mllm.adapters import registered_classes
+from captum_mllm.cli.arguments import UsageError, printable
+from captum_mllm.cli.explain import DEMO_SCENE, METHODS, _demo_scene
+from captum_mllm.data.pictures import open_picture
+from captum_mllm.model import loading as cli_model
+from captum_mllm.model.loading import prepare_inputs
+from tests.adapters.test_families import as_full_processor
+from tests.oracle.families import NAMES, PLACEHOLDER, family
+
+MADE_BY = {  # method: name and number of scales in its result
+    "lens": ("LogitLens", 1),
+    "tam": ("TokenActivationMap(LogitLens)", 1),
+    "msea": ("MSEA(LogitLens)", 2),
+    "arc": ("ARC(LogitLens)", 1),
+    "msea+arc": ("ARC(MSEA(LogitLens))", 2),
+}
+
+
+@pytest.fixture(scope="session")
+def saved(model, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def image(picture, tmp_path):
+    path = tmp_path / "cat.png"
+    picture.save(path)
+    return path
+
+
+@pytest.fixture
+def base(saved, image, tmp_path):
+    """Arguments that work; `out` must not exist yet."""
+    return {
+        "--model": str(saved),
+        "--image": str(image),
+        "--prompt": "what is here ?",
+        "--out": str(tmp_path / "out"),
+        "--max-new-tokens": "4",
+        "--device": "cpu",
+    }
+
+
+def run(arguments, *flags):
+    return main(["explain", *(part for pair in arguments.items() for part in pair), *flags])
+
+
+def failing(capsys, arguments, *flags):
+    """The one line of a failure."""
+    try:
+        code = run(arguments, *flags)
+    except SystemExit as stopped:  # argparse
+        code = stopped.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    errors = [line for line in err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert err.endswith(errors[0] + "\n")
+    assert "Traceback" not in err
+    return errors[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_page_overlays_and_table(method, base, tmp_path, capsys):
+    arguments = {**base, "--method": method, "--target": "a dog on the left"}
+    assert run(arguments, "--save-result") == 0
+    result = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
+    assert (result.method, len(result.scales)) == MADE_BY[method]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"index.html", "picture.png", "text-heatmap.png", "words.json"} <= names
+    assert {"word-02-dog.png", "word-05-left.png"} <= names
+    assert "word-01-a.png" not in names
+    out, err = capsys.readouterr()
+    assert "answer: a dog on the left" in out
+    assert [line.split()[0] for line in out.splitlines()[3:7]] == ["word", "----", "dog", "left"]
+    assert "Assumed" in err
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_generated_answer_is_explained_and_saved(base, tmp_path, capsys):
+    assert run(base, "--save-result") == 0
+    result = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
+    assert 1 <= len(result.output_tokens) <= 4
+    data = json.loads((tmp_path / "out" / "words.json").read_text())
+    assert data["answer"] == " ".join(result.output_tokens)  # this tokenizer marks no spaces
+    assert "wrote" in capsys.readouterr().err
+
+
+def test_scales_and_layer_reach_the_method(base, tmp_path):
+    target = {"--target": "a dog"}
+    assert run({**base, **target, "--scales": "1,2", "--method": "msea"}, "--save-result") == 0
+    result = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
+    assert result.scales == (1.0, 2.0)
+    assert run({**base, **target, "--layer": "0", "--method": "msea"}, "--save-result") == 0
+    other = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
+    assert not other.token_attr.equal(result.token_attr) or other.scales != result.scales
+
+
+def test_prompt_with_image_token_is_used_as_it_is(base, capsys):
+    assert run({**base, "--prompt": "USER: <image> what ASSISTANT:"}) == 0
+    assert "used as it is" in capsys.readouterr().err
+
+
+def test_image_token_is_put_before_a_prompt_without_template(processor, picture):
+    assert processor.chat_template is None
+    inputs, assumed = prepare_inputs(processor, [picture], "what is here ?")
+    assert "no chat template" in assumed
+    ids = inputs["input_ids"][0].tolist()
+    placeholders = [n for n, i in enumerate(ids) if i == processor.image_token_id]
+    assert len(placeholders) == 16
+    assert placeholders[-1] < ids.index(processor.tokenizer.convert_tokens_to_ids("what"))
+
+
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_chat_template_is_used_with_one_start_token(start, picture):
+    from studies.training.tokenizer import build_processor
+
+    processor = build_processor(16, 8)  # its tokenizer puts <s> before every text
+    processor.chat_template = start + processor.chat_template
+    inputs, assumed = prepare_inputs(processor, [picture], "what is this?")
+    assert "chat template" in assumed
+    ids = inputs["input_ids"][0].tolist()
+    assert ids.count(processor.tokenizer.bos_token_id) == 1
+    assert "assistant" in processor.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "words"),
+    [
+        ("--image", "missing.png", "no file 'missing.png'"),
+        ("--image", __file__, "no picture"),
+        ("--max-new-tokens", "x", "whole number"),
+        ("--alpha-max", "-1", "above 0"),
+        ("--method", "grad", "'lens', 'tam', 'msea', 'arc', 'msea\\+arc'"),
+        ("--model", "./missing", "no such folder"),
+        ("--out", __file__, "is a file"),
+        ("--out", f"{__file__}/below", "is a file"),
+        ("--scales", "1,x", "positive numbers"),
+        ("--scales", "-1", "positive numbers"),
+        ("--scales", "0.01", "smaller than one"),
+        ("--scales", "1,1", "distinct"),
+        ("--layer", "7", "layer must be"),
+        ("--device", "toaster", "toaster"),
+        ("--dtype", "int8", "'float32'"),
+        ("--max-new-tokens", "0", "at least 1"),
+        ("--target", " ", "empty"),
+        ("--prompt", "", "empty"),
+        ("--prompt", "<image> <image>", "<image>|image tokens"),
+    ],
+)
+def test_mistakes_end_with_one_line_that_names_the_argument(
+    argument, value, words, base, tmp_path, capsys
+):
+    line = failing(capsys, {**base, argument: value})
+    assert f"argument {argument}" in line
+    assert re.search(words, line)
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.png"]  # nothing half-written
+
+
+def test_image_and_prompt_are_needed_and_demo_goes_alone(base, tmp_path, capsys):
+    without = {k: v for k, v in base.items() if k != "--image"}
+    assert "--image" in failing(capsys, without)
+    assert "--demo" in failing(capsys, base, "--demo")
+
+
+def test_broken_picture(base, image, capsys):
+    image.write_bytes(image.read_bytes()[:900])
+    assert "broken picture" in failing(capsys, base)
+
+
+def test_model_without_pictures_is_refused_before_its_weights_are_read(base, tmp_path, capsys):
+    from transformers import LlamaConfig, VipLlavaConfig
+
+    for config, words in ((LlamaConfig(), "reads no pictures"), (VipLlavaConfig(), "no adapter")):
+        folder = tmp_path / type(config).__name__
+        config.save_pretrained(folder)  # there are no weights at all
+        line = failing(capsys, {**base, "--model": str(folder)})
+        assert "argument --model" in line
+        assert words in line
+        assert all(f"{name}ForConditionalGeneration" in line for name in NAMES)
+
+
+def test_missing_torchvision_is_named(base, capsys, monkeypatch):
+    from transformers import AutoProcessor
+    from transformers.utils import import_utils
+
+    def fail(*_, **__):
+        raise AttributeError("VIDEO_PROCESSOR_MAPPING has no attribute '_extra_content'")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", fail)
+    monkeypatch.setattr(import_utils, "is_torchvision_available", lambda: False)
+    line = failing(capsys, base)
+    assert "pip install torchvision" in line
+    assert "argument --model" in line
+
+
+def test_failure_while_drawing_leaves_nothing(base, tmp_path, capsys, monkeypatch):
+    from captum_mllm.visualization import report
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report, "_matrix", fail)
+    assert "disk full" in failing(capsys, base)
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.png"]
+
+
+def test_ascii_terminal_gets_escapes():
+    class Stream:
+        encoding = "ascii"
+
+    assert printable("café 狗", Stream()) == r"caf\xe9 \u72d7"
+
+
+def test_pictures_are_opened_as_they_are_seen(tmp_path):
+    turned = Image.new("RGB", (4, 2))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_picture(tmp_path / "turned.jpg").size == (2, 4)
+    Image.new("LA", (2, 2), (0, 0)).save(tmp_path / "clear.png")
+    assert open_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_picture_too_large_is_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="too large"):
+        open_picture(tmp_path / "large.png")
+
+
+def test_demo_scene_is_held_out_and_has_three_objects():
+    from captum_mllm.reference import make_scene
+
+    picture, prompt = _demo_scene()
+    assert len(make_scene(DEMO_SCENE, "test").objects) == 3
+    assert picture.size == (336, 336)
+    assert prompt
+
+
+def test_help_needs_no_model():
+    done = subprocess.run(
+        [sys.executable, "-m", "captum_mllm", "explain", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "msea+arc" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "method"),
+    [("--scales", "1,2", "arc"), ("--alpha-max", "1", "msea"), ("--preset", "paper", "tam")],
+)
+def test_flags_that_a_method_ignores_are_refused(flag, value, method, base, capsys):
+    assert run({**base, "--method": method, flag: value}) == 2
+    assert f"argument {flag}: only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["measured", "paper"])
+def test_preset_reaches_both_methods(base, tmp_path, preset):
+    """Also that no option which was left out overrides it."""
+    text = "a dog on the left"
+    flags = {**base, "--target": text, "--method": "msea+arc", "--preset": preset}
+    assert run(flags, "--save-result") == 0
+    result = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
+    model, processor, _ = cli_model.load_model(base["--model"], "auto", "cpu")
+    picture = open_picture(Path(base["--image"]))
+    inputs, _ = cli_model.prepare_inputs(processor, [picture], base["--prompt"])
+    msea = MSEA(model, processor, preset=preset)
+    expected = ARC(msea, preset=preset).attribute(inputs, text)
+    assert result.scales == expected.scales
+    assert torch.equal(result.grid_attr[0], expected.grid_attr[0])
+
+
+def test_alpha_max_reaches_the_method(base, tmp_path):
+    maps = []
+    for more in ({}, {"--alpha-max": "0.01"}):
+        out = str(tmp_path / str(len(maps)))
+        arguments = {**base, "--target": "a dog on the left", "--method": "arc", "--out": out}
+        assert run({**arguments, **more}, "--save-result") == 0
+        maps.append(MLLMAttributionResult.load(f"{out}/result.safetensors").grid_attr[0])
+    assert not torch.equal(*maps)
+
+
+# ---- every family -------------------------------------------------------------------------------
+
+VIDEO_PART = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "InternVL", "SmolVLM")
+WITHOUT_VIDEO = "read without its video part, as torchvision is not installed"
+TEMPLATE = (
+    "{% for m in messages %}USER: {% for c in m['content'] %}"
+    "{{ PICTURE if c['type'] == 'image' else c['text'] }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+WITH_BREAK = ("Llava", "LlavaNext", "InternVL", "Idefics3", "SmolVLM", "Gemma3")
+as_processors_do = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+kin_of = functools.cache(family)
+
+
+@functools.cache
+def template(name):
+    """A chat template of that family, in which each picture has its placeholder."""
+    return TEMPLATE.replace("PICTURE", repr(PLACEHOLDER.get(name, "<image>")))
+
+
+@pytest.fixture(params=NAMES)
+def kin(request):
+    return kin_of(request.param)
+
+
+@pytest.fixture
+def kin_saved(kin, tmp_path):
+    """A folder that model and processor were saved to, as where torchvision is installed."""
+    folder = tmp_path / "model"
+    kin.model.save_pretrained(folder)
+    (as_full_processor if kin.name in VIDEO_PART else as_saved)(folder, kin.processor)
+    return folder
+
+
+def as_saved(folder, processor):
+    processor.save_pretrained(folder)
+
+
+@as_processors_do
+def test_every_family_is_explained_from_its_folder(kin, kin_saved, base, tmp_path, capsys):
+    pictures = {"one": kin.wide_picture, "other": kin.picture}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / f"{name}.png")
+    images = [str(tmp_path / f"{name}.png") for name in pictures]
+    arguments = {**base, "--model": str(kin_saved), "--method": "lens", "--target": "dog left"}
+    arguments["--image"] = images[0]
+    assert run(arguments, "--save-result") == 0
+    alone = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
+    assert len(alone.grids) == 1
+    page = (tmp_path / "out" / "index.html").read_text()
+    err = capsys.readouterr().err
+    assert (WITHOUT_VIDEO in err) == (WITHOUT_VIDEO in page) == (kin.name in VIDEO_PART)
+
+    assert run(arguments, "--image", images[1], "--save-result") == 0
+    both = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
+    assert both.grids[0] == alone.grids[0]
+    assert len(both.grids) == 2
+    out, err = capsys.readouterr()
+    assert "assumed: the model saw the whole picture" not in err  # where the pictures lie is known
+    assert out.count("answer: dog left") == 1
+    assert out.index(f"image 1: {images[0]}") < out.index(f"image 2: {images[1]}")
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"result.safetensors", "image-1", "image-2"}  # nothing of the earlier report
+    for n, picture in enumerate(pictures.values(), 1):
+        folder = tmp_path / "out" / f"image-{n}"
+        assert {"index.html", "word-01-dog.png", "words.json"} <= {p.name for p in folder.iterdir()}
+        with Image.open(folder / "picture.png") as written:
+            assert written.size == picture.size
+        assert f"Picture {n} of 2" in (folder / "index.html").read_text()
+
+
+@as_processors_do
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_picture_has_its_placeholder(kin, count):
+    pictures = [kin.picture, kin.wide_picture][:count]
+    inputs, assumed = prepare_inputs(kin.processor, pictures, "what is here ?")
+    assert "no chat template" in assumed
+    tokenizer, ids = kin.processor.tokenizer, inputs["input_ids"]
+    assert "USER:" not in tokenizer.decode(ids[0])
+    expected = kin.encode(*pictures)["input_ids"]
+    visual = torch.tensor(kin.model.config.image_token_id)
+    assert (ids == visual).sum() == (expected == visual).sum()
+    if kin.name.startswith("Qwen"):
+        start, end = (tokenizer.convert_tokens_to_ids(f"<|vision_{n}|>") for n in ("start", "end"))
+        assert (ids == start).sum() == (ids == end).sum() == count
+    before = PLACEHOLDER.get(kin.name, "<image>") + ("\n" if kin.name in WITH_BREAK else "")
+    assert assumed == f"Assumed: {before * count!r} before the prompt (no chat template)."
+    question = ids[0].tolist().index(tokenizer.convert_tokens_to_ids("what"))
+    assert question > (ids[0] == visual).nonzero().max()
+    if kin.name == "PaliGemma" and count == 1:  # as its processor does, where a prompt has none
+        bare = kin.processor(images=pictures, text="what is here ?", return_tensors="pt")
+        assert ids.tolist() == bare["input_ids"].tolist()
+
+
+@as_processors_do
+def test_chat_template_of_every_family(kin, monkeypatch):
+    monkeypatch.setattr(kin.processor, "chat_template", template(kin.name))
+    inputs, assumed = prepare_inputs(kin.processor, [kin.picture] * 2, "what is here ?")
+    assert "chat template" in assumed
+    expected = kin.encode(
+        kin.picture,
+        kin.picture,
+        prompt=f"USER: {kin.placeholder} {kin.placeholder} what is here ? ASSISTANT:",
+    )
+    assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
+
+
+@as_processors_do
+def test_prompt_with_another_number_of_placeholders_is_refused(kin):
+    with pytest.raises(UsageError, match=r"--prompt: holds 1 image tokens .* 2 picture"):
+        prepare_inputs(kin.processor, [kin.picture] * 2, f"{kin.placeholder} what ?")
+    inputs, assumed = prepare_inputs(kin.processor, [kin.picture], kin.prompt)
+    assert inputs["input_ids"].tolist() == kin.inputs["input_ids"].tolist()
+    assert "used as it is" in assumed
+
+
+def test_every_family_is_known_without_its_weights(kin, tmp_path):
+    kin.model.config.architectures = None
+    kin.model.config.save_pretrained(tmp_path)  # there are no weights
+    cli_model._check_class(str(tmp_path))
+    assert type(kin.model).__name__ in registered_classes()
+
+
+def test_hub_ids_are_read_without_a_video_part_too(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    kin_of("Qwen3VL").processor.save_pretrained(tmp_path)
+    asked = {}
+
+    def snapshot(name, allow_patterns):
+        asked[name] = allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    processor = cli_model._without_torchvision("someone/model", AttributeError())
+    assert type(processor) is type(kin_of("Qwen3VL").processor)
+    assert not any(pattern.endswith("safetensors") for pattern in asked["someone/model"])
+
+
+def test_package_that_a_processor_needs_is_named(monkeypatch, tmp_path):
+    from captum_mllm.adapters import image_only
+
+    def fail(path):
+        raise ImportError("Package `num2words` is required")
+
+    monkeypatch.setattr(image_only, "load_image_only", fail)
+    with pytest.raises(ImportError, match="num2words"):
+        cli_model._without_torchvision(str(tmp_path), AttributeError("no video_processor"))
+
+
+def test_report_of_one_picture_replaces_that_of_several(base, image, tmp_path):
+    arguments = {**base, "--method": "lens", "--target": "a dog"}
+    assert run(arguments, "--image", str(image), str(image)) == 0
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"image-1", "image-2", "image-3"}
+    (out / "image-2" / "notes.txt").write_text("the user's own")
+    assert run(arguments) == 0
+    assert (out / "index.html").is_file()
+    assert [path.name for path in out.glob("image-*")] == ["image-2"]
+    assert [path.name for path in (out / "image-2").iterdir()] == ["notes.txt"]
