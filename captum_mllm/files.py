@@ -31,10 +31,10 @@ def write_tensors(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         metadata={_KEY: json.dumps(header)},
     )
-    write_whole(path, data)
+    write_atomic(path, data)
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file whole or not at all; what was there before stays until then.
 
     Args:
@@ -75,20 +75,20 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
     return header, tensors
 
 
-def no_nan(values: Any) -> Any:
+def nan_to_none(values: Any) -> Any:
     """JSON knows no NaN: null stands for it.
 
     Args:
         values: plain data, lists and dictionaries.
 
     Example:
-        >>> no_nan({"a": [1.0, float("nan")], "b": float("nan")})
+        >>> nan_to_none({"a": [1.0, float("nan")], "b": float("nan")})
         {'a': [1.0, None], 'b': None}
     """
     if isinstance(values, dict):
-        return {name: no_nan(value) for name, value in values.items()}
+        return {name: nan_to_none(value) for name, value in values.items()}
     if isinstance(values, list):
-        return [no_nan(value) for value in values]
+        return [nan_to_none(value) for value in values]
     return None if isinstance(values, float) and values != values else values
 
 

@@ -1,7 +1,7 @@
 """Adapters: what differs between families of models. ``register_adapter`` adds one."""
 
 from captum_mllm.adapters.base import Adapter, View
-from captum_mllm.adapters.frames import FrameAdapter
+from captum_mllm.adapters.frames import PatchGridAdapter
 from captum_mllm.adapters.gemma3 import Gemma3Adapter
 from captum_mllm.adapters.hooks import interpolated_positions
 from captum_mllm.adapters.idefics import IdeficsAdapter
@@ -20,13 +20,13 @@ from captum_mllm.adapters.tiles import TileAdapter
 
 __all__ = [
     "Adapter",
-    "FrameAdapter",
     "Gemma3Adapter",
     "IdeficsAdapter",
     "InternVLAdapter",
     "LlavaAdapter",
     "LlavaNextAdapter",
     "PaliGemmaAdapter",
+    "PatchGridAdapter",
     "Qwen3VLAdapter",
     "QwenVLAdapter",
     "TileAdapter",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_mllm.adapters.devices import input_device, tables_loaded
 from captum_mllm.adapters.head import Matrix, head_matrix, head_size
 from captum_mllm.adapters.hooks import unchanged
-from captum_mllm.adapters.picture_frames import PictureFrames
+from captum_mllm.adapters.picture_canvases import PictureCanvases
 from captum_mllm.functional import WHOLE, Box
 from captum_mllm.geometry import ImageGrid
 
@@ -43,7 +43,7 @@ _SPECIAL_IDS = (
 )
 
 
-class Adapter(PictureFrames, ABC):
+class Adapter(PictureCanvases, ABC):
     """What one family needs so that every method works on it.
 
     A subclass declares where the modules are and how image tokens lie on the grid; it holds no
@@ -75,7 +75,7 @@ class Adapter(PictureFrames, ABC):
     }
     """Value of each token-wise input at appended (answer) tokens."""
 
-    prompt_sees_ahead: ClassVar[bool] = False
+    bidirectional_prompt: ClassVar[bool] = False
     """Whether prompt tokens see those after them (a prefix LM): then none of them was predicted,
     so none is a target or context, and maps need the whole prompt."""
 

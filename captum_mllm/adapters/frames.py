@@ -15,7 +15,7 @@ from captum_mllm.functional import resize_pixels
 from captum_mllm.geometry import ImageGrid
 
 
-class FrameAdapter(Adapter):
+class PatchGridAdapter(Adapter):
     """``pixel_values`` (images, channels, height, width), one patch per cell, any size."""
 
     def __init__(self, model: nn.Module) -> None:

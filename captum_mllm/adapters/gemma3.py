@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from captum_mllm.adapters.frames import FrameAdapter
+from captum_mllm.adapters.frames import PatchGridAdapter
 from captum_mllm.adapters.pixels import cut_window, enlarged
 from captum_mllm.adapters.registry import register_adapter
 from captum_mllm.functional import Box
@@ -16,7 +16,7 @@ from captum_mllm.geometry import ImageGrid
 
 
 @register_adapter("Gemma3ForConditionalGeneration")
-class Gemma3Adapter(FrameAdapter):
+class Gemma3Adapter(PatchGridAdapter):
     """Adapter of Gemma 3: one frame of one fixed size, its patches averaged to few tokens.
 
     Larger scales are seen through windows of the enlarged image, smaller ones are dropped.

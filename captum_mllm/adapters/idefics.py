@@ -92,11 +92,11 @@ class IdeficsAdapter(TileAdapter):
         return {"pixel_values": tiles[None], "pixel_attention_mask": mask}
 
     @override
-    def with_frames(
+    def with_canvases(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         """A tile that is 0 everywhere would count as padding: it gets the least value above 0."""
-        made = super().with_frames(inputs, grids, frames)
+        made = super().with_canvases(inputs, grids, frames)
         pixels = made["pixel_values"]
         blank = (pixels == 0).flatten(2).all(2)[:, :, None, None, None]
         return made | {"pixel_values": pixels + blank * torch.finfo(pixels.dtype).tiny}

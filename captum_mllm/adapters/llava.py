@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters.base import View
-from captum_mllm.adapters.frames import FrameAdapter
+from captum_mllm.adapters.frames import PatchGridAdapter
 from captum_mllm.adapters.registry import register_adapter
 from captum_mllm.geometry import ImageGrid
 
@@ -17,7 +17,7 @@ _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 @register_adapter("LlavaForConditionalGeneration")
-class LlavaAdapter(FrameAdapter):
+class LlavaAdapter(PatchGridAdapter):
     """Adapter of ``LlavaForConditionalGeneration`` with a CLIP or SigLIP tower.
 
     Raises:

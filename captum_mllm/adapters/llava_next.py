@@ -156,7 +156,7 @@ class LlavaNextAdapter(Adapter):
         return enlarged(grid, scale)
 
     @override
-    def frames(
+    def canvases(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> tuple[Tensor, ...]:
         """The whole picture as it lies on its canvas of tiles, without the padding."""
@@ -168,11 +168,11 @@ class LlavaNextAdapter(Adapter):
         return tuple(found)
 
     @override
-    def with_frames(
+    def with_canvases(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         made = []
-        before = self.frames(inputs, grids)
+        before = self.canvases(inputs, grids)
         for own, old, new, grid in zip(inputs["pixel_values"], before, frames, grids, strict=True):
             (h, w), (y, x) = self._content(self._picture(grid))
             n = 1 + grid.tiles[0] * grid.tiles[1]

@@ -6,19 +6,19 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from captum_mllm.adapters.frames import FrameAdapter
+from captum_mllm.adapters.frames import PatchGridAdapter
 from captum_mllm.adapters.registry import register_adapter
 
 
 @register_adapter("PaliGemmaForConditionalGeneration")
-class PaliGemmaAdapter(FrameAdapter):
+class PaliGemmaAdapter(PatchGridAdapter):
     """Adapter of PaliGemma 1 and 2: a prefix LM whose whole prompt sees itself."""
 
     required: ClassVar[Mapping[str, str]] = {
         "token_type_ids": "the prompt is masked causally and every hidden state is another one"
     }
     suffix_fill: ClassVar[Mapping[str, int]] = {"attention_mask": 1, "token_type_ids": 1}
-    prompt_sees_ahead = True
+    bidirectional_prompt = True
 
     @override
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:

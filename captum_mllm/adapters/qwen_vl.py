@@ -136,7 +136,7 @@ class QwenVLAdapter(Adapter):
         return {"pixel_values": torch.cat(made), "image_grid_thw": self._shapes(grids)}
 
     @override
-    def frames(
+    def canvases(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> tuple[Tensor, ...]:
         """One frame of an image (the processor repeats it for a step), all of a video."""
@@ -158,7 +158,7 @@ class QwenVLAdapter(Adapter):
         return tuple(found)
 
     @override
-    def with_frames(
+    def with_canvases(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         made: dict[str, list[Tensor]] = {}

@@ -198,14 +198,14 @@ class TileAdapter(Adapter):
         return self.as_inputs(torch.cat(made))
 
     @override
-    def frames(
+    def canvases(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> tuple[Tensor, ...]:
         own = self.tiles(inputs).split([self.count(grid) for grid in grids])
         return tuple(tiles_frame(t, g.tiles) for t, g in zip(own, grids, strict=True))
 
     @override
-    def with_frames(
+    def with_canvases(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         own = self.tiles(inputs).split([self.count(grid) for grid in grids])

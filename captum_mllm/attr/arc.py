@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.attr.base import TokenAttribution, make_result
-from captum_mllm.attr.logit_lens import raw_maps_of
+from captum_mllm.attr.logit_lens import as_token_attribution
 from captum_mllm.attr.postprocessing import Finishing
 from captum_mllm.attr.presets import PRESET, FromPreset, preset_values
 from captum_mllm.functional import (
@@ -81,7 +81,7 @@ class RankCorrelationDenoiser(TokenAttribution):
         preset: str = "measured",
     ) -> None:
         if isinstance(attribution_method, TokenAttribution):
-            raw_maps_of(attribution_method, wanted_by="ARC")
+            as_token_attribution(attribution_method, caller="ARC")
         elif attribution_method is not None and not isinstance(attribution_method, Attribution):
             raise TypeError(
                 f"attribution_method must be a captum attribution such as LogitLens(model), or "
@@ -115,7 +115,7 @@ class RankCorrelationDenoiser(TokenAttribution):
 
     @property
     def subtracts_context(self) -> bool:
-        """Whether :meth:`read` takes interference of context off: yes."""
+        """Whether :meth:`attribute_trace` takes interference of context off: yes."""
         return True
 
     @property
@@ -152,7 +152,7 @@ class RankCorrelationDenoiser(TokenAttribution):
         return self._base.trace(inputs, target, explain=explain, top_k=depth, **options)
 
     @override
-    def read(self, trace: TokenTrace) -> MLLMAttributionResult:
+    def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
         if trace.rankings is None:
             raise ValueError("trace holds no rankings; make it with trace(..., top_k=...).")
         cells, rows = trace.cells, trace.text_class
@@ -315,7 +315,7 @@ class ARC(RankCorrelationDenoiser):
         preset: str = "measured",
     ) -> None:
         super().__init__(
-            raw_maps_of(model_or_attribution, processor, layer, wanted_by="ARC"),
+            as_token_attribution(model_or_attribution, processor, layer, caller="ARC"),
             top_k,
             rbo_p,
             strength,

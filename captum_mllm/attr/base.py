@@ -22,13 +22,13 @@ class TokenAttribution(Attribution):
     """Explains each token of an answer by the image's cells and by the text before it.
 
     Subclasses give :attr:`runner`, which runs the model, and may refine :meth:`trace` (more
-    evidence) and :meth:`read` (what is made of it). Not thread-safe: while one runs, hooks sit in
-    the user's model.
+    evidence) and :meth:`attribute_trace` (what is made of it). Not thread-safe: while one runs,
+    hooks sit in the user's model.
     """
 
     @property
     def subtracts_context(self) -> bool:
-        """Whether :meth:`read` takes interference of context off: it must not be done twice."""
+        """Whether context's interference is subtracted already: it must not be done twice."""
         return False
 
     @property
@@ -60,11 +60,11 @@ class TokenAttribution(Attribution):
             show_progress: see :meth:`attribute`.
 
         Returns:
-            All that :meth:`read` needs; see :class:`~captum_mllm.model.trace.TokenTrace`.
+            All that :meth:`attribute_trace` needs.
         """
 
     @abstractmethod
-    def read(self, trace: TokenTrace) -> MLLMAttributionResult:
+    def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
         """Make the result of a trace; runs no model.
 
         Args:
@@ -83,7 +83,7 @@ class TokenAttribution(Attribution):
 
     @property
     def ranking_depth(self) -> int | None:
-        """Depth of the rankings that :meth:`read` needs; None for none."""
+        """Depth of the rankings that :meth:`attribute_trace` needs; None for none."""
         return None
 
     @log_usage(part_of_slo=True)
@@ -144,7 +144,9 @@ class TokenAttribution(Attribution):
                 "everything itself."
             )
         mapping: Any = inputs
-        return self.read(self.trace(mapping, target, top_k=self.ranking_depth, **options))
+        return self.attribute_trace(
+            self.trace(mapping, target, top_k=self.ranking_depth, **options)
+        )
 
     def _attribute_pixels(
         self, pixels: Tensor, target: Any, rest: Any, options: dict[str, Any]
@@ -174,9 +176,9 @@ class TokenAttribution(Attribution):
         target = _one_target(target, len(pixels))
         maps = []
         for row in pixels.detach():
-            mapping = self.runner.adapter.of_version(row, rest)
+            mapping = self.runner.adapter.with_image_version(row, rest)
             trace = self.trace(mapping, target, top_k=self.ranking_depth, **options)
-            result = self.read(trace)
+            result = self.attribute_trace(trace)
             if len(result.grids) != 1:
                 raise ValueError(
                     f"inputs is a pixel tensor, but input_ids hold {len(result.grids)} images, "

@@ -7,7 +7,7 @@ from torch import nn
 from typing_extensions import override
 
 from captum_mllm.attr.base import TokenAttribution, make_result
-from captum_mllm.attr.logit_lens import raw_maps_of
+from captum_mllm.attr.logit_lens import as_token_attribution
 from captum_mllm.attr.postprocessing import Finishing
 from captum_mllm.functional import joint_min_max
 from captum_mllm.model.runner import Runner
@@ -82,7 +82,9 @@ class JointNormalization(TokenAttribution):
         upsampling: int = 1,
         calibration: float | None = None,
     ) -> None:
-        base = raw_maps_of(model_or_attribution, processor, layer, wanted_by="JointNormalization")
+        base = as_token_attribution(
+            model_or_attribution, processor, layer, caller="JointNormalization"
+        )
         super().__init__(base.forward_func)
         self.attribution_method = base
         self.finishing = Finishing(rank_filter, upsampling, calibration)
@@ -112,5 +114,5 @@ class JointNormalization(TokenAttribution):
         )
 
     @override
-    def read(self, trace: TokenTrace) -> MLLMAttributionResult:
+    def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
         return unit_result(trace, self.name, self.finishing)

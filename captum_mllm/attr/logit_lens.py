@@ -81,7 +81,7 @@ class LogitLens(TokenAttribution):
         return self._runner
 
     @override
-    def read(self, trace: TokenTrace) -> MLLMAttributionResult:
+    def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
         return raw_result(trace, self.name)
 
     @override
@@ -101,8 +101,8 @@ class LogitLens(TokenAttribution):
         return run.trace
 
 
-def raw_maps_of(
-    model_or_attribution: Any, processor: Any = None, layer: int = -1, *, wanted_by: str
+def as_token_attribution(
+    model_or_attribution: Any, processor: Any = None, layer: int = -1, *, caller: str
 ) -> TokenAttribution:
     """The attribution that gives raw maps: itself, or a ``LogitLens`` over a model.
 
@@ -110,7 +110,7 @@ def raw_maps_of(
         model_or_attribution: a transformers model or a token attribution.
         processor: the model's processor; with an attribution it must be None.
         layer: layer of the lens; with an attribution it must be -1.
-        wanted_by: who asks, for the message.
+        caller: who asks, for the message.
 
     Raises:
         TypeError: neither a model nor a token attribution.
@@ -120,7 +120,7 @@ def raw_maps_of(
     if not isinstance(model_or_attribution, TokenAttribution):
         if isinstance(model_or_attribution, Attribution):
             raise TypeError(
-                f"{wanted_by} needs maps per token: {type(model_or_attribution).__name__} gives "
+                f"{caller} needs maps per token: {type(model_or_attribution).__name__} gives "
                 f"none. Pass the model, LogitLens(model) or MSEA(model)."
             )
         return LogitLens(model_or_attribution, processor, layer)
@@ -128,11 +128,11 @@ def raw_maps_of(
     if processor is not None or layer != -1:
         raise ValueError(
             f"processor and layer belong to the innermost attribution: give them to {name}, not "
-            f"to {wanted_by}."
+            f"to {caller}."
         )
     if model_or_attribution.subtracts_context:
         raise ValueError(
-            f"{wanted_by} needs raw maps, but {name} already subtracts what context explains; "
+            f"{caller} needs raw maps, but {name} already subtracts what context explains; "
             f"use one of the two."
         )
     return model_or_attribution

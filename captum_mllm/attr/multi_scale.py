@@ -213,8 +213,8 @@ class MultiScaleAttribution(TokenAttribution):
         return self.attribution_method.has_convergence_delta()
 
     @override
-    def read(self, trace: TokenTrace) -> MLLMAttributionResult:
-        return replace(self._base.read(trace), method=self.name)
+    def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
+        return replace(self._base.attribute_trace(trace), method=self.name)
 
     @override
     def trace(

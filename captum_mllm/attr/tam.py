@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.attr.base import TokenAttribution, make_result
-from captum_mllm.attr.logit_lens import raw_maps_of
+from captum_mllm.attr.logit_lens import as_token_attribution
 from captum_mllm.attr.postprocessing import Finishing
 from captum_mllm.functional import (
     context_weights,
@@ -31,7 +31,7 @@ class TokenActivationMap(TokenAttribution):
         model: a transformers model, or a token attribution that gives the raw maps
             (``TokenActivationMap(MSEA(model))``).
         processor: the model's processor, default None.
-        parity: True reproduces the released code's quirks: the first answer token shows the map
+        parity: True reproduces the released code's deviations: the first answer token shows the map
             of the first prompt token with its argmax class; context maps of those two tokens are
             of other classes than their own; maps are truncated to 256 levels; the chat
             template's tail is no context. Default False: the formulas.
@@ -65,7 +65,7 @@ class TokenActivationMap(TokenAttribution):
         upsampling: int = 1,
         calibration: float | None = None,
     ) -> None:
-        self.attribution_method = raw_maps_of(model, processor, layer, wanted_by="TAM")
+        self.attribution_method = as_token_attribution(model, processor, layer, caller="TAM")
         super().__init__(self.attribution_method.forward_func)
         self.parity = parity
         self.finishing = Finishing(rank_filter, upsampling, calibration)
@@ -79,7 +79,7 @@ class TokenActivationMap(TokenAttribution):
 
     @property
     def subtracts_context(self) -> bool:
-        """Whether :meth:`read` takes interference of context off: yes."""
+        """Whether :meth:`attribute_trace` takes interference of context off: yes."""
         return True
 
     @property
@@ -102,7 +102,7 @@ class TokenActivationMap(TokenAttribution):
         )
 
     @override
-    def read(self, trace: TokenTrace) -> MLLMAttributionResult:
+    def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
         cells, text_class = trace.cells, trace.text_class
         maps, context_maps = cells[text_class[trace.targets]], cells[text_class]
         is_context, is_earlier = trace.is_context, trace.is_earlier
@@ -132,16 +132,16 @@ class TokenActivationMap(TokenAttribution):
         columns = torch.arange(len(trace.text_ids), device=context_maps.device)
         is_text = (columns < n_text) | (columns >= trace.n_prompt)
         context_maps = context_maps.clone()
-        context_maps[0] = trace.cells[trace.quirks.first_class]
-        context_maps[trace.n_prompt] = trace.cells[trace.quirks.last_class]
+        context_maps[0] = trace.cells[trace.released_code_deviations.first_class]
+        context_maps[trace.n_prompt] = trace.cells[trace.released_code_deviations.last_class]
         return context_maps, is_text
 
     def _parity_first_answer(self, trace: TokenTrace, unit: Tensor) -> Tensor:
         """The first answer token shows the first prompt token's argmax class, without ECI."""
-        quirks = trace.quirks
+        released_code_deviations = trace.released_code_deviations
         rows = (trace.targets == trace.n_prompt).nonzero()[:, 0]
-        prompt = quirks.first_scores[None, : trace.n_prompt - self.template_tail]
-        shown = trace.cells[quirks.first_class][None]
+        prompt = released_code_deviations.first_scores[None, : trace.n_prompt - self.template_tail]
+        shown = trace.cells[released_code_deviations.first_class][None]
         first, _ = joint_min_max(shown, prompt, torch.ones_like(prompt, dtype=torch.bool))
         unit = unit.clone()
         unit[rows] = first

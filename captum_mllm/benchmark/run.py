@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from captum_mllm.benchmark.figures import failures, figures, markdown
 from captum_mllm.benchmark.log import SampleLog
-from captum_mllm.benchmark.samples import Asked, ask, explained, scores
+from captum_mllm.benchmark.samples import Request, ask, explained, scores
 from captum_mllm.benchmark.settings import Settings, differences, fixed_part, table_of
 from captum_mllm.data.coco import CocoDataset
 from captum_mllm.data.label_maps import LabelMapDataset
-from captum_mllm.files import no_nan, write_whole
+from captum_mllm.files import nan_to_none, write_atomic
 from captum_mllm.methods import METHODS
 
 SAMPLES, FIGURES, TABLE = "samples.jsonl", "benchmark.json", "benchmark.md"
@@ -118,7 +118,7 @@ def run_benchmark(
     why = failures(log.records, pictures, settings)
     table = markdown(found, settings, _sentences(fixed, pictures, settings))
     body = {"finished": True, "pictures": pictures, "figures": found, "failures": why}
-    write_whole(folder / TABLE, (table + _failure_lines(why)).encode())
+    write_atomic(folder / TABLE, (table + _failure_lines(why)).encode())
     _write_json(folder / FIGURES, {**head, **body})
     return Benchmark(found, why, table + _failure_lines(why), folder)
 
@@ -191,7 +191,7 @@ class _Run:
         with tqdm(total=total, initial=done, desc="samples", disable=not show_progress) as bar:
             for n, names in enumerate(todo):
                 for line in self.lines(n, names) if names else ():
-                    self.log.append(no_nan(line))
+                    self.log.append(nan_to_none(line))
                     bar.update()
 
     def lines(self, n: int, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -203,27 +203,27 @@ class _Run:
             sample = self.data[n]
             about |= {"image_id": sample.image_id, "file_name": sample.file_name}
             table = table_of(self.table_kind, self.data, sample)
-            asked = ask(self.model, self.processor, sample, n, self.settings, table, answer)
+            request = ask(self.model, self.processor, sample, n, self.settings, table, answer)
         except ImportError:  # of no picture in particular
             raise
         except Exception as error:
             for method in methods:
                 yield {**about, "method": method, "error": _error(error)}
             return
-        about |= {"answer": asked.text, "answer_ids": asked.answer.tolist()}
+        about |= {"answer": request.text, "answer_ids": request.answer.tolist()}
         for method in methods:
             try:
-                yield {**about, "method": method, **self._measured(asked, method, sample.size)}
+                yield {**about, "method": method, **self._measured(request, method, sample.size)}
             except ImportError:
                 raise
             except Exception as error:
                 yield {**about, "method": method, "error": _error(error)}
 
-    def _measured(self, asked: Asked, method: str, size: tuple[int, int]) -> dict[str, Any]:
+    def _measured(self, request: Request, method: str, size: tuple[int, int]) -> dict[str, Any]:
         start = time.perf_counter()
-        result = explained(self.model, self.processor, asked, method, self.settings)
+        result = explained(self.model, self.processor, request, method, self.settings)
         seconds = time.perf_counter() - start
-        values = scores(self.model, self.processor, asked, result, size, self.settings)
+        values = scores(self.model, self.processor, request, result, size, self.settings)
         return {"seconds": seconds, "values": values}
 
 
@@ -234,7 +234,9 @@ def _error(error: Exception) -> dict[str, str]:
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(no_nan(dict(data)), indent=1, allow_nan=False).encode() + b"\n")
+    write_atomic(
+        path, json.dumps(nan_to_none(dict(data)), indent=1, allow_nan=False).encode() + b"\n"
+    )
 
 
 def _sentences(fixed: Mapping[str, Any], pictures: int, settings: Settings) -> list[str]:

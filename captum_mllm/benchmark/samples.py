@@ -27,7 +27,7 @@ from captum_mllm.words import group_words, marks_spaces
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class Request:
     """What all methods are asked about one picture.
 
     Args:
@@ -57,7 +57,7 @@ def ask(
     settings: Settings,
     table: CategoryTable,
     answer: Sequence[int] | None = None,
-) -> Asked:
+) -> Request:
     """Put the question about a picture and take the model's answer, or the picture's caption.
 
     Args:
@@ -90,7 +90,7 @@ def ask(
     for word, label in zip(words, found, strict=True):
         for token in word.tokens:
             labels[token] = label
-    return Asked(
+    return Request(
         number=number,
         inputs=inputs,
         answer=ids,
@@ -111,29 +111,29 @@ def _masks(sample: CocoSample) -> dict[str, np.ndarray]:
 
 
 def explained(
-    model: Any, processor: Any, asked: Asked, method: str, settings: Settings
+    model: Any, processor: Any, request: Request, method: str, settings: Settings
 ) -> MLLMAttributionResult:
     """A method's maps of the answer.
 
     Args:
         model: the model.
         processor: its processor.
-        asked: the question.
+        request: the question.
         method: a name of :data:`captum_mllm.methods.METHODS`.
         settings: the run's.
     """
     masks = None
     if METHODS[method].needs == "masks":
-        masks = {t: asked.masks[x] for t, x in enumerate(asked.labels) if x in asked.masks}
-    options: dict[str, Any] = {"seed": settings.seed + asked.number}
+        masks = {t: request.masks[x] for t, x in enumerate(request.labels) if x in request.masks}
+    options: dict[str, Any] = {"seed": settings.seed + request.number}
     options |= settings.options.get(method, {})
-    return explain(method, model, processor, asked.inputs, asked.answer, masks=masks, **options)
+    return explain(method, model, processor, request.inputs, request.answer, masks=masks, **options)
 
 
 def scores(
     model: Any,
     processor: Any,
-    asked: Asked,
+    request: Request,
     result: MLLMAttributionResult,
     size: tuple[int, int],
     settings: Settings,
@@ -143,7 +143,7 @@ def scores(
     Args:
         model: the model, which only insertion and its like run.
         processor: its processor.
-        asked: the question.
+        request: the question.
         result: a method's maps.
         size: (height, width) of the picture.
         settings: the run's.
@@ -153,16 +153,16 @@ def scores(
         masks), per function word ("func_iou") or per scored token (insertion and its like); NaN
         where there is none. "f1_iou" is made of the two others when all pictures are known.
     """
-    if not asked.table.names:
+    if not request.table.names:
         return {name: [] for name in settings.metrics if name != "f1_iou"}
-    masks: dict[str, Any] = dict(asked.masks)
+    masks: dict[str, Any] = dict(request.masks)
     if not masks:  # nothing to find, but function words are still scored, at the picture's size
-        masks = {asked.table.names[0]: np.zeros(size, bool)}
+        masks = {request.table.names[0]: np.zeros(size, bool)}
     further = [name for name in settings.metrics if name in MASK_METRICS and name != "obj_iou"]
-    found = score_words(result, masks, table=asked.table, parity=settings.parity, metrics=further)
+    found = score_words(result, masks, table=request.table, parity=settings.parity, metrics=further)
     values = {"obj_iou": found.obj, "func_iou": found.func, **found.more}
     if any(name in PERTURBATION for name in settings.metrics):
-        values |= _perturbation_scores(model, processor, asked, result, settings)
+        values |= _perturbation_scores(model, processor, request, result, settings)
     wanted = [name for name in values if name in settings.metrics]
     if "f1_iou" in settings.metrics:
         wanted = list(dict.fromkeys([*wanted, "obj_iou", "func_iou"]))
@@ -170,18 +170,18 @@ def scores(
 
 
 def _perturbation_scores(
-    model: Any, processor: Any, asked: Asked, result: MLLMAttributionResult, settings: Settings
+    model: Any, processor: Any, request: Request, result: MLLMAttributionResult, settings: Settings
 ) -> dict[str, np.ndarray]:
     """Per scored token; comprehensiveness and sufficiency as means over the shares of area."""
-    tokens = range(len(asked.answer))
+    tokens = range(len(request.answer))
     if settings.scored_tokens == "objects":
-        tokens = [t for t in tokens if asked.labels[t] is not None]
+        tokens = [t for t in tokens if request.labels[t] is not None]
     if not tokens:
         return {name: np.zeros(0) for name in PERTURBATION}
     found = insertion_deletion(
         model,
-        asked.inputs,
-        asked.answer,
+        request.inputs,
+        request.answer,
         result,
         processor=processor,
         tokens=list(tokens),

@@ -24,9 +24,9 @@ from captum_mllm.validation import picture_size
 Size = tuple[int, int]
 
 
-def base_sizes(adapter: Adapter, sample: Sample) -> tuple[Size, ...]:
+def canvas_sizes(adapter: Adapter, sample: Sample) -> tuple[Size, ...]:
     """(height, width) of each image's frame."""
-    return tuple(_size(frame) for frame in adapter.frames(sample.kwargs, sample.grids))
+    return tuple(_size(frame) for frame in adapter.canvases(sample.kwargs, sample.grids))
 
 
 def read_tensors(
@@ -105,7 +105,7 @@ def at_size(
     grids = tuple(adapter.scaled_grid(grid, scale) for grid in sample.grids)
     pixels = adapter.rescale_pixels(sample.kwargs, grids)
     scaled = rescaled_inputs(sample.kwargs, sample, grids, pixels, adapter)
-    wanted = base_sizes(adapter, scaled)
+    wanted = canvas_sizes(adapter, scaled)
     return scaled, tuple(_resized(f, size) for f, size in zip(frames, wanted, strict=True))
 
 

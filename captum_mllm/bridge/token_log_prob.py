@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
-from captum_mllm.bridge.frames import at_size, base_sizes, place, read_tensors, spread
+from captum_mllm.bridge.frames import at_size, canvas_sizes, place, read_tensors, spread
 from captum_mllm.functional import top_k_rankings
 from captum_mllm.geometry import ImageGeometry, Preprocessing
 from captum_mllm.model.forward import forward_logits, replaced
@@ -150,8 +150,8 @@ class TokenLogProb(ScoredTokens):
         self._sample = Sample(
             full, sample.grids, sample.image_positions, sample.prefix_length, sample.padding
         )
-        self._frames = adapter.frames(full, sample.grids)
-        self._sizes = base_sizes(adapter, self._sample)
+        self._frames = adapter.canvases(full, sample.grids)
+        self._sizes = canvas_sizes(adapter, self._sample)
         views = [adapter.views(grid) for grid in sample.grids]
         self._layers = nn.ModuleList(nn.ModuleList(nn.Identity() for _ in own) for own in views)
         self._text_layer = nn.Identity()
@@ -275,7 +275,7 @@ class TokenLogProb(ScoredTokens):
         Raises:
             ValueError: ``top_k`` out of range; a prefix LM, whose prompt is not predicted.
         """
-        if self._adapter.prompt_sees_ahead:
+        if self._adapter.bidirectional_prompt:
             raise ValueError(
                 "model: its prompt sees itself whole (prefix LM), so that none of its tokens is "
                 "predicted from those before it and there are no rankings."

@@ -8,8 +8,8 @@ from captum.attr import FeatureAblation
 
 from captum_mllm.functional import grid_mask
 from captum_mllm.geometry import ImageGrid
-from captum_mllm.methods.cells import cell_means, frames_of, scored
-from captum_mllm.methods.request import Asked, over_answer
+from captum_mllm.methods.cells import canvases_of, cell_means, scored
+from captum_mllm.methods.request import Request, over_answer
 from captum_mllm.model.baselines import nothing
 from captum_mllm.result import MLLMAttributionResult
 
@@ -17,7 +17,7 @@ MOST = 64  # parts per image
 
 
 def ablation(
-    asked: Asked, grid: tuple[int, int] | None = None, baseline: str = "blur"
+    request: Request, grid: tuple[int, int] | None = None, baseline: str = "blur"
 ) -> MLLMAttributionResult:
     """How much each token's log-probability drops where a part of the picture shows nothing.
 
@@ -25,7 +25,7 @@ def ablation(
     of every pixel: (tokens, channels, height, width) per image, 4 bytes each.
 
     Args:
-        asked: the question.
+        request: the question.
         grid: (rows, cols) of the parts that each picture is cut into; default None: the model's
             own cells, so many joined that at most 64 parts are left.
         baseline: "blur" (default) or "black", see :func:`~captum_mllm.model.baselines.nothing`.
@@ -40,9 +40,9 @@ def ablation(
     """
     if grid is not None and not _is_pair(grid):
         raise TypeError(f"grid must be (rows, cols), two ints, got {grid!r}.")
-    run = asked.run()
-    f = scored(asked, run)
-    frames = frames_of(f)
+    run = request.run()
+    f = scored(request, run)
+    frames = canvases_of(f)
     masks, parts = [], 0
     for frame, own in zip(frames, run.sample.grids, strict=True):
         mask = grid_mask((frame.shape[-2], frame.shape[-1]), *(grid or parts_of(own))) + parts
@@ -51,9 +51,9 @@ def ablation(
     with torch.no_grad():
         found = FeatureAblation(f).attribute(
             frames,
-            nothing(frames, baseline, asked.processor),
+            nothing(frames, baseline, request.processor),
             feature_mask=tuple(masks),
-            show_progress=asked.show_progress,
+            show_progress=request.show_progress,
         )
     maps = [cell_means(own, grid) for own, grid in zip(found, run.sample.grids, strict=True)]
     return over_answer(run.trace, maps, "ablation")

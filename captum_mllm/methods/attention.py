@@ -4,14 +4,14 @@ from typing import Any
 
 from captum_mllm.adapters import find_adapter
 from captum_mllm.functional import merge_views
-from captum_mllm.methods.request import Asked, over_answer
+from captum_mllm.methods.request import Request, over_answer
 from captum_mllm.model.attention import _checked, _eager, _weights
 from captum_mllm.model.forward import captured_forward
 from captum_mllm.model.inputs import append_answer
 from captum_mllm.result import MLLMAttributionResult
 
 
-def attention(asked: Asked, layer: int | None = None) -> MLLMAttributionResult:
+def attention(request: Request, layer: int | None = None) -> MLLMAttributionResult:
     """Mean over heads of one layer's attention, from the position that predicts each token.
 
     Weights are those of the model's "eager" attention, which it is asked for during one forward
@@ -19,7 +19,7 @@ def attention(asked: Asked, layer: int | None = None) -> MLLMAttributionResult:
     at a time.
 
     Args:
-        asked: the question.
+        request: the question.
         layer: of the language model, negative counts from the end; default None: the first layer
             of the last third (depth 32: layer 21, from 0), where the pictures of many models are
             looked at for content, neither for format (first layers) nor hardly at all (last).
@@ -30,9 +30,9 @@ def attention(asked: Asked, layer: int | None = None) -> MLLMAttributionResult:
     Reference:
         Ours: raw attention is a common baseline; the choice of the layer is a convention.
     """
-    adapter = find_adapter(asked.model)
+    adapter = find_adapter(request.model)
     chosen = _layer(layer, len(adapter.layers))
-    run = asked.run()
+    run = request.run()
     full = append_answer(run.sample, run.answer_ids, adapter)
     n_given = len(run.sample.prompt_ids)
     text = run.trace.text_positions[run.trace.targets] - run.sample.padding

@@ -6,16 +6,16 @@ from torch import Tensor
 from captum_mllm.bridge import TokenLogProb
 from captum_mllm.functional import WHOLE, Box, resample_cells, sum_cells
 from captum_mllm.geometry import ImageGrid
-from captum_mllm.methods.request import Asked
+from captum_mllm.methods.request import Request
 from captum_mllm.model.runner import Run
 
 
-def scored(asked: Asked, run: Run) -> TokenLogProb:
+def scored(request: Request, run: Run) -> TokenLogProb:
     """The log-probabilities of the run's answer as a function of pixels."""
-    return TokenLogProb(asked.model, asked.inputs, run.answer_ids, asked.processor)
+    return TokenLogProb(request.model, request.inputs, run.answer_ids, request.processor)
 
 
-def frames_of(f: TokenLogProb) -> tuple[Tensor, ...]:
+def canvases_of(f: TokenLogProb) -> tuple[Tensor, ...]:
     """The pictures' frames, a tuple of one too."""
     return f.pixels if isinstance(f.pixels, tuple) else (f.pixels,)
 

@@ -11,38 +11,38 @@ from torch import Tensor, nn
 from captum_mllm.functional import Box, resample_cells
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.methods.cells import box_on_grid
-from captum_mllm.methods.request import Asked, over_answer
+from captum_mllm.methods.request import Request, over_answer
 from captum_mllm.result import MLLMAttributionResult
 from captum_mllm.validation import check_number
 
 
-def random(asked: Asked) -> MLLMAttributionResult:
+def random(request: Request) -> MLLMAttributionResult:
     """Uniform noise, drawn anew for every token and cell.
 
     Reference:
         Ours.
     """
-    trace = asked.run().trace
-    draw = torch.Generator().manual_seed(asked.seed)
+    trace = request.run().trace
+    draw = torch.Generator().manual_seed(request.seed)
     maps = [torch.rand((len(trace.targets), *g.shape), generator=draw) for g in trace.grids]
     return over_answer(trace, maps, "random")
 
 
-def centre(asked: Asked, sigma: float = 0.25) -> MLLMAttributionResult:
+def centre(request: Request, sigma: float = 0.25) -> MLLMAttributionResult:
     """A Gaussian at the centre of what the model saw, the same for every token.
 
     Pictures show their objects near the centre, so that a map which knows nothing of the picture
     scores well there.
 
     Args:
-        asked: the question.
+        request: the question.
         sigma: standard deviation, in sides of the frame, default 0.25.
 
     Reference:
         Ours; the centre bias of photographs is well known from saliency benchmarks.
     """
     sigma = check_number("sigma", sigma, "greater than 0", lambda s: 0 < s < float("inf"))
-    trace = asked.run().trace
+    trace = request.run().trace
     maps = [
         centre_map(g.rows, g.cols, sigma).expand(len(trace.targets), *g.shape) for g in trace.grids
     ]
@@ -69,7 +69,7 @@ def centre_map(rows: int, cols: int, sigma: float) -> Float[Tensor, "rows cols"]
     return (-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * sigma**2)).exp()
 
 
-def mask(asked: Asked, geometry: ImageGeometry | None = None) -> MLLMAttributionResult:
+def mask(request: Request, geometry: ImageGeometry | None = None) -> MLLMAttributionResult:
     """The annotated masks themselves at the grid's resolution: the share of each cell they cover.
 
     What it scores is how far a map of that grid can be right (no strict limit: cells fitted to one
@@ -77,7 +77,7 @@ def mask(asked: Asked, geometry: ImageGeometry | None = None) -> MLLMAttribution
     map. Tokens without a mask have a map of zeros. Shares are not divided by their largest.
 
     Args:
-        asked: the question, its ``masks`` among it.
+        request: the question, its ``masks`` among it.
         geometry: the box of the picture that the model saw; needed without a processor.
 
     Raises:
@@ -87,7 +87,7 @@ def mask(asked: Asked, geometry: ImageGeometry | None = None) -> MLLMAttribution
     Reference:
         Ours.
     """
-    trace, masks = asked.run().trace, asked.masks
+    trace, masks = request.run().trace, request.masks
     if not isinstance(masks, Mapping):
         raise TypeError(
             f"masks must map positions in the answer to masks, got {type(masks).__name__}."

@@ -11,7 +11,7 @@ from captum_mllm.attr import (
     TokenActivationMap,
     TokenAttribution,
 )
-from captum_mllm.methods.request import Asked
+from captum_mllm.methods.request import Request
 from captum_mllm.result import MLLMAttributionResult
 
 INNER = frozenset({"layer"})  # of a chain, only the innermost attributor takes them
@@ -23,42 +23,42 @@ def options_of(kind: type) -> frozenset[str]:
     return frozenset(names[1:])
 
 
-def lens(asked: Asked, **options: Any) -> MLLMAttributionResult:
+def lens(request: Request, **options: Any) -> MLLMAttributionResult:
     """``JointNormalization(LogitLens(model))``, options as those of both."""
-    return _answered(asked, _normalised(LogitLens, asked, options))
+    return _answered(request, _normalised(LogitLens, request, options))
 
 
-def tam(asked: Asked, **options: Any) -> MLLMAttributionResult:
+def tam(request: Request, **options: Any) -> MLLMAttributionResult:
     """``TokenActivationMap``; options as its constructor's."""
-    return _answered(asked, TokenActivationMap(asked.model, asked.processor, **options))
+    return _answered(request, TokenActivationMap(request.model, request.processor, **options))
 
 
-def msea(asked: Asked, images: Any = None, **options: Any) -> MLLMAttributionResult:
+def msea(request: Request, images: Any = None, **options: Any) -> MLLMAttributionResult:
     """``JointNormalization(MSEA(model))``, options as those of both, and ``images``."""
-    return _answered(asked, _normalised(MSEA, asked, options), images)
+    return _answered(request, _normalised(MSEA, request, options), images)
 
 
-def arc(asked: Asked, **options: Any) -> MLLMAttributionResult:
+def arc(request: Request, **options: Any) -> MLLMAttributionResult:
     """``ARC``; options as its constructor's."""
-    return _answered(asked, ARC(asked.model, asked.processor, **options))
+    return _answered(request, ARC(request.model, request.processor, **options))
 
 
-def msea_arc(asked: Asked, images: Any = None, **options: Any) -> MLLMAttributionResult:
+def msea_arc(request: Request, images: Any = None, **options: Any) -> MLLMAttributionResult:
     """``ARC(MSEA(model))``; each takes the options that its constructor knows.
 
     An option that both know goes to both, but for ``layer``, which is the lens's.
     """
-    inner = MSEA(asked.model, asked.processor, **_known(options, options_of(MSEA)))
-    return _answered(asked, ARC(inner, **_known(options, options_of(ARC) - INNER)), images)
+    inner = MSEA(request.model, request.processor, **_known(options, options_of(MSEA)))
+    return _answered(request, ARC(inner, **_known(options, options_of(ARC) - INNER)), images)
 
 
 FINISHING = options_of(JointNormalization) - INNER  # of methods that subtract nothing
 
 
 def _normalised(
-    kind: type[LogitLens] | type[MSEA], asked: Asked, options: dict[str, Any]
+    kind: type[LogitLens] | type[MSEA], request: Request, options: dict[str, Any]
 ) -> TokenAttribution:
-    inner = kind(asked.model, asked.processor, **_known(options, options_of(kind)))
+    inner = kind(request.model, request.processor, **_known(options, options_of(kind)))
     return JointNormalization(inner, **_known(options, FINISHING))
 
 
@@ -67,8 +67,8 @@ def _known(options: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
 
 
 def _answered(
-    asked: Asked, attributor: TokenAttribution, images: Any = None
+    request: Request, attributor: TokenAttribution, images: Any = None
 ) -> MLLMAttributionResult:
     return attributor.attribute(
-        asked.inputs, asked.target, images=images, show_progress=asked.show_progress
+        request.inputs, request.target, images=images, show_progress=request.show_progress
     )

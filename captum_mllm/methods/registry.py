@@ -12,7 +12,7 @@ from captum_mllm.methods.ablation import ablation
 from captum_mllm.methods.attention import attention
 from captum_mllm.methods.controls import shuffled_copy
 from captum_mllm.methods.gradients import gradcam, integrated_gradients
-from captum_mllm.methods.request import Asked
+from captum_mllm.methods.request import Request
 from captum_mllm.result import MLLMAttributionResult
 
 Kind = Literal["ours", "baseline", "control"]
@@ -69,29 +69,29 @@ _OURS = (
 )
 
 
-def _randomised_model(asked: Asked, of: str = "lens", **options: Any) -> MLLMAttributionResult:
+def _randomised_model(request: Request, of: str = "lens", **options: Any) -> MLLMAttributionResult:
     """Another method on a copy of the model with shuffled weights: what is left, it didn't learn.
 
     Args:
-        asked: the question; a target that is None is the answer of the model itself.
+        request: the question; a target that is None is the answer of the model itself.
         of: name of the method, default "lens".
         options: of that method.
     """
     inner = _find(of)
     if inner.run is _randomised_model:
         raise ValueError(f"of must be another method than {of!r}.")
-    answer = asked.run().answer_ids
-    model = shuffled_copy(asked.model, asked.seed)
+    answer = request.run().answer_ids
+    model = shuffled_copy(request.model, request.seed)
     result = explain(
         of,
         model,
-        asked.processor,
-        asked.inputs,
+        request.processor,
+        request.inputs,
         answer,
-        masks=asked.masks,
-        seed=asked.seed,
-        steps=asked.steps,
-        show_progress=asked.show_progress,
+        masks=request.masks,
+        seed=request.seed,
+        steps=request.steps,
+        show_progress=request.show_progress,
         **options,
     )
     return replace(result, method=f"randomised_model({result.method})")
@@ -247,8 +247,8 @@ def explain(
             f"method {method!r} needs masks=: a mapping of positions in the answer to bool masks "
             f"(height, width) of the picture."
         )
-    asked = Asked(model, processor, inputs, target, masks, seed, steps, show_progress)
-    return chosen.run(asked, **options)
+    request = Request(model, processor, inputs, target, masks, seed, steps, show_progress)
+    return chosen.run(request, **options)
 
 
 def _find(name: Any) -> Method:

@@ -1,4 +1,4 @@
-"""What a method is asked, the answer it is asked about, and the unit of what it replies."""
+"""What a method is request, the answer it is asked about, and the unit of what it replies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from captum_mllm.result import UNIT, MLLMAttributionResult
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class Request:
     """One question to a method; fields as the arguments of :func:`captum_mllm.methods.explain`."""
 
     model: nn.Module
@@ -48,7 +48,7 @@ def over_answer(
         peak: what the values are divided by, default None: their largest.
 
     Returns:
-        The result; ``token_attr`` is 0, for nothing was asked of the text.
+        The result; ``token_attr`` is 0, for nothing was request of the text.
 
     Raises:
         ValueError: maps that are not finite.

@@ -49,8 +49,8 @@ def black_pixel(processor: Any) -> Float[Tensor, "c 1 1"]:
 class ChangeablePictures:
     """The images of one sample, parts of which can be replaced by a baseline.
 
-    Pixels are replaced in each picture's frame (:meth:`Adapter.frames`), whose baseline comes from
-    that frame too. Where the model sees the picture a second time (overview: thumbnail, global or
+    Pixels are replaced on each picture's canvas (:meth:`Adapter.canvases`), from which its baseline
+    comes too. Where the model sees the picture a second time (overview: thumbnail, global or
     base image), the overview follows: it changes by what the frame changes, resized. So it is not
     the baseline itself where all is replaced: what the processor's resizing of the picture did
     otherwise than resizing the frame stays in it (tests hold how much, for each such family).
@@ -64,7 +64,7 @@ class ChangeablePictures:
 
     def __init__(self, adapter: Adapter, sample: Sample, baseline: str, black: Tensor) -> None:
         self._adapter, self._sample = adapter, sample
-        self._frames = adapter.frames(sample.kwargs, sample.grids)
+        self._frames = adapter.canvases(sample.kwargs, sample.grids)
         self._fills = [_fill(frame, baseline, black) for frame in self._frames]
 
     def replaced(self, masks: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ class ChangeablePictures:
             size = (frame.shape[-2], frame.shape[-1])
             shown = on_frame(mask, grid, size).unsqueeze(-3).to(frame.device)  # for all channels
             made.append(torch.where(shown, fill, frame))
-        return self._adapter.with_frames(self._sample.kwargs, grids, made)
+        return self._adapter.with_canvases(self._sample.kwargs, grids, made)
 
 
 def _fill(frame: Float[Tensor, "1 *n c h w"], baseline: str, black: Tensor) -> Tensor:

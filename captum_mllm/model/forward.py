@@ -223,7 +223,7 @@ def forward_logits(
         float32, or float64 of such a model.
     """
     own = [tuple(frame[k : k + 1] for frame in frames) for k in range(n if frames else 0)]
-    pixels = [adapter.with_frames(sample.kwargs, sample.grids, one) for one in own]
+    pixels = [adapter.with_canvases(sample.kwargs, sample.grids, one) for one in own]
     kwargs = batched(adapter, sample.kwargs, pixels, n)
 
     def lead(given: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from captum_mllm.model.generation import generate_answer
 from captum_mllm.model.inputs import Sample, append_answer, cut, read_sample, rescaled_inputs
 from captum_mllm.model.scales import scaled_inputs, window_inputs
 from captum_mllm.model.targets import Explain, explained_columns, read_target, text_positions
-from captum_mllm.model.trace import ReleasedQuirks, TokenTrace
+from captum_mllm.model.trace import ReleasedCodeDeviations, TokenTrace
 from captum_mllm.words import token_labels, tokenizer_of
 
 
@@ -261,7 +261,7 @@ class Runner:
             grids=sample.grids,
             labels=token_labels(text_ids.tolist(), self.tokenizer),
             n_prompt=int(in_prompt.sum()),
-            quirks=ReleasedQuirks(
+            released_code_deviations=ReleasedCodeDeviations(
                 first_class=int(torch.searchsorted(class_ids, first)),
                 first_scores=lens_logits(
                     captured.lens_hidden[own], *adapter.class_weights(first)

@@ -40,7 +40,7 @@ def text_positions(
     special.update(getattr(tokenizer, "all_special_ids", []))
     start = sample.prefix_length if context == "after_image" else 1
     prompt = [p for p in sample.text_positions if p >= start and int(ids[p]) not in special]
-    if adapter.prompt_sees_ahead:
+    if adapter.bidirectional_prompt:
         prompt = []  # it predicts nothing: each of its tokens sees those after it
     answer = range(len(ids), len(ids) + n_answer)
     return torch.tensor([*prompt, *answer], dtype=torch.int64, device=ids.device)
@@ -72,7 +72,7 @@ def explained_columns(
             raise ValueError(
                 f"explain must be 'answer', 'prompt', 'all' or positions, got {explain!r}."
             )
-        if adapter.prompt_sees_ahead and explain != "answer":
+        if adapter.bidirectional_prompt and explain != "answer":
             raise ValueError(f"explain={explain!r} asks for prompt tokens, but {_SEES_AHEAD}")
         if not len(choices[explain]):
             raise ValueError("explain='prompt', but the prompt has no text tokens to explain.")
@@ -90,7 +90,7 @@ def explained_columns(
     unknown = [int(p) for p in wanted if int(p) not in at]
     if (
         unknown
-        and adapter.prompt_sees_ahead
+        and adapter.bidirectional_prompt
         and min(unknown) < len(sample.prompt_ids) + sample.padding
     ):
         raise ValueError(f"explain holds prompt positions {unknown}, but {_SEES_AHEAD}")

@@ -12,7 +12,7 @@ from captum_mllm.geometry import ImageGrid, Preprocessing
 
 
 @dataclass(frozen=True, eq=False)
-class ReleasedQuirks:
+class ReleasedCodeDeviations:
     """Evidence that only TAM's released code uses (``TokenActivationMap(parity=True)``).
 
     Args:
@@ -48,7 +48,7 @@ class TokenTrace:
         grids: per image, the grid and frame of the base scale.
         labels: (text tokens): readable labels.
         n_prompt: how many of the text tokens belong to the prompt.
-        quirks: what TAM's released code shows for the first answer token.
+        released_code_deviations: what TAM's released code shows for the first answer token.
         scales: achieved scales behind ``maps``.
         consistency: agreement of each scale with the base answer, or None.
         preprocessing: what the processor does to a picture's frame, or None.
@@ -65,7 +65,7 @@ class TokenTrace:
     grids: tuple[ImageGrid, ...]
     labels: tuple[str, ...]
     n_prompt: int
-    quirks: ReleasedQuirks
+    released_code_deviations: ReleasedCodeDeviations
     scales: tuple[float, ...] = (1.0,)
     consistency: tuple[float, ...] | None = None
     preprocessing: Preprocessing | None = None

@@ -209,7 +209,7 @@ def _assumptions(summary: AnswerSummary) -> list[str]:
 def _head(result: "MLLMAttributionResult", source: str, prompt: str, notes: Sequence[str]) -> str:
     answer = answer_text(result)
     scales = ", ".join(f"{scale:.3g}" for scale in result.scales)
-    asked = f'<p><span class="soft">Asked:</span> {escape(prompt)}</p>' if prompt else ""
+    asked = f'<p><span class="soft">Request:</span> {escape(prompt)}</p>' if prompt else ""
     said = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
     return (
         '<h1>Where each word looked, and which words led to it</h1><div class="top">'

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivationMap
-from captum_mllm.files import no_nan
+from captum_mllm.files import nan_to_none
 from captum_mllm.functional import upsample
 from captum_mllm.metrics import average_precision, obj_iou, paired_bootstrap
 from captum_mllm.model.trace import TokenTrace
@@ -54,9 +54,9 @@ def methods(model: Any) -> list[Method]:
     """
     rows = []
     for suffix, filtered in (("", False), (" + filter", True)):
-        plain = JointNormalization(model, rank_filter=filtered).read
-        tam = TokenActivationMap(model, rank_filter=filtered).read
-        arc = ARC(model, preset="paper", rank_filter=filtered).read
+        plain = JointNormalization(model, rank_filter=filtered).attribute_trace
+        tam = TokenActivationMap(model, rank_filter=filtered).attribute_trace
+        arc = ARC(model, preset="paper", rank_filter=filtered).attribute_trace
         rows += [
             Method(f"LogitLens{suffix}", False, plain),
             Method("TAM" if filtered else "TAM without filter", False, tam),
@@ -64,7 +64,7 @@ def methods(model: Any) -> list[Method]:
             Method(f"ARC{suffix}", False, arc),
             Method(f"MSEA+ARC{suffix}", True, arc),
         ]
-    bounded = ARC(model, preset="paper", alpha_max=1.0).read
+    bounded = ARC(model, preset="paper", alpha_max=1.0).attribute_trace
     return [
         *rows,
         Method("ARC, alpha <= 1", False, bounded),
@@ -179,7 +179,7 @@ def main() -> None:
         f"(achieved on 14 x 14 tokens: 1, 1.29, 1.5).\n\n"
         f"{table(measured, args.seed)}\n"
     )
-    (args.out / "compare.json").write_text(json.dumps(no_nan(measured)) + "\n")
+    (args.out / "compare.json").write_text(json.dumps(nan_to_none(measured)) + "\n")
     (args.out / "compare.md").write_text(text)
     print(f"{text}\n{seconds:.0f} s")
 

@@ -152,7 +152,7 @@ def shifted_maps(lens: LogitLens, inputs: Any, answer: Tensor) -> Float[Tensor, 
     adapter = lens.runner.adapter
     run = lens.runner.run(inputs, answer, explain="answer", gen_args=None, top_k=None)
     grid, kwargs = run.sample.grids[0], run.sample.kwargs
-    frame = adapter.frames(kwargs, run.sample.grids)[0]
+    frame = adapter.canvases(kwargs, run.sample.grids)[0]
     half = grid.height // grid.rows // 2
     padded = F.pad(frame, (half,) * 4, mode="reflect")
     size = (2 * grid.rows, 2 * grid.cols)
@@ -160,7 +160,7 @@ def shifted_maps(lens: LogitLens, inputs: Any, answer: Tensor) -> Float[Tensor, 
     for down, right in HALF_CELLS:
         top, left = half * (1 - down), half * (1 - right)
         moved = padded[..., top : top + frame.shape[-2], left : left + frame.shape[-1]]
-        pixels = adapter.with_frames(kwargs, run.sample.grids, [moved])
+        pixels = adapter.with_canvases(kwargs, run.sample.grids, [moved])
         trace = lens.trace({**inputs, **pixels}, answer)
         rows = torch.searchsorted(trace.class_ids, classes).clamp(max=len(trace.class_ids) - 1)
         known = (trace.class_ids[rows] == classes)[:, None, None]  # the parity classes may differ
@@ -179,8 +179,14 @@ def on_cpu(views: ScaleViews) -> ScaleViews:
 
     base = views.base
     fields = {name: moved(value) for name, value in vars(base).items()}
-    quirks = replace(base.quirks, first_scores=moved(base.quirks.first_scores))
-    fields |= {"maps": tuple(map(moved, base.maps)), "quirks": quirks}
+    released_code_deviations = replace(
+        base.released_code_deviations,
+        first_scores=moved(base.released_code_deviations.first_scores),
+    )
+    fields |= {
+        "maps": tuple(map(moved, base.maps)),
+        "released_code_deviations": released_code_deviations,
+    }
     maps = tuple(tuple(map(moved, view)) for view in views.maps)
     return replace(views, base=TokenTrace(**fields), maps=maps)
 
@@ -272,7 +278,7 @@ class Setting:
             trace: of :meth:`trace`.
             model: any attributor of the same model; it is not run.
         """
-        return self.attributor(model).read(trace)
+        return self.attributor(model).attribute_trace(trace)
 
 
 def score(

@@ -186,7 +186,7 @@ def seams(scenes: int = 12) -> "Figure":
         scene = make_scene(number)
         picture, _ = render_pil(scene, 2 * SIDE)
         trace = lens.trace(default_inputs(processor, picture))
-        result = lens.read(trace)
+        result = lens.attribute_trace(trace)
         for obj, tokens in answer_words(trace, scene).items():
             own = result.grid_attr[0][tokens[0]]
             jumps.append((own.diff(dim=1).abs() / own.max().clamp(min=1e-9)).mean(0))

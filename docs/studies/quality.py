@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from captum_mllm.attr.presets import PRESETS
-from captum_mllm.files import no_nan, write_whole
+from captum_mllm.files import nan_to_none, write_atomic
 from captum_mllm.methods import explain
 from captum_mllm.metrics import insertion_deletion
 from captum_mllm.reference.render import render_pil
@@ -238,7 +238,7 @@ def measured_once(job: Job, folder: Path) -> list[Rows]:
     settings = hashlib.sha256(repr(key).encode()).hexdigest()
     path = folder / f"{settings[:12]}.{name}"
     if not path.exists():
-        write_whole(path, json.dumps(no_nan(measure(job))).encode())
+        write_atomic(path, json.dumps(nan_to_none(measure(job))).encode())
     return json.loads(path.read_text())
 
 

@@ -32,7 +32,7 @@ from captum_mllm.reference.captions import Word as ScriptWord
 from captum_mllm.reference.models import MODELS, load
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import Example, make_example
-from studies.compare import no_nan
+from studies.compare import nan_to_none
 from studies.detection import auroc
 from studies.processes import Columns, joined, measured
 from studies.prompts import answer_ids, conversation_inputs, script_columns
@@ -269,7 +269,7 @@ def write(out: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> s
     Returns:
         The tables with their heading.
     """
-    found = rounded(no_nan(found))  # the record holds all that the tables show
+    found = rounded(nan_to_none(found))  # the record holds all that the tables show
     hashes = {name: weights_of(name) for name in found}
     about = "\n".join(f"- *{name}*: {text}" for name, text in MEASURES.items())
     text = (

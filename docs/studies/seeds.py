@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from captum_mllm.files import no_nan
+from captum_mllm.files import nan_to_none
 from captum_mllm.metrics import paired_bootstrap
 from captum_mllm.reference.models import model_path
 from studies.compare import compare
@@ -131,7 +131,7 @@ def known(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _with_nan(run: dict[str, Any]) -> dict[str, Any]:
-    """Undo :func:`captum_mllm.files.no_nan`."""
+    """Undo :func:`captum_mllm.files.nan_to_none`."""
     for scores in run["methods"].values():
         for name, values in scores.items():
             scores[name] = [float("nan") if value is None else value for value in values]
@@ -158,7 +158,7 @@ def main() -> None:
             "bootstrap over scenes within one training. A difference between methods that is "
             "smaller than the range of its gain says as much about the seed as about the methods.\n"
         )
-        record = no_nan({**settings, "runs": runs})
+        record = nan_to_none({**settings, "runs": runs})
         (args.out / "seeds.json").write_text(json.dumps(record) + "\n")
         (args.out / "seeds.md").write_text(text)
     print(text)

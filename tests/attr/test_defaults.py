@@ -249,10 +249,10 @@ def test_upsampling_and_calibration_come_last(subject, kind):
         "arc": lambda **o: ARC(s.model, preset="paper", **o),
     }[kind]
     trace = LogitLens(s.model).trace(s.inputs, s.answer, top_k=50)
-    before = make().read(trace)
+    before = make().attribute_trace(trace)
     (maps,) = before.grid_attr
     finer = upsample(maps, (3 * maps.shape[1], 3 * maps.shape[2]))
-    got = make(upsampling=3, calibration=0.8).read(trace)
+    got = make(upsampling=3, calibration=0.8).attribute_trace(trace)
     assert_close(got.grid_attr[0], calibrate(finer.flatten(1), 0.8).view_as(finer))
     assert torch.equal(got.token_attr, before.token_attr)
     assert got.units == before.units == "[0, 1]"
@@ -264,8 +264,8 @@ def test_one_deviation_spans_the_images(tiny_subject):
     s, (inputs, _) = tiny_subject, with_two_images(tiny_subject)
     lens = JointNormalization(s.model)
     trace = lens.trace(inputs, s.answer)
-    both = torch.cat([m.flatten(1) for m in lens.read(trace).grid_attr], 1)
-    got = JointNormalization(s.model, calibration=1.0).read(trace)
+    both = torch.cat([m.flatten(1) for m in lens.attribute_trace(trace).grid_attr], 1)
+    got = JointNormalization(s.model, calibration=1.0).attribute_trace(trace)
     assert_close(torch.cat([m.flatten(1) for m in got.grid_attr], 1), calibrate(both, 1.0))
 
 

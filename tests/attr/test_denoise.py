@@ -65,7 +65,7 @@ def test_denoising_a_lens_result_gives_what_arc_subtracts(tiny_subject):
     maps = trace.maps[0][trace.text_class]
     scores = torch.where(trace.is_context, trace.text_scores, 0.0)
     cleaned = arc.denoise(maps, trace.rankings, context_maps=maps, context_scores=scores)
-    result = arc.read(trace)
+    result = arc.attribute_trace(trace)
     for t in range(1, len(maps)):
         values = torch.cat([cleaned[t].flatten(), trace.text_scores[t, :t]])
         unit = (cleaned[t] - values.min()) / (values.max() - values.min()).clamp(min=1e-30)

@@ -5,18 +5,18 @@ import torch
 from torch.testing import assert_close
 
 from captum_mllm import LogitLens, TokenActivationMap
-from tests.oracle import forwards as twins_model
+from tests.oracle import forwards as forwards
 from tests.oracle import tiny
 from tests.oracle.comparing import answer_positions, close, special_ids, with_two_images
 from tests.oracle.published import ARC, MSEA
 
 
 def test_maps_and_scores_equal_plain_logits(subject):
-    run = twins_model.plain(
+    run = forwards.plain(
         subject.model, subject.inputs, subject.answer, special=special_ids(subject)
     )
     targets = answer_positions(run)
-    (grid,), scores = twins_model.raw(run, targets)
+    (grid,), scores = forwards.raw(run, targets)
     got = LogitLens(subject.model, subject.processor).attribute(subject.inputs, subject.answer)
     close(got.grid_attr[0], grid)
     close(got.token_attr, scores)
@@ -29,7 +29,7 @@ def test_maps_and_scores_equal_plain_logits(subject):
 
 def test_text_scores_are_the_models_own_logits(subject):
     """token_attr of the last layer is relu of model(**full).logits at pos(j)."""
-    full = twins_model.with_answer(subject.inputs, subject.answer)
+    full = forwards.with_answer(subject.inputs, subject.answer)
     with torch.no_grad():
         logits = subject.model(**full).logits[0]
     n = subject.inputs["input_ids"].shape[1]
@@ -98,15 +98,15 @@ def test_layer_is_read_through_the_final_norm(tiny_subject, layer):
     s = tiny_subject
     depth = len(s.model.get_decoder().layers)
     index = layer % depth
-    run = twins_model.plain(s.model, s.inputs, s.answer)
+    run = forwards.plain(s.model, s.inputs, s.answer)
     if index < depth - 1:
-        run = twins_model.plain(s.model, s.inputs, s.answer, layer=index)
-    (grid,), scores = twins_model.raw(run, answer_positions(run))
+        run = forwards.plain(s.model, s.inputs, s.answer, layer=index)
+    (grid,), scores = forwards.raw(run, answer_positions(run))
     got = LogitLens(s.model, layer=layer).attribute(s.inputs, s.answer)
     close(got.grid_attr[0], grid)
     close(got.token_attr, scores)
     # Probabilities and rankings stay the model's own.
-    own = twins_model.plain(s.model, s.inputs, s.answer)
+    own = forwards.plain(s.model, s.inputs, s.answer)
     close(got.output_probs, own.probs(answer_positions(own)))
     trace = LogitLens(s.model, layer=layer).trace(s.inputs, s.answer, top_k=20)
     assert torch.equal(trace.rankings, own.rankings(20))
@@ -145,9 +145,9 @@ def test_explain_choices_agree(tiny_subject, method):
 def test_prompt_rows_equal_plain_logits(subject):
     """Prompt tokens are predicted, and scored, like the answer's."""
     s = subject
-    run = twins_model.plain(s.model, s.inputs, s.answer, special=special_ids(s))
+    run = forwards.plain(s.model, s.inputs, s.answer, special=special_ids(s))
     got = LogitLens(s.model, s.processor).attribute(s.inputs, s.answer, explain="all")
-    (grid,), scores = twins_model.raw(run, run.text)
+    (grid,), scores = forwards.raw(run, run.text)
     assert got.output_ids.tolist() == [run.ids[p] for p in run.text]
     close(got.grid_attr[0], grid)
     close(got.token_attr, scores)
@@ -157,11 +157,11 @@ def test_prompt_rows_equal_plain_logits(subject):
 def test_context_all_counts_the_text_before_the_image(tiny_subject):
     s = tiny_subject
     inputs = s.encode(prompt="<s> USER: w60 <image> what is here ASSISTANT:")
-    run = twins_model.plain(s.model, inputs, s.answer, context_all=True)
+    run = forwards.plain(s.model, inputs, s.answer, context_all=True)
     assert any(p < int(run.cells[0].min()) for p in run.text)
     got = LogitLens(s.model, context="all").attribute(inputs, s.answer, explain="all")
     assert got.output_ids.tolist() == [run.ids[p] for p in run.text]
-    close(got.token_attr, twins_model.raw(run, run.text)[1])
+    close(got.token_attr, forwards.raw(run, run.text)[1])
     after = LogitLens(s.model).attribute(inputs, s.answer, explain="all")
     assert len(after.output_ids) == len(got.output_ids) - 2
 
@@ -213,11 +213,11 @@ def test_two_images_are_not_confused(tiny_subject, method):
     s = tiny_subject
     inputs, _ = with_two_images(s)
     maps = None
-    run = twins_model.plain(s.model, inputs, s.answer, special=special_ids(s))
+    run = forwards.plain(s.model, inputs, s.answer, special=special_ids(s))
     targets = answer_positions(run)
     if method is MSEA:
-        maps = twins_model.msea_maps(s.model, inputs, s.answer, (1.0, 1.25, 1.5))
-    twin = {TokenActivationMap: twins_model.tam, ARC: twins_model.arc}.get(method, twins_model.raw)
+        maps = forwards.msea_maps(s.model, inputs, s.answer, (1.0, 1.25, 1.5))
+    twin = {TokenActivationMap: forwards.tam, ARC: forwards.arc}.get(method, forwards.raw)
     expected = twin(run, targets, maps)
     got = method(s.model, s.processor).attribute(inputs, s.answer)
     assert len(got.grid_attr) == len(got.image_attr) == 2
@@ -232,8 +232,8 @@ def test_swapped_images_swap_their_maps(subject):
     inputs, swapped = with_two_images(subject)
     lens = LogitLens(subject.model)
     for mapping, pictures in ((inputs, (0, 1)), (swapped, (1, 0))):
-        run = twins_model.plain(subject.model, mapping, subject.answer)
-        grids, _ = twins_model.raw(run, answer_positions(run))
+        run = forwards.plain(subject.model, mapping, subject.answer)
+        grids, _ = forwards.raw(run, answer_positions(run))
         got = lens.attribute(mapping, subject.answer)
         for actual, grid in zip(got.grid_attr, grids, strict=True):
             close(actual, grid)
@@ -257,9 +257,9 @@ def test_non_square_pixels(tiny_subject):
     s = tiny_subject
     inputs = wide_inputs(s, rows=2, cols=6)
     for scales in ((1.0,), (1.0, 1.5)):
-        run = twins_model.plain_at(s.model, inputs, s.answer, 1.0)
-        maps = twins_model.msea_maps(s.model, inputs, s.answer, scales)
-        (grid,), scores = twins_model.raw(run, answer_positions(run), maps)
+        run = forwards.plain_at(s.model, inputs, s.answer, 1.0)
+        maps = forwards.msea_maps(s.model, inputs, s.answer, scales)
+        (grid,), scores = forwards.raw(run, answer_positions(run), maps)
         got = MSEA(s.model, scales=scales).attribute(inputs, s.answer)
         close(got.grid_attr[0], grid)
         close(got.token_attr, scores)
@@ -271,7 +271,7 @@ def wide_inputs(subject, rows, cols):
     patch, image_id = subject.model.config.vision_config.patch_size, tiny.IMAGE_TOKEN
     base = subject.inputs
     native = int((base["input_ids"] == image_id).sum())
-    ids = twins_model.rebuilt_ids(base["input_ids"][0].tolist(), image_id, native, rows * cols)
+    ids = forwards.rebuilt_ids(base["input_ids"][0].tolist(), image_id, native, rows * cols)
     return {
         "input_ids": torch.tensor([ids]),
         "attention_mask": torch.ones(1, len(ids), dtype=torch.int64),
@@ -284,13 +284,13 @@ def test_tower_that_keeps_its_class_token(tiny_subject, method):
     model = tiny.tiny_llava(vision_feature_select_strategy="full")
     s = tiny_subject
     inputs = wide_inputs(s, rows=4, cols=4)
-    ids = twins_model.rebuilt_ids(inputs["input_ids"][0].tolist(), tiny.IMAGE_TOKEN, 16, 17)
+    ids = forwards.rebuilt_ids(inputs["input_ids"][0].tolist(), tiny.IMAGE_TOKEN, 16, 17)
     inputs |= {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
-    run = twins_model.plain(model, inputs, s.answer)
+    run = forwards.plain(model, inputs, s.answer)
     maps = None
     if method is MSEA:
-        maps = twins_model.msea_maps(model, inputs, s.answer, (1.0, 1.25, 1.5))
-    twin = twins_model.arc if method is ARC else twins_model.raw
+        maps = forwards.msea_maps(model, inputs, s.answer, (1.0, 1.25, 1.5))
+    twin = forwards.arc if method is ARC else forwards.raw
     expected = twin(run, answer_positions(run), maps)
     got = method(model).attribute(inputs, s.answer)
     close(got.grid_attr[0], expected[0][0])
@@ -303,9 +303,9 @@ def test_head_with_a_bias(tiny_subject):
     head = torch.nn.Linear(24, tiny.VOCABULARY, bias=True)
     head.weight.data.copy_(model.lm_head.weight.data)
     model.lm_head = head
-    run = twins_model.plain(model, s.inputs, s.answer)
+    run = forwards.plain(model, s.inputs, s.answer)
     got = ARC(model).attribute(s.inputs, s.answer)
-    grids, scores, relevance = twins_model.arc(run, answer_positions(run))
+    grids, scores, relevance = forwards.arc(run, answer_positions(run))
     close(got.grid_attr[0], grids[0])
     close(got.token_attr, scores)
     close(got.relevance, relevance)
@@ -333,7 +333,7 @@ def test_rankings_do_not_depend_on_dtype_noise(subject):
     model = model.to(torch.bfloat16)
     k = 50
     trace = LogitLens(model).trace(subject.inputs, subject.answer, top_k=k)
-    full = twins_model.with_answer(subject.inputs, subject.answer)
+    full = forwards.with_answer(subject.inputs, subject.answer)
     with torch.no_grad():
         hidden = model(**full, output_hidden_states=True).hidden_states[-1][0]
         own = model.lm_head(hidden)[trace.text_positions - 1]

@@ -7,7 +7,7 @@ import captum_mllm.functional
 import captum_mllm.model.forward
 import captum_mllm.model.runner
 from captum_mllm import LogitLens, TokenActivationMap
-from tests.oracle import forwards as twins_model
+from tests.oracle import forwards as forwards
 from tests.oracle import tiny
 from tests.oracle.comparing import answer_positions, close, same, special_ids, with_two_images
 from tests.oracle.published import ARC, MSEA, MultiScaleAttribution, RankCorrelationDenoiser
@@ -33,9 +33,9 @@ def test_scale_one_alone_is_the_base(subject, wrapper, aggregation):
 @pytest.mark.parametrize("scales", [SCALES, (0.5, 1.0), (1.0, 2.0, 0.75), (1.5,)], ids=str)
 def test_maps_equal_a_loop_over_full_forwards(subject, scales):
     model, answer = subject.model, subject.answer
-    maps = twins_model.msea_maps(model, subject.inputs, answer, scales)
-    run = twins_model.plain(model, subject.inputs, answer, special=special_ids(subject))
-    (grid,), scores = twins_model.raw(run, answer_positions(run), maps)
+    maps = forwards.msea_maps(model, subject.inputs, answer, scales)
+    run = forwards.plain(model, subject.inputs, answer, special=special_ids(subject))
+    (grid,), scores = forwards.raw(run, answer_positions(run), maps)
     got = MSEA(model, subject.processor, scales=scales).attribute(subject.inputs, answer)
     close(got.grid_attr[0], grid)
     close(got.token_attr, scores)
@@ -64,20 +64,20 @@ def test_other_aggregations(tiny_subject, aggregation):
 @pytest.mark.parametrize("scales", [None, (1.0, 1.5)], ids=["lens", "msea"])
 def test_cleaned_maps_equal_slow_twins(subject, name, scales):
     s = subject
-    run = twins_model.plain(s.model, s.inputs, s.answer, special=special_ids(s))
+    run = forwards.plain(s.model, s.inputs, s.answer, special=special_ids(s))
     targets = answer_positions(run)
     base, maps = LogitLens(s.model, s.processor), None
     if scales:
         base = MSEA(base, scales=scales)
-        maps = twins_model.msea_maps(s.model, s.inputs, s.answer, scales)
+        maps = forwards.msea_maps(s.model, s.inputs, s.answer, scales)
     if name.startswith("tam"):
         method = TokenActivationMap(base, rank_filter=name == "tam")
-        expected = twins_model.tam(run, targets, maps, rank_filter=name == "tam")
+        expected = forwards.tam(run, targets, maps, rank_filter=name == "tam")
     else:
         options = {"strength": 0.5 if name == "arc-half" else 1.0}
         options["rank_filter"] = name == "arc-filtered"
         method = ARC(base, top_k=30, rbo_p=0.8, **options)
-        expected = twins_model.arc(run, targets, maps, k=30, p=0.8, **options)
+        expected = forwards.arc(run, targets, maps, k=30, p=0.8, **options)
     got = method.attribute(s.inputs, s.answer)
     close(got.grid_attr[0], expected[0][0], 5e-5)
     close(got.token_attr, expected[1], 5e-5)
@@ -90,9 +90,9 @@ def test_cleaned_maps_equal_slow_twins(subject, name, scales):
 
 def test_arc_over_prompt_and_answer(tiny_subject):
     s = tiny_subject
-    run = twins_model.plain(s.model, s.inputs, s.answer, special=special_ids(s))
+    run = forwards.plain(s.model, s.inputs, s.answer, special=special_ids(s))
     got = ARC(s.model, s.processor).attribute(s.inputs, s.answer, explain="all")
-    grids, scores, relevance = twins_model.arc(run, run.text)
+    grids, scores, relevance = forwards.arc(run, run.text)
     close(got.grid_attr[0], grids[0], 5e-5)
     close(got.token_attr, scores, 5e-5)
     assert float((got.relevance - relevance.float()).abs().max()) < 1e-6
@@ -129,9 +129,9 @@ def test_the_same_id_is_no_context(tiny_subject):
 def test_strength_zero_keeps_the_map_and_full_relevance_too(tiny_subject):
     s = tiny_subject
     trace = LogitLens(s.model).trace(s.inputs, s.answer, top_k=50)
-    off = ARC(s.model, strength=0.0).read(trace)
-    run = twins_model.plain(s.model, s.inputs, s.answer)
-    expected, scores, _ = twins_model.arc(run, answer_positions(run), strength=0.0)
+    off = ARC(s.model, strength=0.0).attribute_trace(trace)
+    run = forwards.plain(s.model, s.inputs, s.answer)
+    expected, scores, _ = forwards.arc(run, answer_positions(run), strength=0.0)
     close(off.grid_attr[0], expected[0])
     close(off.token_attr, scores)
 
@@ -181,8 +181,8 @@ def test_scales_start_from_the_original_picture_if_given(subject):
     )  # fmt: skip
     msea = MSEA(s.model, s.processor, scales=(scale,))
     got = msea.attribute(base, s.answer, images=s.picture)
-    run = twins_model.plain_at(s.model, scaled, s.answer, 1.0)
-    close(got.grid_attr[0], twins_model.raw(run, answer_positions(run))[0][0])
+    run = forwards.plain_at(s.model, scaled, s.answer, 1.0)
+    close(got.grid_attr[0], forwards.raw(run, answer_positions(run))[0][0])
     resized = msea.attribute(base, s.answer)
     assert not torch.allclose(got.grid_attr[0], resized.grid_attr[0], rtol=1e-2)
 
@@ -205,8 +205,8 @@ def test_original_pictures_keep_their_crop(tiny_subject, size):
         images=s.picture, text=s.prompt, return_tensors="pt",
         size=doubled, crop_size={"height": 32, "width": 32},
     )  # fmt: skip
-    run = twins_model.plain_at(s.model, dict(again), s.answer, 1.0)
-    close(got.grid_attr[0], twins_model.raw(run, answer_positions(run))[0][0])
+    run = forwards.plain_at(s.model, dict(again), s.answer, 1.0)
+    close(got.grid_attr[0], forwards.raw(run, answer_positions(run))[0][0])
 
 
 class Count:
@@ -306,7 +306,7 @@ def test_consistency_equals_full_forwards(subject, layer):
     got = MSEA(s.model, s.processor, scales=scales, consistency=True, layer=layer).attribute(
         s.inputs, s.answer
     )
-    expected = [twins_model.consistency(s.model, s.inputs, s.answer, x) for x in scales]
+    expected = [forwards.consistency(s.model, s.inputs, s.answer, x) for x in scales]
     assert got.consistency == pytest.approx(expected, rel=1e-4)
     assert got.consistency[0] == 1.0
     assert all(0 < c <= 1 for c in got.consistency)
@@ -320,7 +320,7 @@ def test_consistency_with_two_images_and_an_answer_of_one_token(tiny_subject):
     s = tiny_subject
     inputs, answer = with_two_images(s)[0], s.answer[:1]
     got = MSEA(s.model, scales=(1.0, 1.5), consistency=True).attribute(inputs, answer)
-    expected = twins_model.consistency(s.model, inputs, answer, 1.5)
+    expected = forwards.consistency(s.model, inputs, answer, 1.5)
     assert got.consistency[1] == pytest.approx(expected, rel=1e-4)
 
 
@@ -329,10 +329,10 @@ def test_prompt_that_ends_with_its_image(tiny_subject):
     s = tiny_subject
     inputs = s.encode(prompt="USER: what is here <image>")
     got = MSEA(s.model, scales=(1.0, 1.5), consistency=True).attribute(inputs, s.answer)
-    expected = twins_model.consistency(s.model, inputs, s.answer, 1.5)
+    expected = forwards.consistency(s.model, inputs, s.answer, 1.5)
     assert got.consistency[1] == pytest.approx(expected, rel=1e-4)
-    run = twins_model.plain(s.model, inputs, s.answer)
-    close(got.token_attr, twins_model.raw(run, answer_positions(run))[1])
+    run = forwards.plain(s.model, inputs, s.answer)
+    close(got.token_attr, forwards.raw(run, answer_positions(run))[1])
     close(got.output_probs, run.probs(answer_positions(run)))
 
 

@@ -1,17 +1,17 @@
-"""TokenActivationMap(parity=True): the quirks of TAM's released code, against a slow twin."""
+"""TokenActivationMap(parity=True): TAM's released code's deviations, against a reference implementation."""
 
 import pytest
 import torch
 
 from captum_mllm import LogitLens, TokenActivationMap
-from tests.oracle import forwards as twins_model
+from tests.oracle import forwards as forwards
 from tests.oracle.comparing import answer_positions, close, special_ids
 from tests.oracle.published import MSEA
 
 
 def twin_run(s, answer=None):
     answer = s.answer if answer is None else answer
-    return twins_model.plain(s.model, s.inputs, answer, special=special_ids(s))
+    return forwards.plain(s.model, s.inputs, answer, special=special_ids(s))
 
 
 def check_levels(got, expected):
@@ -34,7 +34,7 @@ def test_equals_the_twin(subject, rank_filter, template_tail):
     # Turned round, the first answer token is not the prompt's last, whose class stands for it.
     for answer in (s.answer, s.answer.flip(0)):
         run = twin_run(s, answer)
-        expected = twins_model.parity_tam(run, answer_positions(run), template_tail, rank_filter)
+        expected = forwards.parity_tam(run, answer_positions(run), template_tail, rank_filter)
         check_levels(method.attribute(s.inputs, answer).grid_attr[0], expected[0])
 
 
@@ -101,7 +101,7 @@ def test_parity_at_several_scales(tiny_subject):
 def test_the_formulas_with_and_without_the_filter(tiny_subject, rank_filter):
     s = tiny_subject
     run = twin_run(s)
-    grids, scores = twins_model.tam(run, answer_positions(run), rank_filter=rank_filter)
+    grids, scores = forwards.tam(run, answer_positions(run), rank_filter=rank_filter)
     got = TokenActivationMap(s.model, s.processor, rank_filter=rank_filter).attribute(
         s.inputs, s.answer
     )

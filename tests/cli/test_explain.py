@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from captum_mllm.cli.main import main
 from PIL import Image
 
 from captum_mllm import ARC, MSEA, MLLMAttributionResult
 from captum_mllm.adapters import registered_classes
 from captum_mllm.cli.arguments import UsageError, printable
 from captum_mllm.cli.explain import DEMO_SCENE, METHODS, _demo_scene
+from captum_mllm.cli.main import main
 from captum_mllm.data.pictures import open_picture
 from captum_mllm.model import loading as cli_model
 from captum_mllm.model.loading import prepare_inputs

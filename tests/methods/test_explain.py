@@ -126,7 +126,7 @@ def test_raw_maps_in_one_unit_by_hand(kin, kind, filtered):
     pictures = pictures_of(kin, "two")
     attributor = kind(kin.model)
     trace = attributor.trace(kin.encode(*pictures), kin.answer)
-    raw = attributor.read(trace)
+    raw = attributor.attribute_trace(trace)
     got = unit_result(trace, "some", Finishing(rank_filter=filtered))
     assert (got.units, got.method) == ("[0, 1]", "some")
     for t in range(len(kin.answer)):

@@ -225,8 +225,8 @@ def test_baselines_are_of_each_picture(name, baseline):
     replaced = dict(sample.kwargs) | shown.replaced(all_masks(sample, True))
     colours = []
     for old, new in zip(
-        adapter.frames(sample.kwargs, sample.grids),
-        adapter.frames(replaced, sample.grids),
+        adapter.canvases(sample.kwargs, sample.grids),
+        adapter.canvases(replaced, sample.grids),
         strict=True,
     ):
         before, after = (frame.movedim(-3, 0).flatten(1) for frame in (old, new))
@@ -248,7 +248,7 @@ def test_an_overview_follows_its_picture(name):
     masks = all_masks(sample, False)
     masks[0][:, : masks[0].shape[1] // 2] = True
     replaced = dict(sample.kwargs) | shown.replaced(masks)
-    frame = adapter.frames(replaced, sample.grids)[0]
+    frame = adapter.canvases(replaced, sample.grids)[0]
     half = frame.shape[-1] // 2
     assert bool((frame[..., :half] == -9).all())
     assert bool((frame[..., half:] > -9).all())

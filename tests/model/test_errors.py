@@ -405,7 +405,7 @@ def test_a_denoiser_that_cannot_attribute(inputs, answer, inner):
 
 def test_a_trace_without_rankings(model, inputs, answer):
     with raises(ValueError, "trace holds no rankings", "top_k"):
-        ARC(model).read(LogitLens(model).trace(inputs, answer))
+        ARC(model).attribute_trace(LogitLens(model).trace(inputs, answer))
 
 
 def test_a_pixel_attributor_traces_nothing(inputs):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from captum_mllm import LogitLens, TokenActivationMap
-from tests.oracle import forwards as twins_model
+from tests.oracle import forwards as forwards
 from tests.oracle import tiny
 from tests.oracle.model_state import check_same, state, worn
 from tests.oracle.published import ARC, MSEA
@@ -40,7 +40,7 @@ def test_after_success(subject, worn_model, name, grad):
 
 def test_after_use_the_model_runs_as_ever(subject, worn_model):
     """Also where transformers keeps hooks of its own in a model that has run."""
-    full = twins_model.with_answer(subject.inputs, subject.answer)
+    full = forwards.with_answer(subject.inputs, subject.answer)
     expected = subject.model(**full, output_hidden_states=True)
     for used_before in (False, True):
         before = state(worn_model)

@@ -249,7 +249,7 @@ def test_figures_of_an_example_are_those_of_its_words_by_hand(made):
 def test_rbo_is_arcs(made, shipped):
     """Cleaned maps differ from ARC's by its joint normalisation alone: the ranking stays."""
     _, masks, trace, pairs, (_, figures) = made
-    unit = ARC(*shipped).read(trace).grid_attr[0]
+    unit = ARC(*shipped).attribute_trace(trace).grid_attr[0]
     for t, (word, column) in enumerate(targets_by_hand(trace, pairs)[:4]):
         pixels = upsample(unit[column - trace.n_prompt], (112, 112))
         expected = float(average_precision(pixels, masks[word.obj]))

@@ -45,7 +45,7 @@ def prompt_inputs(
         family: The model's family.
         processor: The model's processor.
         scenes: The scenes.
-        question: Asked of each.
+        question: Request of each.
         way: How the pictures reach the model.
     """
     parts = [{"type": "image"}, {"type": "text", "text": question}]

@@ -13,7 +13,7 @@ from torch import Tensor
 from captum_mllm.geometry import ImageGrid
 
 
-class PictureFrames:
+class PictureCanvases:
     """The part of the adapter contract that turns pixel inputs into frames and back.
 
     A frame shows what the image's grid shows; where the grid tells the picture's size
@@ -28,7 +28,7 @@ class PictureFrames:
         """Grid and frame of each image: see :class:`~captum_mllm.adapters.Adapter`."""
         raise NotImplementedError
 
-    def frames(
+    def canvases(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> tuple[Tensor, ...]:
         """Each image's pixels as one frame, in the order of the grids.
@@ -44,7 +44,7 @@ class PictureFrames:
         del grids
         return inputs["pixel_values"].split(1)
 
-    def with_frames(
+    def with_canvases(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         """The inputs that hold pixels, made of other frames; differentiable.
@@ -56,7 +56,7 @@ class PictureFrames:
         Args:
             inputs: the model's inputs of one sample.
             grids: the images among them.
-            frames: new frames of the shapes that :meth:`frames` gives.
+            frames: new frames of the shapes that :meth:`canvases` gives.
         """
         del inputs, grids
         return {"pixel_values": torch.cat(list(frames))}
@@ -70,10 +70,10 @@ class PictureFrames:
             inputs: the model's inputs of one sample.
             grids: the images among them.
         """
-        frames = [frame.flip(-1) for frame in self.frames(inputs, grids)]
-        return self.with_frames(inputs, grids, frames)
+        frames = [frame.flip(-1) for frame in self.canvases(inputs, grids)]
+        return self.with_canvases(inputs, grids, frames)
 
-    def of_version(self, pixels: Tensor, rest: Mapping[str, Any]) -> dict[str, Any]:
+    def with_image_version(self, pixels: Tensor, rest: Mapping[str, Any]) -> dict[str, Any]:
         """A sample's inputs with one version of its only image, as captum's wrappers hand it over.
 
         Args:
@@ -90,11 +90,11 @@ class PictureFrames:
             return {**rest, "pixel_values": pixels if whole else pixels[None]}
         here = {k: v.to(pixels.device) for k, v in rest.items() if isinstance(v, Tensor)}
         grids = self.grids(here)
-        shapes = [tuple(frame.shape[1:]) for frame in self.frames(here, grids)]
+        shapes = [tuple(frame.shape[1:]) for frame in self.canvases(here, grids)]
         if shapes != [tuple(pixels.shape)]:
             raise ValueError(
                 f"inputs must be versions of the frame of one image, {('N', *shapes[0])} by "
                 f"additional_forward_args, which hold {len(shapes)} image(s); got "
                 f"{('N', *pixels.shape)}. TokenLogProb(...).pixels is such a frame."
             )
-        return {**rest, **self.with_frames(here, grids, (pixels[None],))}
+        return {**rest, **self.with_canvases(here, grids, (pixels[None],))}
