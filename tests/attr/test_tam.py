@@ -1,4 +1,4 @@
-"""TokenActivationMap(parity=True): TAM's released code's deviations, against a reference implementation."""
+"""TokenActivationMap(parity=True): deviations of the released code, against forwards by hand."""
 
 import pytest
 import torch

@@ -237,7 +237,7 @@ def arc(run: Plain, targets, maps=None, *, k=50, p=0.9, strength=1.0, rank_filte
 
 
 def parity_tam(run: Plain, targets, template_tail=0, rank_filter=True):
-    """TAM with the released_code_deviations of its released code, answer targets only.
+    """TAM with the deviations of its released code, answer targets only.
 
     The first prompt text token stands for the class it predicts most; the prompt's last token's
     class is the context map of the first answer token; the first answer token shows the map of
