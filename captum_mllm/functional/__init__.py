@@ -5,7 +5,7 @@
 - ``tam``: context weights, interference, joint normalisation, rank Gaussian filter.
 - ``arc``: activation ranking correlation: rankings, their overlap, the subtraction.
 - ``calibration``: maps whose values a threshold can separate.
-- ``resampling``, ``patches``, ``segments``: grids, how models cut up an image, segments of a picture.
+- ``resampling``, ``patches``, ``segments``: other grids, how models cut up an image, segments.
 
 The axes have the same names throughout: ``targets`` are the explained tokens, ``tokens`` the text
 tokens that serve as context, and ``cells`` the cells of *all* images of the sample concatenated (so

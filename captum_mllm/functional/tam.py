@@ -1,6 +1,6 @@
 """TAM: context weights, estimated causal inference, joint normalisation, rank Gaussian filter.
 
-In the order of the paper, with ``s_tj`` the score of target t at context token j and ``A`` a raw map:
+In the order of the paper; ``s_tj`` is the score of target t at context token j, ``A`` a raw map:
 
 1. :func:`context_weights`: ``w_tj = s_tj / sum_j s_tj``.
 2. :func:`fit_alpha`: ``alpha = <A_t, E> / <E, E>`` with ``E = sum_j w_tj A_j``.
