@@ -4,21 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from captum_mllm.adapters.processors import image_token, lacks_video_part, placeholder_pattern
 from captum_mllm.cli.arguments import UsageError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 PROMPT = "describe the picture."  # of a benchmark, where none is given
-
-
-# What stands for one picture before a prompt without chat template, by the processor's class; for
-# others it is the image token and a new line.
-_BEFORE = {
-    "Qwen2VLProcessor": "<|vision_start|>{token}<|vision_end|>",
-    "Qwen2_5_VLProcessor": "<|vision_start|>{token}<|vision_end|>",
-    "Qwen3VLProcessor": "<|vision_start|>{token}<|vision_end|>",
-    "PaliGemmaProcessor": "{token}",  # its start token follows the last picture at once
-}
 
 
 _WITHOUT_VIDEO = "The processor was read without its video part, as torchvision is not installed."
@@ -101,7 +93,7 @@ def _load_processor(name: str) -> tuple[Any, str]:
         if is_torchvision_available():
             raise ValueError(f"its processor fails: {error}") from error
         processor = _without_torchvision(name, error)
-        note = _WITHOUT_VIDEO if type(processor).__name__.startswith("ImageOnly") else ""
+        note = _WITHOUT_VIDEO if lacks_video_part(processor) else ""
     if getattr(processor, "image_processor", None) is None:
         raise ValueError("it has no image processor (preprocessor_config.json is missing)")
     return processor, note
@@ -155,8 +147,7 @@ def prepare_inputs(processor: Any, pictures: "Sequence[Image]", prompt: str) -> 
 
 def _full_prompt(processor: Any, count: int, prompt: str) -> tuple[str, str]:
     """The prompt with a placeholder for each of ``count`` pictures, and what was assumed."""
-    # Gemma 3's pictures stand where its token of a beginning image is.
-    token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    token = image_token(processor)
     if token and token in prompt:
         if prompt.count(token) != count:
             raise UsageError(
@@ -177,7 +168,5 @@ def _full_prompt(processor: Any, count: int, prompt: str) -> tuple[str, str]:
             "argument --prompt: the processor has no chat template and no image token; write the "
             "whole prompt with its image token"
         )
-    names = (cls.__name__ for cls in type(processor).__mro__)
-    pattern = next((_BEFORE[name] for name in names if name in _BEFORE), "{token}\n")
-    before = pattern.format(token=token) * count
+    before = placeholder_pattern(processor).format(token=token) * count
     return before + prompt, f"Assumed: {before!r} before the prompt (no chat template)."
