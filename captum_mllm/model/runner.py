@@ -198,7 +198,7 @@ class Runner:
                 seen.append(tuple(own.flip(-1) for own in maps) if mirrored else maps)
         return tuple(
             join_windows(
-                list(maps), [adapter.window_frame(g, box) for box in own], (big.rows, big.cols)
+                list(maps), [adapter.window_canvas(g, box) for box in own], (big.rows, big.cols)
             )
             for maps, own, (g, big) in zip(zip(*seen, strict=True), boxes, pairs, strict=True)
         )
