@@ -105,7 +105,7 @@ def test_noise_tunnel_over_frames_equals_a_loop(kin, wrap):
 def test_frames_of_another_shape_or_of_several_images_are_refused(kin):
     inputs = kin.encode(kin.wide_picture)
     x = TokenLogProb(kin.model, inputs, kin.answer).pixels
-    with pytest.raises(ValueError, match="inputs must be versions of the frame of one image"):
+    with pytest.raises(ValueError, match="inputs must be versions of the canvas of one image"):
         LogitLens(kin.model).attribute(x[..., :-4], kin.answer, inputs)
     two = kin.encode(*pictures_of(kin, "two"))
     with pytest.raises(ValueError, match=r"which hold 2 image\(s\)"):

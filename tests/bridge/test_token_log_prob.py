@@ -312,7 +312,7 @@ def test_a_pair_of_different_frames_is_no_picture():
     kin = kin_of("Qwen2VL")
     inputs = kin.encode()
     inputs["pixel_values"] = torch.rand_like(inputs["pixel_values"])
-    with pytest.raises(ValueError, match="step in time is of different frames"):
+    with pytest.raises(ValueError, match="step in time has different frames"):
         TokenLogProb(kin.model, inputs, kin.answer)
 
 
