@@ -32,7 +32,7 @@ from captum_mllm.metrics import (
     mass_area,
     match_categories,
 )
-from captum_mllm.model.forward import captured_forward
+from captum_mllm.model.forward import evaluating, captured_forward
 from captum_mllm.model.inputs import cut, read_sample, rescaled_inputs
 from captum_mllm.model.scales import scaled_inputs
 from captum_mllm.model.trace import TokenTrace
@@ -116,7 +116,7 @@ def decodability(
     rows = []
     for scale in scales:
         grids = tuple(adapter.scaled_grid(grid, scale) for grid in sample.grids)
-        with adapter.running():
+        with evaluating(adapter):
             pixels = scaled_inputs(adapter, processor, sample, grids, None)
             scaled = rescaled_inputs(tokens, sample, grids, pixels, adapter)
             captured = captured_forward(
