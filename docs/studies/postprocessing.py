@@ -22,7 +22,7 @@ from captum_mllm.functional import (
     rank_gaussian_filter,
     upsample,
 )
-from captum_mllm.model.forward import evaluating, captured_forward
+from captum_mllm.model.forward import captured_forward, evaluating
 from captum_mllm.model.inputs import cut, read_sample, rescaled_inputs
 from captum_mllm.reference import load, make_scene, render_pil
 from studies.prompts import default_inputs

@@ -25,7 +25,7 @@ from captum_mllm import LogitLens
 from captum_mllm.adapters import find_adapter
 from captum_mllm.functional import arc_subtract, context_weights, upsample
 from captum_mllm.metrics import average_precision, energy_in_mask
-from captum_mllm.model.forward import evaluating, captured_forward, full_logits
+from captum_mllm.model.forward import captured_forward, evaluating, full_logits
 from captum_mllm.model.inputs import append_answer, read_sample
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.captions import Word as ScriptWord

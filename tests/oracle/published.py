@@ -11,7 +11,7 @@ RankCorrelationDenoiser = captum_mllm.RankCorrelationDenoiser.paper
 
 
 def MultiScaleAttribution(method, *args, **options):  # noqa: N802
-    """Over a token attribution ``MSEA.paper``, whose options it takes; the class itself otherwise."""
+    """Over a token attribution ``MSEA.paper``; otherwise the class itself."""
     if not isinstance(method, captum_mllm.attr.TokenAttribution):
         return captum_mllm.MultiScaleAttribution(method, *args, **options)
     names = ("scales", "aggregation")
