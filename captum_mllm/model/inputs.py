@@ -91,8 +91,8 @@ def _placeholders(
             raise ValueError(
                 f"input_ids hold {len(where)} {what} tokens, but "
                 f"{names[of_video]} make {sum(expected)} ({len(expected)} {what}(s); grids of "
-                f"{shapes} tokens): text and images must come from the same processor call, and the "
-                f"processor's patch_size must be the model's. (A pixel tensor as inputs means "
+                f"{shapes} tokens): text and images must come from the same processor call, and "
+                f"the processor's patch_size must be the model's. (A pixel tensor as inputs means "
                 f"versions of one image; several images go in a mapping.)"
             )
         per_kind[kind] = list(where.split(expected))
