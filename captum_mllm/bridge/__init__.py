@@ -1,4 +1,4 @@
-"""The bridge to captum: its own methods on multimodal LLMs, its LLM attribution made right."""
+"""The bridge to captum: its methods on multimodal LLMs, its LLM attribution with correct values."""
 
 from captum_mllm.bridge.llm_inputs import ExactLabels, PromptInput, image_input
 from captum_mllm.bridge.teacher_forced import TeacherForced, check_llm_attribution
