@@ -6,7 +6,7 @@ from captum_mllm.adapters import find_adapter
 from captum_mllm.functional import merge_views
 from captum_mllm.methods.request import Request, over_answer
 from captum_mllm.model.attention import _checked, _eager, _weights
-from captum_mllm.model.forward import captured_forward
+from captum_mllm.model.forward import captured_forward, evaluating
 from captum_mllm.model.inputs import append_answer
 from captum_mllm.result import MLLMAttributionResult
 
@@ -36,7 +36,7 @@ def attention(request: Request, layer: int | None = None) -> MLLMAttributionResu
     full = append_answer(run.sample, run.answer_ids, adapter)
     n_given = len(run.sample.prompt_ids)
     text = run.trace.text_positions[run.trace.targets] - run.sample.padding
-    with adapter.running(), _eager(adapter), _weights(adapter, chosen) as seen:
+    with evaluating(adapter), _eager(adapter), _weights(adapter, chosen) as seen:
         captured_forward(adapter, full, run.sample.grids, rows=text[:0])
     weights = _checked(adapter, seen, n_given + len(run.answer_ids))
     rows = weights.to(adapter.device).float().mean(0)[text - 1]

@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import GenerationConfig
 
 from captum_mllm.adapters import Adapter
+from captum_mllm.model.forward import evaluating
 from captum_mllm.model.inputs import Sample
 
 MAX_NEW_TOKENS = 128
@@ -60,6 +62,22 @@ def generate_answer(
             "prompt (chat template?), or give a target."
         )
     return answer
+
+
+def generate_ids(adapter: Adapter, *args: Any, **kwargs: Any) -> Tensor:
+    """What the model's own ``generate`` returns, with image and video ids barred.
+
+    Args:
+        adapter: the model's adapter.
+        args: of the model's ``generate``.
+        kwargs: of the model's ``generate``.
+
+    Returns:
+        Token ids (batch, tokens), prompt included.
+    """
+    kwargs.setdefault("suppress_tokens", list(adapter.visual_ids))
+    with torch.no_grad(), evaluating(adapter, gradients=True):
+        return adapter.model.generate(*args, **kwargs)
 
 
 def _checked(gen_args: Any, sample: Sample) -> dict[str, Any]:
