@@ -207,8 +207,8 @@ class RankCorrelationDenoiser(PostProcessor):
             got = getattr(maps_or_scores, "dtype", type(maps_or_scores).__name__)
             raise ValueError(f"maps_or_scores must be a floating point tensor, got {got}.")
         n = len(maps_or_scores)
-        given = {"rankings": rankings, "target_rankings": target_rankings}
-        for name, value in given.items():
+        tensors = {"rankings": rankings, "target_rankings": target_rankings}
+        for name, value in tensors.items():
             if value is None and name == "target_rankings":
                 continue
             if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[1] < self.top_k:

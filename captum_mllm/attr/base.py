@@ -21,7 +21,7 @@ class TokenAttribution(Attribution):
     """Explains each token of an answer by the image's cells and by the text before it.
 
     Subclasses give :attr:`runner`, which runs the model, and may refine :meth:`trace` (more
-    evidence) and :meth:`attribute_trace` (what is made of it). Not thread-safe: while one runs,
+    evidence) and :meth:`attribute_trace` (the result from it). Not thread-safe: while one runs,
     hooks sit in the user's model.
     """
 
@@ -140,12 +140,12 @@ class TokenAttribution(Attribution):
             raise ValueError(
                 f"inputs must be pixels (N, channels, height, width), or (N, tiles, channels, "
                 f"height, width) where the model takes tiles, got {tuple(pixels.shape)}; Qwen's "
-                f"rows of patches go in a mapping, or as the frame that they were cut from "
+                f"rows of patches go in a mapping, or as the canvas that they were cut from "
                 f"(TokenLogProb(...).pixels) with the whole mapping as additional_forward_args."
             )
         if options.get("images") is not None:
             raise ValueError(
-                "images= would replace the pixels that are given as a tensor; give a mapping as "
+                "images= would replace the pixels that came as a tensor; pass a mapping as "
                 "inputs, or leave images out."
             )
         if not len(pixels):
@@ -160,8 +160,8 @@ class TokenAttribution(Attribution):
                     f"inputs is a pixel tensor, but input_ids hold {len(result.grids)} images, "
                     f"whose maps don't fit one tensor; give a mapping as inputs."
                 )
-            frame = result.grids[0]
-            maps.append(upsample(result.grid_attr[0], (frame.height, frame.width)))
+            grid = result.grids[0]
+            maps.append(upsample(result.grid_attr[0], (grid.height, grid.width)))
         return torch.stack(maps)
 
 

@@ -171,7 +171,7 @@ def attribute_at_scales(
 
     Returns:
         What ``method.attribute`` returns at scale 1: a tensor or tuple, with the convergence
-        delta if it was asked for.
+        delta if it was requested.
     """
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     for tensor in tensors:
@@ -300,7 +300,7 @@ def _back(attribution: Tensor, size: Size, preserve: str) -> Tensor:
     if tuple(attribution.shape[-2:]) != size:
         raise ValueError(
             f"attribution_method gives attributions of shape {tuple(attribution.shape)} that "
-            f"change with the scale but are no (N, C, H, W) grid, so they can't be brought back; "
-            f"choose a convolutional layer, or attribute to the input."
+            f"change with the scale but are not an (N, C, H, W) grid, so they can't be brought "
+            f"back; choose a convolutional layer, or attribute to the input."
         )
     return attribution

@@ -95,7 +95,7 @@ class Captured:
     Args:
         final_hidden: states after the final norm, (positions, dim): what the LM head reads.
         lens_hidden: the same of the chosen layer; ``final_hidden`` itself for the last layer.
-        logits: the model's logits at the asked rows, (rows, vocabulary), unprocessed.
+        logits: the model's logits at the selected rows, (rows, vocabulary), unprocessed.
     """
 
     final_hidden: Float[Tensor, "positions dim"]
@@ -111,7 +111,7 @@ def captured_forward(
     rows: Int64[Tensor, " rows"],
     layer: int = -1,
 ) -> Captured:
-    """One forward of the whole model under hooks; the LM head sees only the asked rows.
+    """One forward of the whole model under hooks; the LM head sees only the selected rows.
 
     Args:
         adapter: the model's adapter, already ``evaluating``.
@@ -251,23 +251,23 @@ def batched(
         pixels: the pixel inputs of each copy; empty if they are all the sample's own.
         n: number of copies.
     """
-    made = {}
+    inputs = {}
     for name, value in kwargs.items():
         if pixels and name in pixels[0]:
             continue
         if name in adapter.token_wise:
-            made[name] = value.expand(n, -1)
+            inputs[name] = value.expand(n, -1)
         else:  # images, tiles, rows of patches, sizes: one copy's follow the other's
-            made[name] = value.repeat(n, *[1] * (value.ndim - 1))
+            inputs[name] = value.repeat(n, *[1] * (value.ndim - 1))
     for name in pixels[0] if pixels else ():
-        made[name] = torch.cat([own[name] for own in pixels])
-    return made
+        inputs[name] = torch.cat([copy[name] for copy in pixels])
+    return inputs
 
 
 def forward_logits(
     adapter: Adapter,
     sample: Sample,
-    frames: tuple[Tensor, ...],
+    canvases: tuple[Tensor, ...],
     n: int,
     rows: Tensor,
     *,
@@ -279,7 +279,7 @@ def forward_logits(
     Args:
         adapter: the model's adapter.
         sample: prompt and answer.
-        frames: one per image, (n, ..., height, width); none for the sample's own pixels.
+        canvases: one per image, (n, ..., height, width); none for the sample's own pixels.
         n: number of copies.
         rows: positions whose logits are wanted.
         layers: per image and view, the module that its features are led through.
@@ -288,12 +288,12 @@ def forward_logits(
     Returns:
         float32, or float64 of such a model.
     """
-    own = [tuple(frame[k : k + 1] for frame in frames) for k in range(n if frames else 0)]
-    pixels = [adapter.with_canvases(sample.kwargs, sample.grids, one) for one in own]
+    copies = [tuple(c[k : k + 1] for c in canvases) for k in range(n if canvases else 0)]
+    pixels = [adapter.with_canvases(sample.kwargs, sample.grids, copy) for copy in copies]
     kwargs = batched(adapter, sample.kwargs, pixels, n)
 
-    def lead(given: Tensor) -> Tensor:
-        return led_through(layers, given, sample, adapter)
+    def lead(embeddings: Tensor) -> Tensor:
+        return led_through(layers, embeddings, sample, adapter)
 
     with (
         evaluating(adapter, gradients=True),
@@ -316,8 +316,9 @@ def led_through(
         sample: tells where the images' tokens are.
         adapter: tells the views.
     """
-    for where, grid, own in zip(sample.image_positions, sample.grids, layers, strict=False):
-        for view, layer in zip(adapter.views(grid), own, strict=True):
+    images = zip(sample.image_positions, sample.grids, layers, strict=False)
+    for where, grid, per_view in images:
+        for view, layer in zip(adapter.views(grid), per_view, strict=True):
             at = where[view.tokens.flatten().to(where.device)].to(embeddings.device)
             cells = embeddings[:, at].transpose(1, 2).unflatten(2, view.tokens.shape)
             led = layer(cells).flatten(2).transpose(1, 2)
@@ -353,9 +354,9 @@ def _replacing(
     def before_decoder(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = kwargs.get("inputs_embeds")
-        if given is not None:
-            kwargs = {**kwargs, "inputs_embeds": on_decoder(given)}
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is not None:
+            kwargs = {**kwargs, "inputs_embeds": on_decoder(embeddings)}
         return args, kwargs
 
     table = adapter.model.get_input_embeddings()
@@ -371,22 +372,22 @@ def _replacing(
         )
 
 
-def replaced(given: Tensor, new: Tensor) -> Tensor:
+def replaced(embeddings: Tensor, new: Tensor) -> Tensor:
     """Token embeddings in place of those that the model computed, checked.
 
     Args:
-        given: the model's own, (n, tokens, width).
-        new: the others.
+        embeddings: the model's own, (n, tokens, width).
+        new: those to go on with.
 
     Raises:
         ValueError: they are of another shape.
     """
-    if new.shape != given.shape:
+    if new.shape != embeddings.shape:
         raise ValueError(
             f"inputs hold embeddings of shape {tuple(new.shape)}, but the model makes "
-            f"{tuple(given.shape)} (batch, tokens, width); .embeddings gives them."
+            f"{tuple(embeddings.shape)} (batch, tokens, width); .embeddings gives them."
         )
-    return new.to(given)
+    return new.to(embeddings)
 
 
 def answer_log_probs(
@@ -424,11 +425,12 @@ def answer_log_probs(
             f"model compiled, or replaced? Pass the plain model."
         )
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    found = logits.to(dtype).log_softmax(-1)
-    found = found.gather(-1, answer[where.to(answer.device)].to(found.device)[..., None])[..., 0]
-    if bool(found.isnan().any()):
+    log_probs = logits.to(dtype).log_softmax(-1)
+    ids = answer[where.to(answer.device)].to(log_probs.device)
+    log_probs = log_probs.gather(-1, ids[..., None])[..., 0]
+    if bool(log_probs.isnan().any()):
         raise ValueError("model: its logits hold NaN; try another dtype (float32 or bfloat16).")
-    return found
+    return log_probs
 
 
 def teacher_forced_output(adapter: Adapter, inputs: Mapping[str, Tensor]) -> Any:

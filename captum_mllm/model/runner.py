@@ -87,7 +87,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """Gathers the evidence of one sample; the only place that runs the user's model.
+    """Gathers the evidence of one sample at its own scale.
 
     Args:
         adapter: the model's adapter.
@@ -186,7 +186,7 @@ class Runner:
         """The trace of a captured forward, and the log-probability of every text token."""
         adapter, text_ids, n_given = self.adapter, ids[text], len(sample.prompt_ids)
         in_prompt = text < n_given
-        own = torch.where(in_prompt, text, text - 1)  # pos(j)
+        pos = torch.where(in_prompt, text, text - 1)  # pos(j)
         logits = full_logits(adapter, captured.final_hidden[text - 1])
         if not torch.isfinite(logits).all():
             raise ValueError(
@@ -201,7 +201,7 @@ class Runner:
         check_head(adapter, captured.final_hidden[text - 1], captured.logits, class_ids)
 
         target_weights = adapter.class_weights(text_ids[targets])
-        scores = lens_logits(captured.lens_hidden[own], *target_weights).clamp(min=0)
+        scores = lens_logits(captured.lens_hidden[pos], *target_weights).clamp(min=0)
         columns = torch.arange(len(text), device=text.device)
         scores = torch.where(columns[None, :] < targets[:, None], scores, 0.0).to(scores.dtype)
         trace = TokenTrace(
@@ -219,7 +219,7 @@ class Runner:
             released_code_deviations=ReleasedCodeDeviations(
                 first_class=int(torch.searchsorted(class_ids, first)),
                 first_scores=lens_logits(
-                    captured.lens_hidden[own], *adapter.class_weights(first)
+                    captured.lens_hidden[pos], *adapter.class_weights(first)
                 ).clamp(min=0)[0],
                 last_class=int(torch.searchsorted(class_ids, last)),
             ),

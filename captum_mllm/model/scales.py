@@ -46,7 +46,7 @@ class ScaleViews:
         base: the evidence at scale 1.
         maps: per view, per image (classes, rows, cols) as in :class:`TokenTrace`.
         scales: achieved scale of each view; a mirrored one follows the scale's own.
-        mirrored: whether each view was seen mirrored (its maps are mirrored back).
+        mirrored: whether each view is mirrored (its maps are mirrored back).
         consistency: per view how far the model still predicts the same answer, or None.
     """
 
@@ -60,7 +60,7 @@ class ScaleViews:
         """Some of the views, by their numbers.
 
         Args:
-            views: places in ``maps``, in the order wanted.
+            views: places in ``maps``, in the order that they are to have.
 
         Returns:
             The same run with those views alone.
@@ -78,18 +78,18 @@ class ScaleViews:
         """Rank correlation of each view's maps with scale 1's, over the cells of all images.
 
         The maps are compared on scale 1's grid. A mirrored view counts as its scale does: that it
-        orders the cells otherwise is what it is there for.
+        orders the cells differently is its purpose.
         """
         base = self.base.cells
-        found: list[Tensor] = []
+        correlations: list[Tensor] = []
         for view, flip in zip(self.maps, self.mirrored, strict=True):
             if flip:
-                found.append(found[-1])
+                correlations.append(correlations[-1])
                 continue
             pairs = zip(view, self.base.maps, strict=True)
-            near = [upsample(own, (there.shape[-2], there.shape[-1])) for own, there in pairs]
-            found.append(rank_correlation(TokenTrace.pack_cells(near), base))
-        return torch.stack(found)
+            near = [upsample(m, (there.shape[-2], there.shape[-1])) for m, there in pairs]
+            correlations.append(rank_correlation(TokenTrace.pack_cells(near), base))
+        return torch.stack(correlations)
 
     def merged(
         self,
@@ -326,9 +326,9 @@ def _through_windows(
     per_image = zip(zip(*windows, strict=True), boxes, pairs, strict=True)
     return tuple(
         join_windows(
-            list(maps), [adapter.window_frame(g, box) for box in own], (big.rows, big.cols)
+            list(maps), [adapter.window_frame(g, box) for box in image_boxes], (big.rows, big.cols)
         )
-        for maps, own, (g, big) in per_image
+        for maps, image_boxes, (g, big) in per_image
     )
 
 
@@ -351,7 +351,7 @@ def scaled_inputs(
     if images is None:
         return adapter.rescale_pixels(sample.kwargs, grids)
     pictures, settings = _pictures(adapter, processor, sample, images)
-    return _like(sample, adapter.pixels_from_pictures(pictures, settings, grids))
+    return _to_sample(sample, adapter.pixels_from_pictures(pictures, settings, grids))
 
 
 def window_inputs(
@@ -378,13 +378,13 @@ def window_inputs(
         wide, high = picture.size
         edges = (left * wide, upper * high, right * wide, lower * high)
         cuts.append(picture.crop(tuple(round(edge) for edge in edges)))
-    return _like(sample, adapter.pixels_from_pictures(cuts, settings, sample.grids))
+    return _to_sample(sample, adapter.pixels_from_pictures(cuts, settings, sample.grids))
 
 
-def _like(sample: Sample, made: dict[str, Tensor]) -> dict[str, Tensor]:
+def _to_sample(sample: Sample, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
     """On the sample's device; in the dtype of its inputs where it has them."""
     device = sample.prompt_ids.device
-    return {name: x.to(device, sample.kwargs.get(name, x).dtype) for name, x in made.items()}
+    return {name: x.to(device, sample.kwargs.get(name, x).dtype) for name, x in pixels.items()}
 
 
 def _pictures(
@@ -407,16 +407,16 @@ def _pictures(
         raise ValueError(
             f"images= holds {len(pictures)} pictures, inputs have {len(sample.grids)}."
         )
-    made = adapter.pixels_from_pictures(pictures, settings, sample.grids)["pixel_values"]
-    given = sample.kwargs["pixel_values"].to(made)
+    again = adapter.pixels_from_pictures(pictures, settings, sample.grids)["pixel_values"]
+    pixels = sample.kwargs["pixel_values"].to(again)
     # Resizing differs a little between ways of resampling; another picture differs much.
-    close = made.shape == given.shape and float((made - given).abs().mean()) <= _TOLERANCE * float(
-        given.std().clamp(min=1e-3)
+    close = again.shape == pixels.shape and float((again - pixels).abs().mean()) <= (
+        _TOLERANCE * float(pixels.std().clamp(min=1e-3))
     )
     if not close:
         raise ValueError(
             f"images= through the processor's settings are not the pixels of inputs (shapes "
-            f"{tuple(made.shape)} and {tuple(given.shape)}): are they other pictures, in another "
+            f"{tuple(again.shape)} and {tuple(pixels.shape)}): are they other pictures, in another "
             f"order, or was the processor called with other settings? Leave images out to resize "
             f"the pixel tensor."
         )

@@ -264,8 +264,8 @@ def test_other_parameters(model):
         LogitLens(model, context="before")
     with raises(ValueError, "aggregation must be one of mean, median", "'max'"):
         MSEA(model, aggregation="max")
-    with raises(ValueError, "resize must be 'mass' or 'density'", "'area'"):
-        MSEA(model, resize="area")
+    with raises(ValueError, "resize must be one of mass, density", "'area'"):
+        MultiScaleAttribution(Saliency(model), resize="area")
     with raises(ValueError, "template_tail must lie at 0 or above", "-1"):
         TokenActivationMap(model, template_tail=-1)
 
