@@ -53,3 +53,20 @@ def picture_size(size: Any) -> tuple[int, int]:
     if len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size):
         raise ValueError(f"size must be (height, width), whole pixels >= 1, got {size!r}.")
     return size[0], size[1]
+
+
+class ArgumentError(ValueError):
+    """An argument with a wrong value; the message begins with the argument's name.
+
+    Args:
+        argument: the argument's name.
+        problem: what is wrong with it and how to fix it, as the rest of the sentence.
+
+    Example:
+        >>> str(ArgumentError("scales", "must be distinct, got (1.0, 1.0)."))
+        'scales must be distinct, got (1.0, 1.0).'
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(f"{argument} {problem}")
+        self.argument = argument

@@ -20,9 +20,6 @@ from PIL import Image
 
 from captum_mllm.data.coco_masks import draw_mask, is_number, mask_problem, mask_tools, shown
 
-__all__ = ["CocoDataset", "CocoObject", "CocoSample"]
-
-
 _INT, _TEXT = "a whole number", "a text that is not empty"
 
 

@@ -24,9 +24,6 @@ from PIL import Image
 from captum_mllm.data.coco import CocoDataset, CocoObject, CocoSample
 from captum_mllm.data.coco_masks import shown
 
-__all__ = ["LabelMapDataset", "write_label_maps"]
-
-
 FILE = "anno.json"
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from captum_mllm.data.categories import CategoryTable, match_categories
+from captum_mllm.data import CategoryTable, match_categories
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGeometry, maps_to_picture
 from captum_mllm.metrics._arrays import Maps, Masks, as_maps, as_masks

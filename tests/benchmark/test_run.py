@@ -13,18 +13,21 @@ from captum_mllm.benchmark import METRICS, Settings, run_benchmark
 from captum_mllm.benchmark.figures import table_of_values
 from captum_mllm.benchmark.log import SampleLog
 from captum_mllm.benchmark.settings import fixed_part, resolved_categories, weights_of
-from captum_mllm.data.coco import CocoDataset
-from captum_mllm.data.label_maps import LabelMapDataset, write_label_maps
+from captum_mllm.data import (
+    COCO_NAMES,
+    CategoryTable,
+    CocoDataset,
+    LabelMapDataset,
+    match_categories,
+    write_label_maps,
+)
 from captum_mllm.methods import METHODS, explain
 from captum_mllm.metrics import (
-    COCO_NAMES,
     MASK_METRICS,
-    CategoryTable,
     f1_iou,
     func_iou,
     insertion_deletion,
     is_function_word,
-    match_categories,
 )
 from captum_mllm.model.loading import prepare_inputs
 from captum_mllm.reference.export import export

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as tools
 
-from captum_mllm.data.coco import CocoDataset
+from captum_mllm.data import CocoDataset
 from captum_mllm.data.coco_masks import _compressed_total, draw_mask
 
 HEIGHT, WIDTH = SIZE = [6, 8]

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captum_mllm.data.coco import CocoDataset
-from captum_mllm.data.label_maps import LabelMapDataset, write_label_maps
+from captum_mllm.data import CocoDataset, LabelMapDataset, write_label_maps
 from captum_mllm.reference.export import export
 
 HEIGHT, WIDTH = 4, 6

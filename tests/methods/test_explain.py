@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from captum_mllm import ARC, MSEA, LogitLens, TokenActivationMap
+from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivationMap
 from captum_mllm.attr.joint_normalization import unit_result
 from captum_mllm.attr.postprocessing import Finishing
 from captum_mllm.functional import rank_gaussian_filter
-from captum_mllm.methods import METHODS, explain
+from captum_mllm.methods import METHODS, Method, explain
+from captum_mllm.methods.registry import method as register_method
 from captum_mllm.metrics import insertion_deletion
 from tests.oracle.families import NAMES, family, video
 from tests.oracle.layouts import QWEN, frame_shape, kin_of, pictures_of
@@ -176,16 +177,53 @@ def test_ours_are_the_classes(kin):
 
 
 def test_options_are_the_constructors():
-    finishing = {"rank_filter", "upsampling", "calibration"}
-    for name, kind, more in (
-        ("lens", LogitLens, finishing),
-        ("tam", TokenActivationMap, set()),
-        ("msea", MSEA, finishing | {"images"}),
-        ("arc", ARC, set()),
+    for name, kinds, more in (
+        ("lens", (LogitLens, JointNormalization), set()),
+        ("tam", (LogitLens, TokenActivationMap), set()),
+        ("msea", (LogitLens, MSEA, JointNormalization), {"images"}),
+        ("arc", (LogitLens, ARC), set()),
+        ("msea+arc", (LogitLens, MSEA, ARC), {"images"}),
     ):
-        given = list(inspect.signature(kind).parameters)
-        assert METHODS[name].options == set(given) - {given[0], "processor"} | more
-    assert {"scales", "alpha_max", "layer", "images"} <= METHODS["msea+arc"].options
+        expected = set(more)
+        for kind in kinds:
+            _, *others = inspect.signature(kind).parameters
+            expected |= set(others) - {"processor"}
+        assert METHODS[name].options == expected, name
+
+
+def test_a_method_is_what_its_function_says():
+    def run(request, size=1, *, flip=False):
+        """Say what it does.
+
+        And more.
+        """
+
+    def around(request, of="lens", **options):
+        """Pass the options on."""
+
+    try:
+        register = register_method("some", kind="control", needs="masks", gradients=True)
+        assert register(run) is run
+        assert METHODS["some"] == Method(
+            "some", "Say what it does", "control", run, frozenset({"size", "flip"}), "masks", True
+        )
+        register_method("other", kind="ours")(around)
+        assert METHODS["other"].options is None  # whatever the other method takes
+        register_method("other", kind="ours", options=frozenset({"layer"}))(around)
+        assert METHODS["other"].options == {"of", "layer"}
+    finally:
+        METHODS.pop("some", None)
+        METHODS.pop("other", None)
+
+
+def test_generation_arguments_reach_every_method(shipped_subject):
+    it = shipped_subject
+    for name in METHODS:
+        got = explain(
+            name, it.model, it.processor, it.inputs, masks={}, steps=1,
+            gen_args={"max_new_tokens": 2},
+        )  # fmt: skip
+        assert len(got.output_ids) == 2, name
 
 
 def test_original_pictures_reach_the_scales():
