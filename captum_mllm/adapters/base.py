@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from captum_mllm.adapters.devices import input_device, tables_loaded
+from captum_mllm.adapters.devices import input_device
 from captum_mllm.adapters.head import Matrix, head_matrix, head_size
-from captum_mllm.adapters.hooks import unchanged
 from captum_mllm.adapters.picture_canvases import PictureCanvases
 from captum_mllm.functional import WHOLE, Box
 from captum_mllm.geometry import ImageGrid
@@ -389,15 +388,10 @@ class Adapter(PictureCanvases, ABC):
         return nullcontext()
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, size hooks; everything is put back afterwards.
-
-        Meanwhile the LM head's matrix is kept, which may have to be loaded or computed.
-        """
-        with unchanged(self.model), torch.no_grad(), self.size_hooks(), tables_loaded(self.tower):
-            self.model.eval()
-            self._matrix = head_matrix(self.head)
-            try:
-                yield
-            finally:
-                self._matrix = None
+    def head_kept(self) -> Iterator[None]:
+        """Keep the LM head's matrix while it lasts: it may have to be loaded or computed."""
+        self._matrix = head_matrix(self.head)
+        try:
+            yield
+        finally:
+            self._matrix = None

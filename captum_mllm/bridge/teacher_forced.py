@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
-from captum_mllm.model.forward import differentiable
+from captum_mllm.model.forward import teacher_forced_output
+from captum_mllm.model.generation import generate_ids
 
 _TOLERANCE = 1e-3  # of a log-probability; half precision: _TOLERANCE_HALF
 _TOLERANCE_HALF = 5e-2
@@ -72,9 +73,7 @@ class TeacherForced(nn.Module):
         Returns:
             Token ids (batch, tokens), prompt included.
         """
-        kwargs.setdefault("suppress_tokens", list(self._adapter.visual_ids))
-        with torch.no_grad(), differentiable(self._adapter):
-            return self._adapter.model.generate(*args, **kwargs)
+        return generate_ids(self._adapter, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, **kwargs: Any) -> dict[str, Any]:
         """What captum's cached mode calls before a forward: nothing is cached, nothing dropped.
@@ -130,8 +129,8 @@ class TeacherForced(nn.Module):
             value, fill = inputs[name], adapter.suffix_fill[name]
             more = value.new_full((len(value), length - value.shape[1]), fill)
             inputs[name] = torch.cat([value, more], dim=1)
-        with torch.no_grad(), differentiable(adapter):
-            return adapter.model(**inputs, use_cache=False, return_dict=True)
+        with torch.no_grad():
+            return teacher_forced_output(adapter, inputs)
 
 
 def check_llm_attribution(

@@ -12,7 +12,7 @@ from captum_mllm.adapters import find_adapter
 from captum_mllm.bridge.frames import at_size, canvas_sizes, place, read_tensors, spread
 from captum_mllm.functional import top_k_rankings
 from captum_mllm.geometry import ImageGeometry, Preprocessing
-from captum_mllm.model.forward import forward_logits, replaced
+from captum_mllm.model.forward import evaluating, forward_logits, replaced
 from captum_mllm.model.generation import generate_answer
 from captum_mllm.model.inputs import Sample, append_answer, read_sample
 from captum_mllm.model.targets import Explain, explained_columns, read_target, text_positions
@@ -137,7 +137,7 @@ class TokenLogProb(ScoredTokens):
         adapter, tokenizer = find_adapter(model), tokenizer_of(processor)
         sample = read_sample(inputs, adapter)
         if target is None:
-            with adapter.running():
+            with evaluating(adapter):
                 answer = generate_answer(sample, adapter, gen_args)
         else:
             answer = read_target(target, sample, adapter, tokenizer)

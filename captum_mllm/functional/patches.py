@@ -75,6 +75,7 @@ def find_layout(
 
     Example:
         >>> import torch
+        >>> from captum_mllm.functional import resize_pixels
         >>> picture = torch.arange(16.0).reshape(1, 2, 8)
         >>> overview = resize_pixels(picture[None], (2, 2))[0]
         >>> find_layout(split_tiles(picture, (1, 4)), overview)

@@ -6,8 +6,7 @@ from captum_mllm.adapters import find_adapter
 from captum_mllm.functional import merge_views
 from captum_mllm.methods.registry import method
 from captum_mllm.methods.request import Request, over_answer
-from captum_mllm.model.attention import _checked, _eager, _weights
-from captum_mllm.model.forward import captured_forward
+from captum_mllm.model.attention import attention_weights
 from captum_mllm.model.inputs import append_answer
 from captum_mllm.result import MLLMAttributionResult
 from captum_mllm.validation import ArgumentError
@@ -37,11 +36,8 @@ def attention(request: Request, layer: int | None = None) -> MLLMAttributionResu
     chosen = _layer(layer, len(adapter.layers))
     run = request.run()
     full = append_answer(run.sample, run.answer_ids, adapter)
-    n_given = len(run.sample.prompt_ids)
     text = run.trace.text_positions[run.trace.targets] - run.sample.padding
-    with adapter.running(), _eager(adapter), _weights(adapter, chosen) as seen:
-        captured_forward(adapter, full, run.sample.grids, rows=text[:0])
-    weights = _checked(adapter, seen, n_given + len(run.answer_ids))
+    weights = attention_weights(adapter, full, run.sample.grids, chosen)
     rows = weights.to(adapter.device).float().mean(0)[text - 1]
     maps = []
     for where, grid in zip(run.sample.image_positions, run.sample.grids, strict=True):

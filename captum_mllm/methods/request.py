@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_mllm.attr import LogitLens
-from captum_mllm.attr.base import make_result
+from captum_mllm.attr.base import build_result
 from captum_mllm.model.runner import Run
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import UNIT, MLLMAttributionResult
@@ -105,4 +105,4 @@ def over_answer(
     if peak is None:
         peak = max(float(grid.max()) for grid in positive)
     unit = tuple(grid / peak if peak > 0 else grid for grid in positive)
-    return make_result(trace, unit, torch.zeros_like(trace.text_scores), UNIT, method)
+    return build_result(trace, unit, torch.zeros_like(trace.text_scores), UNIT, method)

@@ -25,6 +25,7 @@ from captum_mllm.model.baselines import (
     black_pixel,
     mask_shape,
 )
+from captum_mllm.model.forward import evaluating
 from captum_mllm.model.targets import chosen_tokens, read_question
 from captum_mllm.validation import check_number
 
@@ -253,7 +254,7 @@ def insertion_deletion(
     ends = ends[: 2 if dark is shown else 3]
     total = len(ends) + 2 * (steps - 1) * len(maps)
     with (
-        adapter.running(),
+        evaluating(adapter),
         tqdm(total=total, desc="versions", disable=not show_progress) as bar,
     ):
         run = Run(adapter, sample, answer, chosen, perturbations_per_eval, bar)

@@ -12,7 +12,7 @@ from captum_mllm.adapters import Adapter
 from captum_mllm.functional import lens_logits, merge_views
 from captum_mllm.metrics.perturbation import all_masks, read_maps
 from captum_mllm.model.baselines import BASELINES, Baseline, ChangeablePictures, black_pixel
-from captum_mllm.model.forward import answer_log_probs, captured_forward
+from captum_mllm.model.forward import answer_log_probs, captured_forward, evaluating
 from captum_mllm.model.inputs import Sample, append_answer
 from captum_mllm.model.targets import chosen_tokens, read_question
 from captum_mllm.validation import check_number
@@ -290,7 +290,7 @@ def hallucination_scores(
     chosen = chosen_tokens(tokens, len(answer))
     maps = None if attribution is None else read_maps(attribution, sample.grids, answer, chosen)
     blank = ChangeablePictures(adapter, sample, baseline, black_pixel(processor))
-    with adapter.running():
+    with evaluating(adapter):
         lens, decodability, rank, log_prob = _decoded(adapter, sample, answer, chosen)
         dark = blank.replaced(all_masks(sample, True))
         without = answer_log_probs(adapter, sample, answer, [dark], [chosen])[0].double().cpu()

@@ -293,7 +293,7 @@ def test_flags_that_a_method_does_not_take_are_refused(flag, value, method, base
         (("tam.parity=True",), "argument --option: tam.parity is not an option of --method msea+a"),
         (("grid=1",), "argument --option: method 'msea+arc' does not take the option(s) grid; it"),
         (("top_k=2", "msea+arc.top_k=3"), "argument --option: top_k is given twice"),
-        (("rbo_p=2",), "argument --option, --model or --prompt: rbo_p must lie strictly between"),
+        (("rbo_p=2",), "argument --option: rbo_p must lie strictly between"),
         (("scales=2",), "argument --option, --model or --prompt: scales must be a sequence"),
     ],
 )
