@@ -1,12 +1,19 @@
-"""The maths: pure functions on tensors, one per formula. Nothing here knows a model.
+"""The maths: pure functions on tensors, one file per step of the paper. Nothing here knows a model.
 
-Shapes use the same letters throughout: ``targets`` are the explained tokens, ``tokens`` the text
-tokens that serve as context, ``cells`` the image cells of *all* images of the sample laid end to
-end (so that one fit or one normalisation spans them all).
+- ``lens``: the logit lens, the raw map of a token.
+- ``msea``: multi-scale explanation aggregation.
+- ``tam``: context weights, interference, joint normalisation, rank Gaussian filter.
+- ``arc``: activation ranking correlation: rankings, their overlap, the subtraction.
+- ``calibration``: maps whose values a threshold can separate.
+- ``resampling``, ``patches``, ``segments``: other grids, how models cut up an image, segments.
 
-Sources are named in each docstring: **paper** is "Explaining multimodal LLMs via intra-modal
-token interactions" (arXiv 2509.22415), **TAM** is "Token Activation Map" (arXiv 2506.23270) as
-its released code computes it, **our reading** is ours where the paper leaves the detail open.
+The axes have the same names throughout: ``targets`` are the explained tokens, ``tokens`` the text
+tokens that serve as context, and ``cells`` the cells of *all* images of the sample concatenated (so
+that one fit or one normalisation spans them all).
+
+Each docstring names its source: **paper** is "Explaining multimodal LLMs via intra-modal token
+interactions" (arXiv 2509.22415), **TAM** is "Token Activation Map" (arXiv 2506.23270) as its
+released code computes it, and **our reading** is ours where the paper leaves a detail open.
 """
 
 from captum_mllm.functional.arc import arc_subtract, rank_biased_overlap, top_k_rankings

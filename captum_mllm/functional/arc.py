@@ -1,16 +1,25 @@
-"""ARC: rankings of predictions, how far two of them agree, and the subtraction that follows."""
+"""ARC: rankings of predictions, the overlap of two rankings, and the subtraction that uses it.
+
+In the order of the paper:
+
+1. :func:`top_k_rankings`: the ids of the k largest logits at a position.
+2. :func:`rank_biased_overlap`: the relevance ``r_tj`` of a context token j for a target t.
+3. :func:`arc_subtract`: ``relu(A_t - strength * alpha * sum_j w_tj (1 - r_tj) A_j)``.
+"""
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from captum_mllm.functional.tam import fit_alpha
+
 
 def top_k_rankings(
     logits: Float[Tensor, "positions vocabulary"], k: int
 ) -> Int64[Tensor, "positions {k}"]:
-    """Ids of the ``k`` largest logits of each row, best first, ties by the lower id.
+    """Ids of the ``k`` largest logits of each row, largest first; ties go to the lower id.
 
-    Logits are compared in float32: the order of equal values does not depend on the device or on
+    Logits are compared in float32. The order of equal values depends neither on the device nor on
     the sorting algorithm.
 
     Args:
@@ -24,7 +33,7 @@ def top_k_rankings(
         ValueError: ``k`` is not in 1..vocabulary.
 
     Reference:
-        ARC's rankings: the paper, k = 50; ties by the lower id are our reading.
+        ARC's rankings: the paper, k = 50; breaking ties by the lower id is our reading.
 
     Example:
         >>> import torch
@@ -35,7 +44,7 @@ def top_k_rankings(
     if not 1 <= k <= vocabulary:
         raise ValueError(f"top_k must lie in 1..{vocabulary} (the vocabulary), got {k}.")
     # An order-preserving int of the float in the high half and the reversed id in the low half
-    # make every key distinct: topk then has one right answer, also where logits are equal.
+    # make every key distinct, so that topk has one right answer even where logits are equal.
     bits = (logits.float() + 0.0).contiguous().view(torch.int32).to(torch.int64)  # + 0.0: no -0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     ids = torch.arange(vocabulary, device=logits.device)
@@ -48,25 +57,26 @@ def rank_biased_overlap(
 ) -> Float[Tensor, "a b"]:
     """Rank-biased overlap of every ranking in ``rankings_a`` with every one in ``rankings_b``.
 
-    Truncated at depth k and divided by ``1 - p^k`` so that identical rankings give 1:
-    ``(1 - p) / (1 - p^k) * sum_{d=1..k} p^(d-1) * |A_1..d & B_1..d| / d``, evaluated in the closed
-    form ``sum over common ids of g(max(rank_a, rank_b))`` with
+    ``(1 - p) / (1 - p^k) * sum_{d=1..k} p^(d-1) * |A_1..d & B_1..d| / d``: truncated at depth k
+    and divided by ``1 - p^k``, so that identical rankings give 1. It is evaluated in closed form,
+    ``sum over common ids of g(max(rank_a, rank_b))`` with
     ``g(m) = (1 - p) / (1 - p^k) * sum_{d=m..k} p^(d-1) / d``.
 
     Args:
         rankings_a: ids, best first, distinct within a row.
         rankings_b: the same, of the same depth.
-        p: persistence in (0, 1), default 0.9; small values look at the first ranks only.
+        p: persistence in (0, 1), default 0.9; with small values only the first ranks count.
 
     Returns:
         Similarities (a, b) in [0, 1], float64.
 
     Raises:
-        ValueError: ``p`` outside (0, 1), depths that differ, or a row that holds an id twice.
+        ValueError: ``p`` is outside (0, 1), the depths differ, or a row holds an id twice.
 
     Reference:
         "A similarity measure for indefinite rankings", ACM TOIS 28(4), 2010; its use for
-        activation ranking correlation is the paper's, p and the division are our reading.
+        activation ranking correlation is the paper's; p and the division by ``1 - p^k`` are our
+        reading.
 
     Example:
         >>> import torch
@@ -92,13 +102,13 @@ def rank_biased_overlap(
     per_depth = persistence / persistence.sum() / depth
     gain = per_depth.flip(0).cumsum(0).flip(0)  # g(1..k)
 
-    # g falls with the rank, so g(max(rank_a, rank_b)) = min(g(rank_a), g(rank_b)); 0 where an id
-    # is not in the list.
+    # g decreases with the rank, so g(max(rank_a, rank_b)) = min(g(rank_a), g(rank_b)); it is 0
+    # where an id is not in the list.
     ids, compact = torch.cat([rankings_a, rankings_b]).unique(return_inverse=True)
     compact_a, compact_b = compact[:n_a], compact[n_a:]
     gain_in_b = gain.new_zeros(n_b, len(ids)).scatter_(1, compact_b, gain.expand(n_b, k))
     common = torch.minimum(gain_in_b[:, compact_a], gain)  # (b, a, k)
-    return common.sum(-1).T.clamp(max=1)  # rounding alone could pass 1
+    return common.sum(-1).T.clamp(max=1)  # rounding alone could exceed 1
 
 
 def arc_subtract(
@@ -109,11 +119,12 @@ def arc_subtract(
     strength: float = 1.0,
     alpha_max: float | None = None,
 ) -> Float[Tensor, "targets cells"]:
-    """Subtract what *irrelevant* context puts on the map: ``relu(A_t - strength * alpha * E)``.
+    """Subtract interference from *irrelevant* context: ``relu(A_t - strength * alpha * E)``.
 
-    ``E0 = sum_j w_tj A_j``, ``alpha = <A_t, E0> / <E0, E0>``, ``E = sum_j w_tj (1 - r_tj) A_j``.
-    r = 0 everywhere is ECI exactly, r = 1 everywhere leaves the map alone; alpha is fitted to E0
-    and not to E, because a fit to E would undo r.
+    ``E0 = sum_j w_tj A_j``, alpha is its least-squares fit to the map
+    (:func:`~captum_mllm.functional.tam.fit_alpha`), and ``E = sum_j w_tj (1 - r_tj) A_j``. With
+    r = 0 everywhere this is ECI exactly; with r = 1 everywhere the map is left unchanged. alpha is
+    fitted to E0 and not to E, because a fit to E would undo r.
 
     Args:
         maps: raw maps A_t, >= 0.
@@ -135,11 +146,6 @@ def arc_subtract(
         >>> arc_subtract(a, e, w, relevance=torch.tensor([[0.5]])).tolist()
         [[1.0, 3.0]]
     """
-    interference = weights @ context_maps
-    energy = interference.square().sum(1)
-    overlap = (maps * interference).sum(1)
-    alpha = torch.where(energy > 0, overlap / energy, torch.zeros_like(energy))
-    if alpha_max is not None:
-        alpha = alpha.clamp(max=alpha_max)
+    alpha = fit_alpha(maps, weights @ context_maps, alpha_max)
     irrelevant = (weights * (1 - relevance.to(weights.dtype))) @ context_maps
     return (maps - strength * alpha[:, None] * irrelevant).clamp(min=0)

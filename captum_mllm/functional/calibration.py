@@ -1,4 +1,4 @@
-"""Calibration: the same ranking of cells, with values that a threshold can part."""
+"""Calibration: the same ranking of cells, with values that a threshold can separate."""
 
 import torch
 from jaxtyping import Float
@@ -10,23 +10,24 @@ def calibrate(
 ) -> Float[Tensor, "targets cells"]:
     """Sharpen each map around its peak: ``max * exp((M - max) / (tau * std))``.
 
-    Strictly increasing in M, so no ranking of cells changes; the peak keeps its height, so that
-    maps of different tokens stay comparable (a function word's dark map stays dark) and [0, 1]
-    stays [0, 1]. A map that is c times another's is so afterwards (c > 0).
+    The function is strictly increasing in M, so the ranking of the cells does not change. The peak
+    keeps its height, so maps of different tokens stay comparable (a function word's dark map stays
+    dark) and [0, 1] stays [0, 1]. It is positively homogeneous: a map that is c > 0 times another
+    remains so.
 
     Logit-lens maps are broad: a plateau surrounds the object, and Otsu's threshold on the raw
-    values puts the plateau to the object. Standard deviations below the peak part the two.
+    values assigns the plateau to the object. Standard deviations below the peak separate the two.
 
-    Bring maps to a finer grid *before* this: interpolating the calibrated cells of a coarse grid
-    does change the ranking of the pixels.
+    Upsample maps *before* this: interpolating the calibrated cells of a coarse grid does change
+    the ranking of the pixels.
 
     Args:
-        maps: maps >= 0 over the cells of all images; one deviation spans them all.
-        tau: > 0, in standard deviations (population) of the map: how far below the peak a value
-            falls to 1/e of it; default 1.5.
+        maps: maps >= 0 over the cells of all images; one standard deviation spans them all.
+        tau: how far below the peak a value falls to 1/e of it, in (population) standard deviations
+            of the map; > 0, default 1.5.
 
     Returns:
-        Calibrated maps, >= 0; a flat map as it is.
+        Calibrated maps, >= 0; a constant map is left unchanged.
 
     Raises:
         ValueError: ``tau`` is not above 0.

@@ -1,4 +1,4 @@
-"""The logit lens: what each position's hidden state says about a token."""
+"""The logit lens: the LM head applied to the hidden state of every position."""
 
 import torch
 from jaxtyping import Float
@@ -10,10 +10,10 @@ def lens_logits(
     weight: Float[Tensor, "classes dim"],
     bias: Float[Tensor, " classes"] | None = None,
 ) -> Float[Tensor, "classes positions"]:
-    """Logit of each class at each position, in float32 (float64 stays float64).
+    """Logit of each class at each position: ``logit_i(v) = W_v . h_i + b_v``.
 
-    ``logit_i(v) = W_v . h_i + b_v``. Only the rows of the LM head that belong to the classes are
-    used, so the cost is positions x classes, never positions x vocabulary.
+    Computed in float32 (float64 stays float64). Only the rows of the LM head that belong to the
+    classes are used, so the cost is positions x classes, never positions x vocabulary.
 
     Args:
         hidden: hidden states after the final norm.

@@ -77,14 +77,14 @@ def _check_scale_weights(weights: Tensor, how: str, shape: tuple[int, ...]) -> N
 def rank_correlation(
     a: Float[Tensor, "classes cells"], b: Float[Tensor, "classes cells"]
 ) -> Float[Tensor, " classes"]:
-    """Spearman's rank correlation of two maps, class by class; ties share their mean rank.
+    """Spearman's rank correlation of two maps, class by class; tied values share their mean rank.
 
     Args:
         a: maps.
         b: maps of the same cells.
 
     Returns:
-        Correlations in [-1, 1], float64; 0 where a map is flat.
+        Correlations (classes,) in [-1, 1], float64; 0 where a map is constant.
 
     Reference:
         Spearman's rho; its use on scales (:func:`adaptive_weights`) is ours.
@@ -113,15 +113,15 @@ def adaptive_weights(
     agreement: Float[Tensor, "scales classes"],
     consistency: Float[Tensor, " scales"] | None = None,
 ) -> Float[Tensor, "scales classes"]:
-    """How much each scale's map counts: ``w_s = c_s * max(0.01, rho_s)^2``.
+    """Weight of each scale's map: ``w_s = c_s * max(0.01, rho_s)^2``.
 
-    A scale whose map orders the cells otherwise than the base scale's, or at which the model
-    would answer otherwise, explains something else and counts little.
+    A scale whose map ranks the cells differently from the base scale's map, or at which the model
+    would give a different answer, explains something else and counts little.
 
     Args:
         agreement: rho, rank correlation of each scale's map with the base scale's (1 for the base
             itself), per class.
-        consistency: c in [0, 1], how far the model still predicts the answer at each scale, or
+        consistency: c in [0, 1], how well the model still predicts the answer at each scale, or
             None (default) for 1.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How models cut a picture up: tiles, and Qwen's rows of patches."""
+"""How models cut up an image: tiles, and rows of patches (Qwen)."""
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -9,11 +9,11 @@ from torch import Tensor
 def join_tiles(
     tiles: Float[Tensor, "tiles c h w"], layout: tuple[int, int]
 ) -> Float[Tensor, "c height width"]:
-    """Put tiles, given row by row, together to the picture they were cut from.
+    """Join tiles, given row by row, into the image they were cut from.
 
     Args:
         tiles: (tiles, c, h, w).
-        layout: tiles down and across.
+        layout: (down, across), the number of tiles along the height and along the width.
 
     Returns:
         (c, down * h, across * w).
@@ -35,8 +35,9 @@ def split_tiles(
     """Inverse of :func:`join_tiles`.
 
     Args:
-        picture: (c, height, width).
-        layout: tiles down and across; they must divide the picture.
+        picture: the image's pixels (c, height, width).
+        layout: (down, across), the number of tiles along the height and along the width; they
+            must divide the image.
 
     Returns:
         (tiles, c, h, w), row by row.
@@ -57,18 +58,18 @@ def split_tiles(
 def find_layout(
     tiles: Float[Tensor, "tiles c h w"], overview: Float[Tensor, "c h w"]
 ) -> tuple[tuple[int, int], bool]:
-    """How many tiles lie down and across, told by the overview of the same picture.
+    """Find how many tiles lie down and across by comparing them with the image's overview.
 
-    Processors don't return the layout. Put together rightly and shrunk, the tiles look like the
-    overview; put together wrongly they don't.
+    Processors don't return the layout. The tiles, joined in the right layout and shrunk, look like
+    the overview; in a wrong layout they don't.
 
     Args:
         tiles: the tiles, row by row.
-        overview: the whole picture at the size of one tile.
+        overview: the whole image at the size of one tile.
 
     Returns:
-        (down, across), and whether it is certain: on a blank picture all layouts look alike, and
-        the one nearest to a square is given.
+        (down, across), and whether it is certain: on a blank image all layouts look alike, and the
+        one nearest to a square is returned.
 
     Reference:
         Ours.
@@ -104,14 +105,15 @@ def patches_to_frames(
     temporal: int,
     merge: int,
 ) -> Float[Tensor, "frames c height width"]:
-    """Qwen's rows of patches put together to the frames they were cut from.
+    """Join Qwen's rows of patches into the frames they were cut from.
 
-    A row holds (channel, frame of the step, y, x) of one patch; rows run over steps, then over
-    blocks of merge x merge patches, then over the patches of a block.
+    A row holds the (channel, frame of the step, y, x) values of one patch; rows run over steps,
+    then over blocks of merge x merge patches, then over the patches of a block. A still image is
+    one step, whose frames are copies of the image.
 
     Args:
         patches: (steps * h * w, channels * temporal * patch * patch).
-        grid: (steps, h, w): steps in time, patches down and across, as ``image_grid_thw``.
+        grid: (steps, h, w): steps in time, and patches down and across, as in ``image_grid_thw``.
         channels: colour channels.
         patch: side of a patch, pixels.
         temporal: frames per step.

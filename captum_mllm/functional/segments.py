@@ -1,4 +1,4 @@
-"""Pictures cut into segments: masks for methods that perturb one segment at a time."""
+"""Segments of a picture: masks for methods that perturb one segment at a time."""
 
 import torch
 from jaxtyping import Float, Int64
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def grid_mask(size: tuple[int, int], rows: int, cols: int) -> Int64[Tensor, "height width"]:
-    """A picture cut into rows x cols rectangles as equal as pixels allow.
+    """Cut a picture into rows x cols rectangles of sizes as equal as whole pixels allow.
 
     Args:
         size: (height, width) of the picture, pixels.
@@ -14,10 +14,10 @@ def grid_mask(size: tuple[int, int], rows: int, cols: int) -> Int64[Tensor, "hei
         cols: rectangles along the width, 1..width.
 
     Returns:
-        (height, width): number of each pixel's rectangle, row by row from 0.
+        (height, width): index of each pixel's rectangle, row by row from 0.
 
     Raises:
-        ValueError: more rectangles than pixels, or none.
+        ValueError: ``rows`` or ``cols`` is below 1 or larger than the number of pixels.
 
     Reference:
         Our choice.
@@ -38,21 +38,21 @@ def grid_mask(size: tuple[int, int], rows: int, cols: int) -> Int64[Tensor, "hei
 def rank_mask(
     values: Float[Tensor, "height width"], segments: int
 ) -> Int64[Tensor, "height width"]:
-    """Superpixels by rank: pixels in bands of equal area, the highest values first.
+    """Group pixels by rank into bands of equal area, the highest values first.
 
     Args:
-        values: a map in pixels of the picture, e.g. ``result.to_image(0, picture)[t]``.
+        values: a map over the pixels of the picture, e.g. ``result.to_image(0, picture)[t]``.
         segments: number of bands, 1..pixels.
 
     Returns:
-        (height, width): 0 for the band of highest values .. segments - 1 for that of the lowest;
-        equal values in reading order.
+        (height, width): 0 for the band of the highest values to segments - 1 for the band of the
+        lowest; equal values are ranked in reading order.
 
     Raises:
-        ValueError: more bands than pixels, or none.
+        ValueError: ``segments`` is below 1 or larger than the number of pixels.
 
     Reference:
-        Our choice; bands of equal area are what insertion and deletion curves step through.
+        Our choice; insertion and deletion curves step through bands of equal area.
 
     Example:
         >>> import torch

@@ -1,11 +1,18 @@
-"""TAM: context weights, estimated causal inference, joint normalisation, rank Gaussian filter."""
+"""TAM: context weights, estimated causal inference, joint normalisation, rank Gaussian filter.
+
+In the order of the paper; ``s_tj`` is the score of target t at context token j, ``A`` a raw map:
+
+1. :func:`context_weights`: ``w_tj = s_tj / sum_j s_tj``.
+2. :func:`fit_alpha`: ``alpha = <A_t, E> / <E, E>`` with ``E = sum_j w_tj A_j``.
+3. :func:`eci_subtract`: ``relu(A_t - alpha E)``.
+4. :func:`joint_min_max`: each target's cells and earlier text scores to [0, 1] together.
+5. :func:`rank_gaussian_filter`: a 3x3 filter that suppresses single hot cells.
+"""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-
-from captum_mllm.functional.arc import arc_subtract
 
 
 def context_weights(
@@ -15,10 +22,12 @@ def context_weights(
 
     Args:
         scores: ``s_tj = relu(logit_{pos(j)}(y_t))``, >= 0.
-        is_context: earlier text tokens whose id differs from the target's.
+        is_context: whether token j is context of target t: an earlier text token whose id differs
+            from the target's.
 
     Returns:
-        Weights that sum to 1 over the context, or are all 0 where no context token scores.
+        Weights (targets, tokens) that sum to 1 over the context, or are all 0 where no context
+        token has a positive score.
 
     Reference:
         TAM, estimated causal inference.
@@ -34,6 +43,37 @@ def context_weights(
     return torch.where(total > 0, kept / total, torch.zeros_like(kept))
 
 
+def fit_alpha(
+    maps: Float[Tensor, "targets cells"],
+    interference: Float[Tensor, "targets cells"],
+    alpha_max: float | None = None,
+) -> Float[Tensor, " targets"]:
+    """Strength of the interference in each map: ``alpha = <A_t, E_t> / <E_t, E_t>``.
+
+    The least-squares fit of ``alpha E_t`` to ``A_t``, in closed form.
+
+    Args:
+        maps: raw maps A_t, >= 0.
+        interference: interference maps E_t, >= 0.
+        alpha_max: upper bound of alpha, or None (default, as TAM).
+
+    Returns:
+        alpha (targets,), >= 0; 0 where the interference map is 0.
+
+    Reference:
+        TAM, estimated causal inference (ECI); the bound is ours.
+
+    Example:
+        >>> import torch
+        >>> fit_alpha(torch.tensor([[3.0, 1.0, 4.0]]), torch.tensor([[1.0, 1.0, 0.0]])).tolist()
+        [2.0]
+    """
+    energy = interference.square().sum(1)
+    overlap = (maps * interference).sum(1)
+    alpha = torch.where(energy > 0, overlap / energy, torch.zeros_like(energy))
+    return alpha if alpha_max is None else alpha.clamp(max=alpha_max)
+
+
 def eci_subtract(
     maps: Float[Tensor, "targets cells"],
     context_maps: Float[Tensor, "tokens cells"],
@@ -42,8 +82,7 @@ def eci_subtract(
 ) -> Float[Tensor, "targets cells"]:
     """Subtract the context's interference map: ``relu(A_t - alpha E)``.
 
-    ``E = sum_j w_tj A_j`` and ``alpha = <A_t, E> / <E, E>``, the least-squares fit in closed form
-    (0 where E is 0).
+    ``E = sum_j w_tj A_j``, and alpha is its least-squares fit to the map (:func:`fit_alpha`).
 
     Args:
         maps: raw maps A_t, >= 0.
@@ -63,7 +102,9 @@ def eci_subtract(
         >>> eci_subtract(a, e, torch.ones(1, 1)).tolist()
         [[0.0, 3.0]]
     """
-    return arc_subtract(maps, context_maps, weights, torch.zeros_like(weights), alpha_max=alpha_max)
+    interference = weights @ context_maps
+    alpha = fit_alpha(maps, interference, alpha_max)
+    return (maps - alpha[:, None] * interference).clamp(min=0)
 
 
 def joint_min_max(
@@ -71,18 +112,20 @@ def joint_min_max(
     scores: Float[Tensor, "targets tokens"],
     is_earlier: Bool[Tensor, "targets tokens"],
 ) -> tuple[Float[Tensor, "targets cells"], Float[Tensor, "targets tokens"]]:
-    """Min-max each target over its image cells *and* its earlier text scores together.
+    """Min-max normalise each target over its image cells *and* its earlier text scores together.
 
-    Joint, so that maps of different tokens stay comparable: a function word that text explains
-    gets a dark map. Where all values are equal the result is 0.
+    The joint range keeps maps of different tokens comparable: a function word that the text
+    explains gets a dark map. Where all values are equal, the result is 0.
 
     Args:
         maps: cleaned maps over the cells of all images.
         scores: raw scores s_tj.
-        is_earlier: all earlier text tokens, those with the target's id included.
+        is_earlier: whether token j is an earlier text token of target t, those with the target's
+            id included.
 
     Returns:
-        Maps and scores, both in [0, 1]; scores that are not earlier are 0.
+        Maps (targets, cells) and scores (targets, tokens), both in [0, 1]; scores of tokens that
+        are not earlier are 0.
 
     Reference:
         TAM, joint normalisation of the multimodal activations.
@@ -94,7 +137,7 @@ def joint_min_max(
         >>> m.tolist(), s.tolist()
         ([[0.0, 0.25]], [[1.0, 0.0]])
     """
-    # A score that does not count is stood in for by a cell, which counts anyway.
+    # A score that does not count is replaced by a cell's value, which counts anyway.
     joint = torch.cat([maps, torch.where(is_earlier, scores, maps[:, :1])], dim=1)
     low, high = joint.aminmax(dim=1, keepdim=True)
     span = high - low
@@ -107,12 +150,13 @@ def joint_min_max(
 def rank_gaussian_filter(
     maps: Float[Tensor, "*batch rows cols"],
 ) -> Float[Tensor, "*batch rows cols"]:
-    """3x3 filter that weights a window's values by their rank: robust to single hot cells.
+    """3x3 filter that weights the values of a window by their rank: robust to single hot cells.
 
-    The nine values of a window are sorted ascending; rank r = 0..8 has the weight
-    ``exp(-(r - 4)^2 / (2 sigma^2))``, normalised, with sigma the window's population standard
-    deviation over its mean. Reflect padding (edge padding along an axis of one cell). 0 where the
-    window's mean is not positive, the constant where the window is flat.
+    The nine values of a window are sorted in ascending order; rank r = 0..8 has the weight
+    ``exp(-(r - 4)^2 / (2 sigma^2))``, normalised, where sigma is the window's population standard
+    deviation divided by its mean. Borders are reflect-padded (replicated along an axis of one
+    cell). The result is 0 where the window's mean is not positive, and the constant where the
+    window is constant.
 
     Args:
         maps: maps >= 0, any number of leading axes.
@@ -121,7 +165,7 @@ def rank_gaussian_filter(
         Filtered maps of the same shape.
 
     Reference:
-        TAM, rank Gaussian filter (its released code yields NaN on a flat window).
+        TAM, rank Gaussian filter (its released code yields NaN on a constant window).
 
     Example:
         >>> import torch
@@ -137,13 +181,13 @@ def rank_gaussian_filter(
     low_to_high = _sort_nine(
         [flat[:, 0, y : y + rows, x : x + cols] for y in range(3) for x in range(3)]
     )
-    # Relative to the window's peak: squares of 1e-30 or 1e30 leave the range of float32.
+    # Relative to the window's peak: the squares of 1e-30 or 1e30 overflow float32's range.
     peak = low_to_high[8]
     relative = torch.stack(low_to_high) / torch.where(peak > 0, peak, torch.ones_like(peak))
     mean = relative.mean(0)
     variance = (relative - mean).square().mean(0)
     tiny = torch.finfo(maps.dtype).tiny
-    # A tiny sigma leaves all weight on the median, which is the constant of a flat window.
+    # A tiny sigma leaves all weight on the median, which is the value of a constant window.
     sigma2 = (variance / mean.clamp(min=tiny).square()).clamp(min=tiny)
     nearest = (-0.5 / sigma2).exp()  # weight of ranks 3 and 5; that of 4 -+ d is its d^2-th power
     total, norm = low_to_high[4], torch.ones_like(nearest)
@@ -154,6 +198,7 @@ def rank_gaussian_filter(
     return torch.where(mean > 0, total / norm, torch.zeros_like(total)).reshape(maps.shape)
 
 
+# A sorting network: compare and swap the planes of each pair, in this order.
 _NETWORK = (
     *((0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7)),  # sort threes
     *((0, 3), (3, 6), (0, 3), (1, 4), (4, 7), (1, 4), (2, 5), (5, 8), (2, 5)),  # merge by column
@@ -162,7 +207,7 @@ _NETWORK = (
 
 
 def _sort_nine(planes: list[Tensor]) -> list[Tensor]:
-    """Sort nine tensors elementwise, ascending: a sorting network, ten times torch.sort here."""
+    """Sort nine tensors elementwise, ascending; ten times as fast as torch.sort here."""
     planes = list(planes)
     for i, j in _NETWORK:
         low, high = planes[i], planes[j]

@@ -25,26 +25,7 @@ from captum_mllm.metrics.localization import (
     precision_recall,
 )
 from captum_mllm.result import UNIT, MLLMAttributionResult
-from captum_mllm.words import Word, group_words, marks_spaces
-
-# The words of the Penn Treebank classes that TAM's evaluation takes: CC DT EX MD POS PRP PRP$ UH
-# WDT WP WP$ WRB. A fixed list instead of a tagger: a word that also belongs to other classes
-# ("that" as conjunction, "no" as answer) always counts.
-FUNCTION_WORDS = frozenset(
-    """
-    and or but nor & plus
-    a an the this that these those each every some any no all both either neither another
-    there
-    can could may might must shall should will would ought 'll 'd
-    's '
-    i you he she it we they me him her us them mine yours his hers ours theirs
-    myself yourself himself herself itself ourselves yourselves themselves
-    my your its our their
-    yes oh hi hello ok okay wow please
-    which what whatever whichever who whom whoever whose when where why how whenever wherever
-    """.split()  # noqa: SIM905
-)
-"""The function words, lower case: see :func:`is_function_word`."""
+from captum_mllm.words import FUNCTION_WORDS, Word, group_words, marks_spaces
 
 
 def is_function_word(word: str) -> bool:

@@ -170,7 +170,7 @@ def erased(number: int = 4, noun: str = "rocket") -> "Figure":
     methods = {
         "logit lens": lens,
         "published settings": ARC.paper(lens),
-        "paper, alpha_max=0.25": ARC.paper(lens, alpha_max=0.25),
+        "published, alpha_max=0.25": ARC.paper(lens, alpha_max=0.25),
     }
     items = [
         _panel_of(picture, masks[obj], name, method, asked, token)

@@ -1,4 +1,7 @@
+"""Rankings, rank-biased overlap and ARC, against reference implementations."""
+
 import inspect
+import itertools
 import math
 
 import pytest
@@ -7,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from captum_mllm.functional import rank_biased_overlap, top_k_rankings
-from tests.oracle import formulas as reference
+from captum_mllm.functional import arc_subtract, eci_subtract, rank_biased_overlap, top_k_rankings
+from tests.functional.cases import TIGHT, Case, over_seeds, over_shapes
+from tests.oracle import formulas
 
 few = settings(max_examples=40, deadline=None)
 
@@ -18,11 +22,7 @@ def random_rankings(n: int, k: int, vocabulary: int, seed: int) -> torch.Tensor:
     return torch.stack([torch.randperm(vocabulary, generator=generator)[:k] for _ in range(n)])
 
 
-def rbo(a: list[int], b: list[int], p: float) -> float:
-    return rank_biased_overlap(torch.tensor([a]), torch.tensor([b]), p=p).item()
-
-
-# --- top_k_rankings ---------------------------------------------------------------------------
+# ---- top_k_rankings ----------------------------------------------------------------------------
 
 
 @few
@@ -38,19 +38,19 @@ def rbo(a: list[int], b: list[int], p: float) -> float:
     ),
     k=st.integers(1, 6),
 )
-def test_top_k_equals_twin_where_most_values_tie(rows, k):
+def test_top_k_equals_the_reference_where_most_values_tie(rows, k):
     logits = torch.tensor(rows)
-    assert_close(top_k_rankings(logits, k), reference.top_k_rankings(logits, k))
+    assert_close(top_k_rankings(logits, k), formulas.top_k_rankings(logits, k))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(3))
-def test_top_k_equals_twin_in_every_float_type(dtype, seed):
+def test_top_k_equals_the_reference_in_every_float_type(dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = (4 * torch.randn(5, 300, generator=generator)).to(dtype)
     if dtype == torch.bfloat16:
         assert any(len(row.unique()) < 300 for row in logits)  # bf16 ties: the case that matters
-    assert_close(top_k_rankings(logits, 50), reference.top_k_rankings(logits, 50))
+    assert_close(top_k_rankings(logits, 50), formulas.top_k_rankings(logits, 50))
 
 
 def test_top_k_breaks_all_ties_by_the_lower_id():
@@ -70,7 +70,7 @@ def test_top_k_orders_negative_values():
 
 def test_top_k_of_a_strided_view_reads_the_right_values():
     logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    assert_close(top_k_rankings(logits.T, 3), reference.top_k_rankings(logits.T, 3))
+    assert_close(top_k_rankings(logits.T, 3), formulas.top_k_rankings(logits.T, 3))
 
 
 def test_top_k_is_a_prefix_of_a_deeper_ranking():
@@ -90,7 +90,11 @@ def test_top_k_outside_the_vocabulary_raises(k):
         top_k_rankings(torch.zeros(1, 5), k)
 
 
-# --- rank_biased_overlap ----------------------------------------------------------------------
+# ---- rank_biased_overlap -----------------------------------------------------------------------
+
+
+def rbo(a: list[int], b: list[int], p: float) -> float:
+    return rank_biased_overlap(torch.tensor([a]), torch.tensor([b]), p=p).item()
 
 
 @few
@@ -105,7 +109,7 @@ def test_top_k_outside_the_vocabulary_raises(k):
 def test_rbo_equals_the_prefix_set_definition(k, extra, n_a, n_b, p, seed):
     a = random_rankings(n_a, k, k + extra, seed)
     b = random_rankings(n_b, k, k + extra, seed + 1)
-    expected = reference.rank_biased_overlap(a, b, p)
+    expected = formulas.rank_biased_overlap(a, b, p)
     assert_close(rank_biased_overlap(a, b, p), expected, rtol=1e-10, atol=1e-14)
 
 
@@ -230,3 +234,172 @@ def test_rbo_of_different_depths_raises():
     unchecked = inspect.unwrap(rank_biased_overlap)  # users run without the tests' type checks
     with pytest.raises(ValueError, match="must have the same depth, got 3 and 2"):
         unchecked(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2]]))
+
+
+# ---- arc_subtract ------------------------------------------------------------------------------
+
+
+@over_shapes
+@over_seeds
+@pytest.mark.parametrize(("strength", "alpha_max"), [(1.0, None), (0.5, None), (2.0, 0.7)])
+def test_arc_equals_the_reference(shape, seed, strength, alpha_max):
+    case = Case(shape, seed)
+    expected = formulas.arc_subtract(*case.arc, strength, alpha_max)
+    assert_close(arc_subtract(*case.arc, strength, alpha_max), expected, **TIGHT)
+    single = arc_subtract(*(x.float() for x in case.arc), strength, alpha_max)
+    assert_close(single, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_eci_case_computed_by_hand():
+    # E = .5 [2 0 0] + .5 [0 2 0] = [1 1 0]; alpha = (3 + 1) / 2 = 2; [3 1 4] - 2 [1 1 0].
+    maps = torch.tensor([[3.0, 1.0, 4.0]])
+    contexts = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    weights = torch.tensor([[0.5, 0.5]])
+    assert eci_subtract(maps, contexts, weights).tolist() == [[1.0, 0.0, 4.0]]
+    assert eci_subtract(maps, contexts, weights, alpha_max=1.0).tolist() == [[2.0, 0.0, 4.0]]
+    # The same with r = [1, 0]: only the second context's half is subtracted, alpha stays 2.
+    relevance = torch.tensor([[1.0, 0.0]])
+    assert arc_subtract(maps, contexts, weights, relevance).tolist() == [[3.0, 0.0, 4.0]]
+    half = arc_subtract(maps, contexts, weights, relevance, strength=0.25)
+    assert half.tolist() == [[3.0, 0.5, 4.0]]
+
+
+@over_seeds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha_max", [None, 1.0])
+def test_relevance_0_is_eci_bit_for_bit(seed, dtype, alpha_max):
+    maps, contexts, weights, relevance = Case(seed=seed, dtype=dtype).arc
+    arc = arc_subtract(maps, contexts, weights, torch.zeros_like(relevance), 1.0, alpha_max)
+    eci = eci_subtract(maps, contexts, weights, alpha_max)
+    assert torch.equal(arc, eci)
+    assert not torch.equal(arc, maps)
+
+
+@over_seeds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_relevance_1_or_strength_0_leaves_the_map_alone_bit_for_bit(seed, dtype):
+    maps, contexts, weights, relevance = Case(seed=seed, dtype=dtype).arc
+    assert torch.equal(arc_subtract(maps, contexts, weights, torch.ones_like(relevance)), maps)
+    assert torch.equal(arc_subtract(maps, contexts, weights, relevance, strength=0.0), maps)
+
+
+def lipschitz_along(curve, bound, steps=200):
+    """Largest step of ``curve`` over [0, 1] and the end-to-end change, both checked."""
+    values = [curve(i / steps) for i in range(steps + 1)]
+    for before, after in itertools.pairwise(values):
+        assert ((before - after).abs() <= bound / steps * (1 + 1e-9) + 1e-12).all()
+    assert (values[0] - values[-1]).abs().max() > 0
+
+
+@over_seeds
+def test_arc_is_continuous_and_monotone_in_relevance(seed):
+    maps, contexts, weights, relevance = Case(seed=seed).arc
+    # |d result / d r| <= alpha * sum_j w_tj A_j for a common r, with relu's slope at most 1.
+    e = weights @ contexts
+    alpha = (maps * e).sum(1) / e.square().sum(1)
+    lipschitz_along(
+        lambda r: arc_subtract(maps, contexts, weights, torch.full_like(relevance, r)),
+        bound=alpha[:, None] * e,
+    )
+    lower = arc_subtract(maps, contexts, weights, relevance * 0.5)
+    assert (arc_subtract(maps, contexts, weights, relevance) - lower).min() >= -1e-12
+
+
+@over_seeds
+def test_arc_is_continuous_and_monotone_in_strength(seed):
+    case = Case(seed=seed)
+    maps, contexts, weights, relevance = case.arc
+    e = weights @ contexts
+    alpha = (maps * e).sum(1) / e.square().sum(1)
+    irrelevant = (weights * (1 - relevance)) @ contexts
+    lipschitz_along(
+        lambda s: arc_subtract(*case.arc, strength=s), bound=alpha[:, None] * irrelevant
+    )
+    weak, strong = arc_subtract(*case.arc, strength=0.5), arc_subtract(*case.arc, strength=1.0)
+    assert (weak - strong).min() >= 0
+
+
+@pytest.mark.parametrize("c", [1e-3, 0.5, 7.0, 1e4])
+def test_scaling_all_maps_scales_the_result(c):
+    maps, contexts, weights, relevance = Case(seed=2).arc
+    for scaled, base in (
+        (eci_subtract(c * maps, c * contexts, weights), eci_subtract(maps, contexts, weights)),
+        (
+            arc_subtract(c * maps, c * contexts, weights, relevance, 0.6, 0.9),
+            arc_subtract(maps, contexts, weights, relevance, 0.6, 0.9),
+        ),
+    ):
+        assert_close(scaled, c * base, rtol=1e-10, atol=1e-10 * c)
+
+
+@pytest.mark.parametrize("c", [1e-3, 0.5, 7.0, 1e4])
+def test_scaling_the_contexts_alone_changes_nothing(c):
+    # alpha is a fit: it takes the contexts' scale out again.
+    maps, contexts, weights, relevance = Case(seed=2).arc
+    scaled = arc_subtract(maps, c * contexts, weights, relevance)
+    assert_close(scaled, arc_subtract(maps, contexts, weights, relevance), **TIGHT)
+
+
+def test_permuting_cells_permutes_the_result():
+    maps, contexts, weights, relevance = Case(seed=3).arc
+    order = torch.randperm(maps.shape[1], generator=torch.Generator().manual_seed(0))
+    permuted = arc_subtract(maps[:, order], contexts[:, order], weights, relevance)
+    base = arc_subtract(maps, contexts, weights, relevance)
+    assert_close(permuted, base[:, order], **TIGHT)
+
+
+def test_permuting_context_tokens_changes_nothing():
+    maps, contexts, weights, relevance = Case(seed=3).arc
+    order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(0))
+    permuted = arc_subtract(maps, contexts[order], weights[:, order], relevance[:, order])
+    assert_close(permuted, arc_subtract(maps, contexts, weights, relevance), **TIGHT)
+
+
+def test_each_target_is_cleaned_on_its_own():
+    case = Case(seed=4)
+    maps, contexts, weights, relevance = case.arc
+    single = torch.cat(
+        [
+            arc_subtract(maps[i : i + 1], contexts, weights[i : i + 1], relevance[i : i + 1])
+            for i in range(len(maps))
+        ]
+    )
+    assert_close(arc_subtract(*case.arc), single, **TIGHT)
+
+
+def test_alpha_is_fitted_to_the_whole_interference_not_to_the_irrelevant_part():
+    # One context: E = (1 - r) E0. A fit to E would subtract the same whatever r is.
+    maps, context = torch.tensor([[4.0, 9.0]]), torch.tensor([[2.0, 0.0]])
+    cleaned = [
+        arc_subtract(maps, context, torch.ones(1, 1), torch.tensor([[r]]))[0, 0].item()
+        for r in (0.0, 0.25, 0.5, 1.0)
+    ]
+    assert cleaned == [0.0, 1.0, 2.0, 4.0]
+
+
+def test_context_that_is_0_subtracts_nothing():
+    maps, contexts, weights, relevance = Case(seed=5).arc
+    for no_context in (
+        arc_subtract(maps, torch.zeros_like(contexts), weights, relevance),
+        arc_subtract(maps, contexts, torch.zeros_like(weights), relevance),
+        eci_subtract(torch.zeros_like(maps), contexts, weights) + maps,
+        arc_subtract(maps, contexts[:0], weights[:, :0], relevance[:, :0]),
+    ):
+        assert torch.equal(no_context, maps)
+
+
+def test_cleaned_maps_lie_between_0_and_the_map():
+    case = Case((6, 5, 30), seed=6)
+    for cleaned in (arc_subtract(*case.arc), eci_subtract(*case.arc[:3])):
+        assert cleaned.min() >= 0
+        assert (cleaned <= case.maps).all()
+
+
+def test_relevance_comes_straight_from_rbo_in_float64():
+    maps, contexts, weights, _ = Case((2, 3, 4), dtype=torch.float32).arc
+    a = torch.tensor([[1, 2], [3, 4]])
+    relevance = rank_biased_overlap(a, torch.tensor([[1, 2], [2, 1], [5, 6]]))
+    cleaned = arc_subtract(maps, contexts, weights, relevance)
+    assert cleaned.dtype == torch.float32
+    expected = formulas.arc_subtract(maps, contexts, weights, relevance)
+    assert_close(cleaned, expected.float(), rtol=1e-5, atol=1e-6)

@@ -1,6 +1,5 @@
-"""Tiles, patch rows and resized pixels: against loops, PIL and the real image processor."""
+"""Tiles and patch rows: against loops, PIL and the real image processor."""
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,83 +14,20 @@ from captum_mllm.functional import (
     resize_pixels,
     split_tiles,
 )
-from tests.oracle import formulas as reference
+from tests.functional.cases import as_picture, as_pixels, over_seeds, rand
+from tests.oracle import formulas
 
-over_seeds = pytest.mark.parametrize("seed", range(4))
-
-
-def rand(*shape, seed=0, dtype=torch.float64):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def as_picture(pixels):
-    """Pixels (3, height, width) in [0, 1] as a PIL picture."""
-    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def as_pixels(picture):
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).double() / 255
-
-
-# --- resize_pixels ----------------------------------------------------------------------------
-
-SIZES = [
-    ((8, 8), (16, 16)),
-    ((16, 12), (8, 6)),
-    ((15, 21), (10, 28)),
-    ((30, 9), (7, 9)),
-    ((7, 50), (13, 11)),
-]
-
-
-@over_seeds
-@pytest.mark.parametrize(("old", "new"), SIZES, ids=str)
-def test_resize_is_what_pil_makes_of_the_picture(old, new, seed):
-    # Middling values: PIL cuts what overshoots black and white after each axis.
-    picture = as_picture(0.25 + 0.5 * rand(3, *old, seed=seed))
-    expected = as_pixels(picture.resize(new[::-1], Image.Resampling.BICUBIC))
-    got = resize_pixels(as_pixels(picture)[None], new)[0]
-    # PIL rounds to 8 bits after each axis.
-    assert_close(got, expected, rtol=0, atol=2.5 / 255)
-    assert float((got - expected).abs().mean()) < 0.6 / 255
-
-
-@pytest.mark.parametrize(("old", "new"), SIZES, ids=str)
-def test_resize_keeps_constants_and_commutes_with_flips(old, new):
-    flat = resize_pixels(torch.full((1, 3, *old), 0.3), new)
-    assert_close(flat, torch.full((1, 3, *new), 0.3))
-    pixels = rand(2, 3, *old, dtype=torch.float32)
-    resized = resize_pixels(pixels, new)
-    for axis in (-1, -2):
-        assert_close(resize_pixels(pixels.flip(axis), new), resized.flip(axis))
-    for i in range(2):  # a batch is one by one
-        assert_close(resize_pixels(pixels[i : i + 1], new), resized[i : i + 1])
-
-
-def test_resize_to_the_same_size_is_the_same_tensor():
-    pixels = rand(1, 3, 5, 4)
-    assert resize_pixels(pixels, (5, 4)) is pixels
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_resize_keeps_the_type_and_computes_in_float32(dtype):
-    pixels = rand(1, 3, 6, 6).to(dtype)
-    resized = resize_pixels(pixels, (9, 4))
-    assert resized.dtype == dtype
-    assert_close(resized, resize_pixels(pixels.float(), (9, 4)).to(dtype), rtol=0, atol=0)
-
-
-# --- tiles ------------------------------------------------------------------------------------
+# ---- tiles -------------------------------------------------------------------------------------
 
 LAYOUTS = [(1, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2), (4, 1)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("tile", [(1, 1), (2, 2), (3, 4)], ids=str)
-def test_tiles_equal_twin_and_there_and_back(layout, tile):
+def test_tiles_equal_the_reference_and_round_trip(layout, tile):
     tiles = rand(layout[0] * layout[1], 3, *tile)
     picture = join_tiles(tiles, layout)
-    assert torch.equal(picture, reference.join_tiles(tiles, layout))
+    assert torch.equal(picture, formulas.join_tiles(tiles, layout))
     assert torch.equal(split_tiles(picture, layout), tiles)
 
 
@@ -154,7 +90,7 @@ def test_layout_of_tiny_tiles_and_a_noisy_overview(layout, seed):
 def test_layout_is_that_of_the_least_error(n, seed):
     """Also where the overview is of another picture: the least error wins, if by a tenth."""
     tiles, overview = rand(n, 2, 4, 4, seed=seed), rand(2, 4, 4, seed=seed + 50)
-    errors = {layout: reference.layout_error(tiles, overview, layout) for layout in factors(n)}
+    errors = {layout: formulas.layout_error(tiles, overview, layout) for layout in factors(n)}
     ordered = sorted(errors, key=errors.__getitem__)
     found, certain = find_layout(tiles, overview)
     assert certain == (errors[ordered[0]] < 0.9 * errors[ordered[1]])
@@ -175,7 +111,7 @@ def test_layout_of_one_tile_needs_no_look():
     assert find_layout(torch.zeros(1, 3, 4, 4), torch.ones(3, 4, 4)) == ((1, 1), True)
 
 
-# --- Qwen's rows of patches -------------------------------------------------------------------
+# ---- patches -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -188,11 +124,13 @@ def test_layout_of_one_tile_needs_no_look():
         (2, 1, 2, 1, 1, 3, 2),
     ],
 )
-def test_patches_equal_twin_and_there_and_back(steps, rows, cols, patch, temporal, merge, channels):
+def test_patches_equal_the_reference_and_round_trip(
+    steps, rows, cols, patch, temporal, merge, channels
+):
     side = patch * merge
     frames = rand(steps * temporal, channels, rows * side, cols * side)
     patches = frames_to_patches(frames, patch=patch, temporal=temporal, merge=merge)
-    assert torch.equal(patches, reference.frames_to_patches(frames, patch, temporal, merge))
+    assert torch.equal(patches, formulas.frames_to_patches(frames, patch, temporal, merge))
     grid = (steps, rows * merge, cols * merge)
     layout = {"channels": channels, "patch": patch, "temporal": temporal, "merge": merge}
     assert torch.equal(patches_to_frames(patches, grid, **layout), frames)
@@ -219,5 +157,5 @@ def test_patches_are_those_of_the_real_processor(size, merge):
     assert_close(frames, expected.expand(2, -1, -1, -1), rtol=0, atol=1e-5)
     back = frames_to_patches(frames, patch=4, temporal=2, merge=merge)
     assert torch.equal(back, made["pixel_values"])
-    twin = reference.frames_to_patches(frames, 4, 2, merge)
-    assert_close(twin.float(), made["pixel_values"], rtol=0, atol=0)
+    expected = formulas.frames_to_patches(frames, 4, 2, merge)
+    assert_close(expected.float(), made["pixel_values"], rtol=0, atol=0)

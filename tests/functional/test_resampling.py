@@ -1,24 +1,153 @@
-"""Windows, tiles and overviews in one frame: against exact overlaps of rectangles."""
+"""Resizing, windows, tiles and overviews, against exact overlaps of rectangles."""
 
+import inspect
 from fractions import Fraction
 from math import ceil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.testing import assert_close
 
-from captum_mllm.functional import join_windows, merge_views, resample_cells, window_boxes
-from captum_mllm.functional.resampling import WHOLE
-from tests.oracle import formulas as reference
+from captum_mllm.functional import (
+    WHOLE,
+    join_windows,
+    merge_views,
+    resample_cells,
+    resize_attributions,
+    resize_pixels,
+    upsample,
+    window_boxes,
+)
+from tests.functional.cases import TIGHT, as_picture, as_pixels, over_seeds, rand, randn
+from tests.oracle import formulas
 
-TIGHT = {"rtol": 1e-10, "atol": 1e-12}
-over_seeds = pytest.mark.parametrize("seed", range(4))
+unchecked = inspect.unwrap  # users run without the tests' type checks
 
 
-def rand(*shape, seed=0, dtype=torch.float64):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+# ---- upsample ----------------------------------------------------------------------------------
+
+SIZES = [
+    ((1, 1), (3, 4)),
+    ((2, 3), (4, 6)),
+    ((3, 3), (7, 5)),
+    ((4, 5), (4, 9)),
+    ((7, 6), (3, 2)),
+    ((1, 5), (4, 5)),
+    ((5, 4), (8, 3)),
+]
+
+over_sizes = pytest.mark.parametrize(("old", "new"), SIZES, ids=str)
+
+
+@over_sizes
+@over_seeds
+def test_upsample_equals_the_reference(old, new, seed):
+    maps = randn(2, *old, seed=seed)
+    expected = formulas.upsample(maps, new)
+    assert_close(upsample(maps, new), expected, **TIGHT)
+    assert_close(upsample(maps.float(), new), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@over_sizes
+def test_upsample_keeps_constants_and_range_and_commutes_with_flips(old, new):
+    maps = rand(3, *old)
+    up = upsample(maps, new)
+    assert up.min() >= maps.min() - 1e-12
+    assert up.max() <= maps.max() + 1e-12
+    assert_close(upsample(maps.flip(-1), new), up.flip(-1), **TIGHT)
+    flat = upsample(torch.full((1, *old), 0.3, dtype=torch.float64), new)
+    assert_close(flat, torch.full((1, *new), 0.3, dtype=torch.float64), **TIGHT)
+
+
+def test_upsample_to_the_same_size_is_the_same_tensor():
+    maps = rand(2, 3, 4)
+    assert upsample(maps, (3, 4)) is maps
+
+
+# ---- resize_attributions -----------------------------------------------------------------------
+
+
+@over_sizes
+@over_seeds
+@pytest.mark.parametrize("preserve", ["mass", "density"])
+def test_resize_equals_the_reference(old, new, seed, preserve):
+    attributions = randn(2, 2, *old, seed=seed)
+    expected = formulas.resize_attributions(attributions, new, preserve)
+    assert_close(resize_attributions(attributions, new, preserve), expected, **TIGHT)
+    single = resize_attributions(attributions.float(), new, preserve)
+    assert_close(single, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_resize_keeps_the_mass_at_any_ratio_up_and_down(seed):
+    sides = torch.randint(1, 20, (4,), generator=torch.Generator().manual_seed(seed)).tolist()
+    attributions = randn(2, 3, *sides[:2], seed=seed)
+    resized = resize_attributions(attributions, (sides[2], sides[3]))
+    assert resized.shape == (2, 3, *sides[2:])
+    assert_close(resized.sum((2, 3)), attributions.sum((2, 3)), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_resize_for_density_keeps_constants_at_any_ratio(seed):
+    sides = torch.randint(1, 20, (4,), generator=torch.Generator().manual_seed(seed)).tolist()
+    flat = torch.full((1, 1, *sides[:2]), 0.7, dtype=torch.float64)
+    expected = torch.full((1, 1, *sides[2:]), 0.7, dtype=torch.float64)
+    resized = resize_attributions(flat, (sides[2], sides[3]), preserve="density")
+    assert_close(resized, expected, **TIGHT)
+
+
+@pytest.mark.parametrize(("new", "area"), [((12, 16), 4.0), ((3, 4), 0.25)])
+def test_resize_by_2_is_bilinear_interpolation_by_the_area_ratio(new, area):
+    attributions = randn(2, 3, 6, 8)
+    bilinear = F.interpolate(attributions, size=new, mode="bilinear", align_corners=False)
+    assert_close(resize_attributions(attributions, new), bilinear / area, **TIGHT)
+    density = resize_attributions(attributions, new, preserve="density")
+    assert_close(density, bilinear, **TIGHT)
+
+
+@pytest.mark.parametrize("ratio", [2, 3, 4])
+def test_resize_by_a_whole_ratio_down_sums_blocks(ratio):
+    attributions = randn(1, 2, 12, 24)
+    blocks = F.avg_pool2d(attributions, ratio) * ratio**2
+    size = (12 // ratio, 24 // ratio)
+    assert_close(resize_attributions(attributions, size), blocks, **TIGHT)
+
+
+def test_resize_splits_a_cell_by_its_overlap():
+    # Three cells into two: the middle one is halved.
+    row = torch.tensor([[[[1.0, 10.0, 100.0]]]])
+    assert_close(resize_attributions(row, (1, 2)), torch.tensor([[[[6.0, 105.0]]]]))
+
+
+@pytest.mark.parametrize("preserve", ["mass", "density"])
+def test_resize_is_linear_and_commutes_with_flips(preserve):
+    a, b = randn(1, 1, 5, 6), randn(1, 1, 5, 6, seed=1)
+
+    def resize(x):
+        return resize_attributions(x, (7, 4), preserve)
+
+    assert_close(resize(2 * a - b), 2 * resize(a) - resize(b), **TIGHT)
+    assert_close(resize(a.flip(-1)), resize(a).flip(-1), **TIGHT)
+    assert_close(resize(a.flip(-2)), resize(a).flip(-2), **TIGHT)
+
+
+def test_resize_to_the_same_size_is_the_same_tensor_and_one_axis_stays_exact():
+    attributions = randn(1, 2, 4, 6)
+    assert resize_attributions(attributions, (4, 6)) is attributions
+    down = resize_attributions(attributions, (2, 6))
+    assert_close(down, attributions.reshape(1, 2, 2, 2, 6).sum(3), **TIGHT)
+
+
+def test_resize_unknown_preserve_raises():
+    with pytest.raises(ValueError, match="preserve must be one of mass, density, got 'sum'"):
+        unchecked(resize_attributions)(torch.zeros(1, 1, 2, 2), (4, 4), preserve="sum")
+
+
+# ---- resample_cells ----------------------------------------------------------------------------
 
 
 # (rows, cols) of the map, its box, (rows, cols) of the frame
@@ -36,14 +165,15 @@ PLACES = {
     "one cell": ((1, 1), (1 / 3, 0.0, 1.0, 1.0), (3, 3)),
     "beside the frame": ((2, 2), (1.0, 0.0, 2.0, 1.0), (2, 3)),
 }
+
 over_places = pytest.mark.parametrize(("grid", "box", "size"), PLACES.values(), ids=PLACES)
 
 
 @over_seeds
 @over_places
-def test_resample_equals_twin(grid, box, size, seed):
+def test_resample_equals_the_reference(grid, box, size, seed):
     maps = rand(2, *grid, seed=seed) - 0.3
-    expected = torch.stack([reference.resample_cells(m, box, size) for m in maps])
+    expected = torch.stack([formulas.resample_cells(m, box, size) for m in maps])
     assert_close(resample_cells(maps, box, size), expected, **TIGHT)
     single = resample_cells(maps.float(), box, size)
     assert_close(single, expected.float(), rtol=1e-5, atol=1e-6)
@@ -52,7 +182,7 @@ def test_resample_equals_twin(grid, box, size, seed):
 @over_places
 def test_resample_keeps_a_constant_where_it_reaches_and_0_elsewhere(grid, box, size):
     placed = resample_cells(torch.full((1, *grid), 0.7, dtype=torch.float64), box, size)[0]
-    left, upper, right, lower = reference.exact_box(box)
+    left, upper, right, lower = formulas.exact_box(box)
     for (y, x), value in zip(
         [(y, x) for y in range(size[0]) for x in range(size[1])],
         placed.flatten().tolist(),
@@ -114,16 +244,16 @@ def test_resample_commutes_with_flips_and_transposition(grid, box, size):
     assert_close(turned, placed.T, **TIGHT)
 
 
-# --- windows ----------------------------------------------------------------------------------
+# ---- windows -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cells", [(1, 1), (2, 3), (4, 4), (5, 7)], ids=str)
 @pytest.mark.parametrize("extra", [(0, 0), (1, 3), (3, 2), (5, 7)], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_window_boxes_equal_twin(cells, extra, n):
+def test_window_boxes_equal_the_reference(cells, extra, n):
     enlarged = (cells[0] + extra[0], cells[1] + extra[1])
     boxes = window_boxes(cells, enlarged, n)
-    assert [reference.exact_box(box) for box in boxes] == reference.window_boxes(cells, enlarged, n)
+    assert [formulas.exact_box(box) for box in boxes] == formulas.window_boxes(cells, enlarged, n)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -136,7 +266,7 @@ def test_windows_cover_every_cell_and_stay_inside(rows, cols, scale):
     assert len(boxes) == n * n
     hits = [[0] * large[1] for _ in range(large[0])]
     for box in boxes:
-        left, upper, right, lower = reference.exact_box(box)
+        left, upper, right, lower = formulas.exact_box(box)
         assert left >= 0
         assert upper >= 0
         assert right <= 1
@@ -165,21 +295,21 @@ def test_windows_cover_every_cell_and_stay_inside(rows, cols, scale):
     ],
     ids=str,
 )
-def test_join_of_windows_equals_twin(cells, large, n, size, seed):
+def test_join_of_windows_equals_the_reference(cells, large, n, size, seed):
     boxes = window_boxes(cells, large, n)
     maps = [rand(2, *cells, seed=seed + 10 * i) for i in range(len(boxes))]
     joined = join_windows(maps, boxes, size)
     for row in range(2):
-        expected = reference.join_windows([m[row] for m in maps], boxes, size)
+        expected = formulas.join_windows([m[row] for m in maps], boxes, size)
         assert_close(joined[row], expected, **TIGHT)
 
 
 @over_seeds
-def test_join_of_boxes_that_stick_out_or_leave_holes_equals_twin(seed):
+def test_join_of_boxes_that_stick_out_or_leave_holes_equals_the_reference(seed):
     boxes = [(-1 / 4, 0.0, 1 / 2, 2 / 3), (1 / 2, 1 / 3, 5 / 4, 3 / 2), (0.0, 4 / 5, 1 / 7, 1.0)]
     maps = [rand(3, 2, seed=seed + 10 * i) for i in range(3)]
     joined = join_windows(maps, boxes, (5, 6))
-    assert_close(joined, reference.join_windows(maps, boxes, (5, 6)), **TIGHT)
+    assert_close(joined, formulas.join_windows(maps, boxes, (5, 6)), **TIGHT)
     assert joined[0, 3:].tolist() == [0, 0, 0]  # no window reaches there
 
 
@@ -217,7 +347,7 @@ def test_join_wants_a_box_per_map():
         join_windows([rand(1, 1)], [], (1, 1))
 
 
-# --- views of one image -----------------------------------------------------------------------
+# ---- merge_views -------------------------------------------------------------------------------
 
 
 @over_seeds
@@ -232,11 +362,11 @@ def test_join_wants_a_box_per_map():
     ],
     ids=str,
 )
-def test_merge_equals_twin(grids, boxes, shape, seed):
+def test_merge_equals_the_reference(grids, boxes, shape, seed):
     views = [rand(3, *grid, seed=seed + 10 * i) for i, grid in enumerate(grids)]
     merged = merge_views(views, boxes, shape)
     for row in range(3):
-        expected = reference.merge_views([view[row] for view in views], boxes, shape)
+        expected = formulas.merge_views([view[row] for view in views], boxes, shape)
         assert_close(merged[row], expected, **TIGHT)
     order = torch.tensor([2, 0, 1])
     assert_close(merge_views([v[order] for v in views], boxes, shape), merged[order], **TIGHT)
@@ -260,3 +390,51 @@ def test_merge_of_a_video_equals_step_by_step():
     for step in range(4):
         alone = merge_views([v[:, step] for v in views], [WHOLE, WHOLE], (6, 6))
         assert_close(merged[:, step], alone, **TIGHT)
+
+
+# ---- resize_pixels -----------------------------------------------------------------------------
+
+PIXEL_SIZES = [
+    ((8, 8), (16, 16)),
+    ((16, 12), (8, 6)),
+    ((15, 21), (10, 28)),
+    ((30, 9), (7, 9)),
+    ((7, 50), (13, 11)),
+]
+
+
+@over_seeds
+@pytest.mark.parametrize(("old", "new"), PIXEL_SIZES, ids=str)
+def test_resize_pixels_is_what_pil_makes_of_the_picture(old, new, seed):
+    # Middling values: PIL cuts what overshoots black and white after each axis.
+    picture = as_picture(0.25 + 0.5 * rand(3, *old, seed=seed))
+    expected = as_pixels(picture.resize(new[::-1], Image.Resampling.BICUBIC))
+    got = resize_pixels(as_pixels(picture)[None], new)[0]
+    # PIL rounds to 8 bits after each axis.
+    assert_close(got, expected, rtol=0, atol=2.5 / 255)
+    assert float((got - expected).abs().mean()) < 0.6 / 255
+
+
+@pytest.mark.parametrize(("old", "new"), PIXEL_SIZES, ids=str)
+def test_resize_pixels_keeps_constants_and_commutes_with_flips(old, new):
+    flat = resize_pixels(torch.full((1, 3, *old), 0.3), new)
+    assert_close(flat, torch.full((1, 3, *new), 0.3))
+    pixels = rand(2, 3, *old, dtype=torch.float32)
+    resized = resize_pixels(pixels, new)
+    for axis in (-1, -2):
+        assert_close(resize_pixels(pixels.flip(axis), new), resized.flip(axis))
+    for i in range(2):  # a batch is one by one
+        assert_close(resize_pixels(pixels[i : i + 1], new), resized[i : i + 1])
+
+
+def test_resize_pixels_to_the_same_size_is_the_same_tensor():
+    pixels = rand(1, 3, 5, 4)
+    assert resize_pixels(pixels, (5, 4)) is pixels
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_resize_pixels_keeps_the_type_and_computes_in_float32(dtype):
+    pixels = rand(1, 3, 6, 6).to(dtype)
+    resized = resize_pixels(pixels, (9, 4))
+    assert resized.dtype == dtype
+    assert_close(resized, resize_pixels(pixels.float(), (9, 4)).to(dtype), rtol=0, atol=0)

@@ -7,9 +7,6 @@ import torch
 from torch.testing import assert_close
 
 from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivationMap
-from captum_mllm.attr.joint_normalization import unit_result
-from captum_mllm.attr.postprocessing import Finishing
-from captum_mllm.functional import rank_gaussian_filter
 from captum_mllm.methods import METHODS, Method, explain
 from captum_mllm.methods.registry import method as register_method
 from captum_mllm.metrics import insertion_deletion
@@ -121,24 +118,22 @@ def test_the_manual_names_every_method_and_option():
 
 
 @pytest.mark.parametrize("kind", [LogitLens, MSEA])
-@pytest.mark.parametrize("filtered", [False, True])
-def test_raw_maps_in_one_unit_by_hand(kin, kind, filtered):
+def test_raw_maps_in_one_unit_by_hand(kin, kind):
     """Per token: all cells of all images and all earlier text between one least and one most."""
     pictures = pictures_of(kin, "two")
     attributor = kind(kin.model)
     trace = attributor.trace(kin.encode(*pictures), kin.answer)
     raw = attributor.attribute_trace(trace)
-    got = unit_result(trace, "some", Finishing(rank_filter=filtered))
-    assert (got.units, got.method) == ("[0, 1]", "some")
+    got = JointNormalization(attributor).attribute_trace(trace)
+    assert (got.units, got.method) == ("[0, 1]", f"JointNormalization({attributor.name})")
     for t in range(len(kin.answer)):
         column = int(trace.targets[t])
         cells = [float(v) for own in raw.grid_attr for v in own[t].flatten()]
         text = [float(v) for v in raw.token_attr[t, :column]]
         low, high = min(cells + text), max(cells + text)
         for own, unit in zip(raw.grid_attr, got.grid_attr, strict=True):
-            expected = (own[t : t + 1] - low) / (high - low)
-            expected = rank_gaussian_filter(expected) if filtered else expected
-            assert_close(unit[t], expected[0], rtol=1e-4, atol=1e-5)
+            expected = (own[t] - low) / (high - low)
+            assert_close(unit[t], expected, rtol=1e-4, atol=1e-5)
         expected = (raw.token_attr[t, :column] - low) / (high - low)
         assert_close(got.token_attr[t, :column], expected, rtol=1e-4, atol=1e-5)
         assert not bool(got.token_attr[t, column:].any())
@@ -159,8 +154,7 @@ def test_ours_are_the_classes(kin):
         return explain(name, model, processor, inputs, answer, **options)
 
     def unit(attributor):
-        name = f"JointNormalization({attributor.name})"
-        return unit_result(attributor.trace(inputs, answer), name)
+        return JointNormalization(attributor).attribute(inputs, answer)
 
     same(by_name("lens", layer=0), unit(LogitLens(model, layer=0)))
     some = {"scales": (1.0, 1.5), "aggregation": "median"}
