@@ -1,20 +1,20 @@
 """captum_mllm: explain multimodal large language models with captum.
 
-For every word a model says: where in the image it looked, and which words led to it. The data
+For every word a model says: which image regions and which earlier words support it. The data
 flows one way::
 
     inputs -> adapter -> one forward under hooks -> TokenTrace -> (MSEA: more scales) -> TokenTrace
            -> (ARC | TAM | as it is) -> MLLMAttributionResult -> metrics | visualization | cli
 
-``inputs`` reads a sample, ``adapters`` hold what differs between model families, ``capture`` sets
-the hooks, ``runner`` runs the model, ``functional`` holds the formulas, ``attr`` the captum
-attributors, ``result`` what they return, ``bridge`` what captum's own methods need on such models.
+``adapters`` hold what differs between model families, ``model`` runs the user's model,
+``functional`` holds the formulas, one file per step of the paper, ``attr`` the captum attributors,
+``result`` what they return, ``bridge`` what captum's own methods need on such models, ``methods``
+every method by its name. CONTRIBUTING.md says where each formula stands.
 """
 
 from captum_mllm.attr import (
     ARC,
     MSEA,
-    PRESETS,
     JointNormalization,
     LogitLens,
     MultiScaleAttribution,
@@ -30,7 +30,6 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "ARC",
     "MSEA",
-    "PRESETS",
     "ImageGeometry",
     "JointNormalization",
     "LogitLens",

@@ -16,11 +16,52 @@ from torch import Tensor
 
 _KEY = "captum_mllm"
 
+# ---- files -----------------------------------------------------------------------------------
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all; an earlier file of that name stays until then.
+
+    Args:
+        path: file to write; its folder must exist.
+        data: the file's content.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def nan_to_none(values: Any) -> Any:
+    """Replace NaN by None throughout, as JSON has no NaN.
+
+    Args:
+        values: plain data, lists and dictionaries.
+
+    Returns:
+        The same data, new lists and dictionaries.
+
+    Example:
+        >>> nan_to_none({"a": [1.0, float("nan")], "b": float("nan")})
+        {'a': [1.0, None], 'b': None}
+    """
+    if isinstance(values, dict):
+        return {name: nan_to_none(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [nan_to_none(value) for value in values]
+    return None if isinstance(values, float) and values != values else values
+
+
+# ---- tensors with a header -------------------------------------------------------------------
+
 
 def write_tensors(
     path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write the file whole or not at all.
+    """Write tensors and a header to one safetensors file, whole or not at all.
 
     Args:
         path: file to write; its folder must exist.
@@ -34,22 +75,6 @@ def write_tensors(
     write_atomic(path, data)
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all; what was there before stays until then.
-
-    Args:
-        path: file to write; its folder must exist.
-        data: what is to be in it.
-    """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
     """Read what :func:`write_tensors` wrote: the header and the tensors by name.
 
@@ -58,7 +83,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of ours.
+        ValueError: not a file that :func:`write_tensors` wrote.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path {os.fspath(path)!r}: no such file.")
@@ -67,7 +92,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"path {os.fspath(path)!r} is no safetensors file: {error}") from error
+        raise ValueError(f"path {os.fspath(path)!r} is not a safetensors file: {error}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"path {os.fspath(path)!r} is damaged: {error}") from error
     if header is None:
@@ -75,41 +100,31 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
     return header, tensors
 
 
-def nan_to_none(values: Any) -> Any:
-    """JSON knows no NaN: null stands for it.
+# ---- folders of a report ---------------------------------------------------------------------
 
-    Args:
-        values: plain data, lists and dictionaries.
-
-    Example:
-        >>> nan_to_none({"a": [1.0, float("nan")], "b": float("nan")})
-        {'a': [1.0, None], 'b': None}
-    """
-    if isinstance(values, dict):
-        return {name: nan_to_none(value) for name, value in values.items()}
-    if isinstance(values, list):
-        return [nan_to_none(value) for value in values]
-    return None if isinstance(values, float) and values != values else values
-
-
-_OWN = re.compile(r"word-\d{2,}-[a-z0-9]+\.png")
-
-
-_REPORT = ("index.html", "picture.png", "text-heatmap.png", "text-heatmap.html", "table.txt")
+_OVERLAY = re.compile(r"word-\d{2,}-[a-z0-9]+\.png")
+_REPORT = (
+    "index.html",
+    "picture.png",
+    "text-heatmap.png",
+    "text-heatmap.html",
+    "table.txt",
+    "words.json",
+)
 
 
 @contextmanager
 def filled_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder; what was written there moves to ``folder`` if nothing failed.
+    """A temporary folder whose files move to ``folder`` if nothing failed.
 
     Other files in ``folder`` stay; an earlier report there (or one per image, in its folders
-    ``image-1``, ``image-2``, ...) is taken away, so that two answers don't mix.
+    ``image-1``, ``image-2``, ...) is removed, so that two answers don't mix.
 
     Args:
-        folder: where the files are to appear; made if missing.
+        folder: where the files are to appear; created if missing.
 
     Yields:
-        A temporary folder beside it.
+        A temporary folder next to it.
 
     Raises:
         FileExistsError: ``folder`` (or a folder above it) is a file.
@@ -144,14 +159,14 @@ def filled_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise if ``folder`` can't be made.
+    """Raise if ``folder`` can't be created.
 
     Args:
-        folder: where a folder is wanted.
+        folder: the folder to write to.
 
     Raises:
         FileExistsError: it, or a folder above it, is a file.
-        PermissionError: it, or the folder in which it would be made, may not be written.
+        PermissionError: it, or the folder in which it would be created, is not writable.
     """
     for path in (folder, *folder.absolute().parents):
         if path.exists() and not path.is_dir():
@@ -159,11 +174,11 @@ def check_folder(folder: Path) -> None:
     above = next(path for path in folder.absolute().parents if path.is_dir())
     for path in (folder, above):
         if path.is_dir() and not os.access(path, os.W_OK):
-            raise PermissionError(f"{str(path)!r} may not be written")
+            raise PermissionError(f"{str(path)!r} is not writable")
 
 
 def _remove_earlier(folder: Path) -> None:
-    """Take away an earlier report of ours, and nothing else."""
+    """Remove an earlier report of captum_mllm, and nothing else."""
     try:
         head = json.loads((folder / "words.json").read_text(encoding="utf-8"))
         ours = head["written_by"] == "captum_mllm"
@@ -171,5 +186,5 @@ def _remove_earlier(folder: Path) -> None:
         return
     if ours:
         for path in folder.iterdir():
-            if _OWN.fullmatch(path.name) or path.name in (*_REPORT, "words.json"):
+            if _OVERLAY.fullmatch(path.name) or path.name in _REPORT:
                 path.unlink()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
@@ -317,3 +317,29 @@ def maps_to_picture(
     )[0]
     seen = ((y >= 0) & (y <= 1))[:, None] & ((x >= 0) & (x <= 1))[None, :]
     return (placed * seen).unflatten(0, maps.shape[:-2])
+
+
+def cell_mask(
+    geometry: ImageGeometry, size: tuple[int, int], shape: tuple[int, int]
+) -> Int64[Tensor, "height width"]:
+    """The cell of a grid that each pixel of a picture lies in.
+
+    Args:
+        geometry: the part of the picture that the grid covers.
+        size: (height, width) of the picture, pixels.
+        shape: rows and columns of the grid.
+
+    Returns:
+        (height, width): the cell's number, row by row from 0; rows * cols where there is none.
+
+    Example:
+        >>> cell_mask(ImageGeometry((0.0, 0.0, 2.0, 1.0)), (1, 3), (1, 2)).tolist()
+        [[0, 1, 2]]
+    """
+    left, upper, right, lower = geometry.box
+    (height, width), (rows, cols) = size, shape
+    y = (torch.arange(height) + 0.5 - upper) / (lower - upper) * rows
+    x = (torch.arange(width) + 0.5 - left) / (right - left) * cols
+    inside = ((y >= 0) & (y < rows))[:, None] & ((x >= 0) & (x < cols))[None, :]
+    cells = y.floor().long()[:, None] * cols + x.floor().long()[None, :]
+    return torch.where(inside, cells, rows * cols)

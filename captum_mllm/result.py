@@ -1,4 +1,4 @@
-"""What ``attribute`` returns: maps and token attributions of one answer, frozen."""
+"""The result of ``attribute``: maps and token attributions of one answer, frozen."""
 
 import os
 from collections.abc import Sequence
@@ -6,8 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from captum.attr import ImageMaskInput
+from captum.attr import LLMAttributionResult as CaptumResult
 from jaxtyping import Float, Int64
 from torch import Tensor
+from typing_extensions import override
 
 from captum_mllm.adapters.processors import read_preprocessing
 from captum_mllm.files import read_tensors, write_tensors
@@ -16,6 +19,7 @@ from captum_mllm.geometry import (
     ImageGeometry,
     ImageGrid,
     Preprocessing,
+    cell_mask,
     maps_to_picture,
     picture_geometry,
 )
@@ -30,33 +34,34 @@ FORMAT = 1
 LOGITS, UNIT = "logits", "[0, 1]"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MLLMAttributionResult:
-    """Where the model looked for every explained token, and which words led to it.
+    """Which image regions and which words support every explained token of an answer.
 
     Field names follow ``captum.attr.LLMAttributionResult`` where the meaning is the same. All
-    tensors are on the CPU in float32.
+    tensors are on the CPU in float32. As the last value of a notebook's cell a result shows its
+    text heat map; ``print(result)`` gives a few lines.
 
     Args:
         grid_attr: one tensor per image, (targets, rows, cols): the maps on the model's own grid
-            of image tokens (the finest scale's with several scales; tiles put together). Per
-            video (targets, frames, rows, cols): each step of the model's grid in time stands for
-            all of its frames. Images come first, then videos.
+            of image tokens (the finest scale's with several scales; tiles assembled). Per video
+            (targets, frames, rows, cols): each time step of the model's grid covers several
+            frames, which share its values. Images come first, then videos.
         token_attr: (targets, text tokens): attribution of each text token; columns at or after
             the target are 0.
         input_tokens: labels of the columns: prompt text, then the answer.
         output_tokens: labels of the rows.
         output_ids: (targets,): token ids of the rows.
-        output_probs: (targets,): probability of each target given all before it, softmax of the
-            unprocessed teacher-forced logits.
+        output_probs: (targets,): probability of each target given all tokens before it, softmax of
+            the unprocessed teacher-forced logits.
         seq_attr: (text tokens,): ``token_attr`` summed over the targets.
         relevance: (targets, text tokens): rank-biased overlap of target and context token in
             [0, 1], 0 at or after the target; None where the method has none.
         scales: achieved scales of the input (square root of the ratio of grid areas).
-        consistency: how far each scale still predicts the same answer, in [0, 1]; or None.
+        consistency: how well each scale still predicts the same answer, in [0, 1]; or None.
         units: "logits" (raw, >= 0) or "[0, 1]" (image and text jointly normalised per target).
-        grids: per image, grid and frame of the base scale.
-        preprocessing: what the processor did to a picture's frame; None without a processor.
+        grids: per image, its grid and canvas at the base scale.
+        preprocessing: how the processor crops and resizes a picture; None without a processor.
         method: name of the attributor.
     """
 
@@ -78,7 +83,7 @@ class MLLMAttributionResult:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seq_attr", self.token_attr.sum(0))
 
-    # ---- maps -------------------------------------------------------------------------------
+    # ---- maps and rows ------------------------------------------------------------------------
 
     @property
     def image_attr(self) -> tuple[Float[Tensor, "targets ..."], ...]:
@@ -86,8 +91,8 @@ class MLLMAttributionResult:
 
         Per video (targets, frames, height, width).
 
-        Computed on access (bilinear from the grid): 64 targets of a 336 px image take 29 MB. For
-        one target use :meth:`image_map`.
+        Computed on access (bilinear from the grid): 64 targets of a 336 px image take 29 MB. Use
+        :meth:`image_map` for one target.
         """
         return tuple(
             upsample(maps, (grid.height, grid.width))
@@ -124,17 +129,17 @@ class MLLMAttributionResult:
         Args:
             i: which image.
             size: (height, width) of the original picture, or the PIL picture itself.
-            geometry: the box of the picture that the model saw; needed where the attributor was
-                made without a processor, or where the processor's call overrode its settings.
-            processor: a processor whose settings tell the geometry.
+            geometry: the box of the picture that the model saw; needed if the attributor has no
+                processor, or if the processor's settings were overridden in its call.
+            processor: a processor whose settings determine the geometry.
 
         Returns:
-            (targets, height, width), of a video (targets, frames, height, width); 0 where the
-            model saw nothing of the picture.
+            (targets, height, width), of a video (targets, frames, height, width); 0 in parts of
+            the picture that the model did not see.
 
         Raises:
             ValueError: neither a processor nor ``geometry=`` is known, or the processor's
-                settings don't give the frame that the model saw.
+                settings don't give the canvas that the model saw.
             IndexError: no such image.
         """
         size = picture_size(size)
@@ -149,19 +154,19 @@ class MLLMAttributionResult:
         geometry: ImageGeometry | None = None,
         processor: Any = None,
     ) -> ImageGeometry:
-        """The box of the original picture that the model's frame shows; see :meth:`to_image`.
+        """The box of the original picture that the image's canvas shows; see :meth:`to_image`.
 
         Args:
             i: which image.
             size: (height, width) of the original picture.
-            geometry: returned as it is, if given.
-            processor: a processor whose settings tell the geometry.
+            geometry: returned unchanged, if given.
+            processor: a processor whose settings determine the geometry.
 
         Returns:
             The box, in pixels of the original picture.
 
         Raises:
-            ValueError: it is not known, or ``size`` does not give the frame that the model saw.
+            ValueError: it is not known, or ``size`` does not give the canvas that the model saw.
             IndexError: no such image.
         """
         grid = self._image(i)[0]
@@ -177,7 +182,7 @@ class MLLMAttributionResult:
         return picture_geometry(grid, size, rule)
 
     def time_profile(self, i: int = 0) -> Float[Tensor, "targets frames"]:
-        """When each token looked: the mean of its map over the cells of each frame of a video.
+        """Which frames of a video support each token: the mean of its map over each frame.
 
         Args:
             i: which image or video, default the first.
@@ -186,13 +191,36 @@ class MLLMAttributionResult:
             (targets, frames), in the maps' units.
 
         Raises:
-            ValueError: it is no video.
+            ValueError: it is a still image.
             IndexError: no such image.
         """
         grid, maps = self._image(i)
         if not grid.steps:
             raise ValueError(f"image {i} is a still image; only a video has a time profile.")
         return maps.mean((-2, -1))
+
+    def select(self, targets: Sequence[int]) -> "MLLMAttributionResult":
+        """The result of some of the explained tokens only.
+
+        Args:
+            targets: rows to keep, in this order.
+
+        Returns:
+            A new result; ``seq_attr`` is the sum over the rows kept.
+
+        Raises:
+            IndexError: no such row.
+        """
+        rows = torch.tensor([self._target(t) for t in targets], dtype=torch.long)
+        return replace(
+            self,
+            grid_attr=tuple(maps[rows] for maps in self.grid_attr),
+            token_attr=self.token_attr[rows],
+            output_tokens=tuple(self.output_tokens[int(row)] for row in rows),
+            output_ids=self.output_ids[rows],
+            output_probs=self.output_probs[rows],
+            relevance=None if self.relevance is None else self.relevance[rows],
+        )
 
     def _image(self, image: int) -> tuple[ImageGrid, Tensor]:
         if not -len(self.grids) <= image < len(self.grids):
@@ -239,17 +267,17 @@ class MLLMAttributionResult:
             path: the file.
 
         Returns:
-            The result, equal to the saved one bit for bit.
+            The result; all values equal the saved ones exactly.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a file of ours, or of a newer format.
+            ValueError: a file that :meth:`save` did not write, or of a newer format.
         """
         header, tensors = read_tensors(path)
         if not isinstance(header, dict) or header.get("format") != FORMAT:
-            found = header.get("format") if isinstance(header, dict) else header
+            version = header.get("format") if isinstance(header, dict) else header
             raise ValueError(
-                f"path {os.fspath(path)!r} has format {found}, this version reads format "
+                f"path {os.fspath(path)!r} has format {version}, this version reads format "
                 f"{FORMAT}: use the captum_mllm version that wrote it, or a newer one."
             )
         try:
@@ -278,7 +306,21 @@ class MLLMAttributionResult:
             preprocessing=None if rule is None else Preprocessing.from_dict(rule),
         )
 
-    # ---- pictures ---------------------------------------------------------------------------
+    # ---- what it shows of itself ------------------------------------------------------------
+
+    @override
+    def __repr__(self) -> str:
+        from captum_mllm.visualization.representation import result_text
+
+        return result_text(self)
+
+    def _repr_html_(self) -> str:
+        """The text heat map, which IPython shows for a cell's last value."""
+        from captum_mllm.visualization.representation import result_html
+
+        return result_html(self)
+
+    # ---- plots ------------------------------------------------------------------------------
 
     def plot_token_attr(self, show: bool = False) -> "tuple[Figure, Axes] | None":
         """Heat map of ``token_attr``: explained tokens down, text tokens across.
@@ -287,14 +329,14 @@ class MLLMAttributionResult:
             show: show the plot and return None; default False returns (figure, axes).
 
         Returns:
-            (figure, axes), or None if shown.
+            (figure, axes), or None if shown. A small matrix has its values written into the cells.
         """
-        from captum_mllm.visualization import plot_token_attr
+        from captum_mllm.visualization.plots import draw_token_attr
 
-        return plot_token_attr(self, show=show)
+        return draw_token_attr(self, show)
 
     def plot_seq_attr(self, show: bool = False) -> "tuple[Figure, Axes] | None":
-        """Bars of ``seq_attr``, one per text token; ``show`` as for :meth:`plot_token_attr`.
+        """Bars of ``seq_attr``, one per text token.
 
         Args:
             show: as for :meth:`plot_token_attr`.
@@ -302,9 +344,9 @@ class MLLMAttributionResult:
         Returns:
             (figure, axes), or None if shown.
         """
-        from captum_mllm.visualization import plot_seq_attr
+        from captum_mllm.visualization.plots import draw_seq_attr
 
-        return plot_seq_attr(self, show=show)
+        return draw_seq_attr(self, show)
 
     def plot_image_heatmap(
         self,
@@ -314,24 +356,35 @@ class MLLMAttributionResult:
         picture: "Image | Sequence[Image] | None" = None,
         frame: int | None = None,
     ) -> "tuple[Figure, Any] | None":
-        """Heat map of one image, over the picture if it is given; of a video, of 8 of its frames.
+        """Heat map of one image, over the picture if it is given; of a video, of its frames.
+
+        A video is drawn as up to 8 frames, evenly spaced in time: a mean over time would show heat
+        that no frame has. ``frame`` draws a single one. The full colour is the largest value in
+        the whole video, so that frames can be compared however they are drawn.
 
         Args:
             show: show the plot and return None; default False returns (figure, axes).
             target_token_pos: row of ``output_tokens``; (m, n) for the sum of rows m to n - 1;
                 None (default) for the sum of all.
-            image: which image, default the first.
-            picture: PIL picture to draw on: the original picture; where the geometry is not
-                known (see :meth:`to_image`), the image as the model saw it. Of a video the frame;
-                without ``frame``, all frames.
-            frame: draw this frame of a video only; negative counts from the end.
+            image: which image or video, default the first.
+            picture: PIL picture to draw on: the original picture or, if the geometry is not known
+                (see :meth:`to_image`), one of the image's own size. Of a video that frame; without
+                ``frame=``, a sequence of all the frames that the model was given.
+            frame: draw this frame of a video only, as the model was given them; negative counts
+                from the end.
 
         Returns:
-            (figure, axes), several axes for several frames; or None if shown.
-        """
-        from captum_mllm.visualization import plot_image_heatmap
+            (figure, axes), or None if shown. Several frames of a video: an array of axes, one per
+            frame.
 
-        return plot_image_heatmap(self, show, target_token_pos, image, picture, frame)
+        Raises:
+            IndexError: no such token, image or frame.
+            ValueError: an empty range of tokens; a picture whose geometry is not known; a frame of
+                a still image; one picture, or another number of them, for all frames of a video.
+        """
+        from captum_mllm.visualization.heatmaps import draw_image_heatmap
+
+        return draw_image_heatmap(self, show, target_token_pos, image, picture, frame)
 
     def plot_time_profile(
         self,
@@ -339,51 +392,95 @@ class MLLMAttributionResult:
         target_token_pos: int | tuple[int, int] | None = None,
         image: int = 0,
     ) -> "tuple[Figure, Axes] | None":
-        """When each token looked at a video; arguments as for :meth:`plot_image_heatmap`.
+        """Which frames of a video support each token: a line for one token, a row each for several.
+
+        The values are those of :meth:`time_profile`. Time runs in the model's own steps, each of
+        which covers its frames.
 
         Args:
             show: as for :meth:`plot_image_heatmap`.
-            target_token_pos: as for :meth:`plot_image_heatmap`.
-            image: as for :meth:`plot_image_heatmap`; it must be a video.
+            target_token_pos: as for :meth:`plot_image_heatmap`, but rows are not summed.
+            image: which video, default the first image or video.
 
         Returns:
             (figure, axes), or None if shown.
+
+        Raises:
+            IndexError: no such token or image.
+            ValueError: an empty range of tokens; a still image.
         """
-        from captum_mllm.visualization import plot_time_profile
+        from captum_mllm.visualization.heatmaps import draw_time_profile
 
-        return plot_time_profile(self, show, target_token_pos, image)
+        return draw_time_profile(self, show, target_token_pos, image)
 
-    def to_captum(self, picture: Any = None, image: int = 0, **where: Any) -> Any:
-        """As captum's ``LLMAttributionResult``; see :func:`captum_mllm.bridge.to_captum`.
+    # ---- captum -----------------------------------------------------------------------------
+
+    def to_captum(
+        self,
+        picture: Any = None,
+        image: int = 0,
+        *,
+        geometry: ImageGeometry | None = None,
+        processor: Any = None,
+    ) -> CaptumResult:
+        """As captum's ``LLMAttributionResult``: of the words, or of one image.
+
+        Without a picture the features are the text tokens, as in ``token_attr``; with one, the
+        cells of the image's grid, as an ``ImageMaskInput`` whose segments are the cells in pixels
+        of the picture, and captum's ``plot_image_heatmap`` draws them (with many cells call it
+        with ``border_width=0, show_legends=False``).
 
         Args:
-            picture: as there.
-            image: as there.
-            where: as there.
+            picture: the original PIL picture of the image, or None (default) for the words.
+            image: which image, default the first.
+            geometry: as for :meth:`to_image`, where no processor determines the geometry.
+            processor: as for :meth:`to_image`.
 
         Returns:
-            captum's result, for its plots.
+            captum's result, for its plots; ``output_probs`` and the values are those of this
+            result, ``seq_attr`` their sum.
+
+        Raises:
+            TypeError: ``picture`` is not a PIL picture.
+            ValueError: a video; no text tokens; the geometry is not known.
+            IndexError: no such image.
+
+        Example:
+            >>> from captum_mllm import LogitLens
+            >>> from captum_mllm.reference import load, make_scene, render_pil
+            >>> model, processor = load()
+            >>> picture, _ = render_pil(make_scene(1))
+            >>> inputs = processor(images=picture, text="USER: <image> what is this ? ASSISTANT:",
+            ...     return_tensors="pt")
+            >>> result = LogitLens(model, processor).attribute(inputs, target="there is a dog")
+            >>> result.to_captum(picture).token_attr.shape  # 14 x 14 cells
+            torch.Size([4, 196])
         """
-        from captum_mllm.bridge import to_captum
-
-        return to_captum(self, picture, image, **where)
-
-    def select(self, targets: Sequence[int]) -> "MLLMAttributionResult":
-        """The same result with only some of its rows.
-
-        Args:
-            targets: rows to keep, in this order.
-
-        Returns:
-            A new result; ``seq_attr`` is summed over the rows kept.
-        """
-        rows = torch.tensor([self._target(t) for t in targets], dtype=torch.long)
-        return replace(
-            self,
-            grid_attr=tuple(maps[rows] for maps in self.grid_attr),
-            token_attr=self.token_attr[rows],
-            output_tokens=tuple(self.output_tokens[int(row)] for row in rows),
-            output_ids=self.output_ids[rows],
-            output_probs=self.output_probs[rows],
-            relevance=None if self.relevance is None else self.relevance[rows],
+        names, segments, values = list(self.input_tokens), None, self.token_attr
+        if picture is not None:
+            segments, values = self._segments(picture, image, geometry, processor)
+            names = list(segments.values)
+        return CaptumResult(
+            input_tokens=names,
+            output_tokens=list(self.output_tokens),
+            seq_attr=values.sum(0),
+            token_attr=values,
+            output_probs=self.output_probs,
+            inp=segments,
         )
+
+    def _segments(
+        self, picture: Any, image: int, geometry: ImageGeometry | None, processor: Any
+    ) -> tuple[ImageMaskInput, Tensor]:
+        """The picture with a segment per cell, and each target's value of each segment."""
+        if not hasattr(picture, "convert"):
+            raise TypeError(f"picture must be a PIL picture, got {type(picture).__name__}.")
+        size = (picture.height, picture.width)
+        box = self.geometry(image, size, geometry=geometry, processor=processor)
+        grid, maps = self._image(image)
+        if grid.steps:
+            raise ValueError(f"image {image} is a video, which captum's ImageMaskInput can't hold.")
+        mask = cell_mask(box, size, (maps.shape[-2], maps.shape[-1]))
+        values = torch.cat([maps.flatten(1), maps.new_zeros(len(maps), 1)], 1)
+        # Cells smaller than a pixel may have none: captum has only those that are in the mask.
+        return ImageMaskInput(picture.convert("RGB"), mask), values[:, mask.unique()]

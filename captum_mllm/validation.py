@@ -1,6 +1,7 @@
 """Checks of arguments, and the error that they raise."""
 
 from collections.abc import Callable
+from math import isfinite
 from numbers import Real
 from typing import Any
 
@@ -80,3 +81,72 @@ def picture_size(size: Any) -> tuple[int, int]:
     if len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size):
         raise ArgumentError("size", f"must be (height, width), whole pixels >= 1, got {size!r}.")
     return size[0], size[1]
+
+
+def check_scales(scales: Any) -> tuple[float, ...]:
+    """Factors of the input's height and width: finite, above 0, distinct.
+
+    Args:
+        scales: a sequence of numbers.
+
+    Returns:
+        The factors.
+
+    Raises:
+        TypeError: not a sequence of numbers.
+        ValueError: empty, repeated, or not finite and above 0.
+
+    Example:
+        >>> check_scales([1, 1.5])
+        (1.0, 1.5)
+    """
+    if isinstance(scales, str):
+        raise TypeError(f"scales must be a sequence of numbers, got {scales!r}.")
+    try:
+        values = tuple(float(scale) for scale in scales)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"scales must be a sequence of numbers, got {scales!r}.") from error
+    if not values:
+        raise ArgumentError("scales", "is empty: give at least one factor, e.g. (1.0, 1.25, 1.5).")
+    if any(not isfinite(s) or s <= 0 for s in values):
+        raise ArgumentError("scales", f"must be finite numbers > 0, got {values}.")
+    if len(set(values)) < len(values):
+        raise ArgumentError("scales", f"must be distinct, got {values}.")
+    return values
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """One of several words.
+
+    Args:
+        name: the argument's name.
+        value: what came.
+        choices: the words that exist.
+
+    Raises:
+        ValueError: another word.
+
+    Example:
+        >>> check_choice("aggregation", "mean", ("mean", "median"))
+        'mean'
+    """
+    if value not in choices:
+        raise ArgumentError(name, f"must be one of {', '.join(choices)}, got {value!r}.")
+    return value
+
+
+class ArgumentError(ValueError):
+    """An argument with a wrong value; the message begins with the argument's name.
+
+    Args:
+        argument: the argument's name.
+        problem: what is wrong with it and how to fix it, as the rest of the sentence.
+
+    Example:
+        >>> str(ArgumentError("scales", "must be distinct, got (1.0, 1.0)."))
+        'scales must be distinct, got (1.0, 1.0).'
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(f"{argument} {problem}")
+        self.argument = argument

@@ -1,11 +1,11 @@
-"""From tokens to words: grouping, word maps, word probabilities and where a word's map peaks.
+"""From tokens to words: labels, grouping, word lists, word maps and where a word's map peaks.
 
-What a person reads is words; what a model says is tokens. Pure functions, all **our choice**:
+A person reads words, a model generates tokens. Pure functions, all **our choice**:
 
 - a label that starts with a space starts a word, one without continues it, punctuation stands
   alone;
-- a word's map is the elementwise maximum of its tokens' maps (a cell counts if any part of the
-  word looked there), its probability the product of its tokens' probabilities.
+- a word's map is the elementwise maximum of its tokens' maps (a cell counts if it supports any
+  part of the word), its probability the product of its tokens' probabilities.
 """
 
 import re
@@ -20,7 +20,10 @@ from torch import Tensor
 
 from captum_mllm.geometry import ImageGeometry
 
-_SPACE_MARKS = ("▁", "Ġ")
+_SPACE_MARKS = ("\u2581", "\u0120")  # how SentencePiece and byte-level BPE write a space
+_WORD_STARTS = f" {''.join(_SPACE_MARKS)}"
+
+# ---- labels ----------------------------------------------------------------------------------
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -73,42 +76,38 @@ def _label(token_id: int, tokenizer: Any) -> str:
     return f" {text.strip(' ')}" if starts_word else text or token
 
 
-_CLOSED_CLASSES = {
-    "CC, DT, EX": "and but or nor yet so plus either neither both the a an this that these those "
-    "every each all any some no another there",
-    "PRP, PRP$, POS": "i you he she it we they me him her us them myself yourself himself herself "
-    "itself ourselves themselves mine yours hers ours theirs my your his its our their 's",
-    "MD": "can could may might must shall should will would ought can't cannot couldn't won't "
-    "wouldn't shouldn't 'll 'd",
-    "auxiliaries": "is am are was were be been being do does did has have had having 're 've 'm "
-    "isn't aren't wasn't weren't don't doesn't didn't hasn't haven't hadn't not n't",
-    "WDT, WP, WP$, WRB": "which what who whom whose when where why how whatever whichever whoever "
-    "whenever wherever",
-    "UH": "oh yes please well ah hey hello",
-    "prepositions, TO": "of in on at by for with from to into onto upon over under above below "
-    "between among near beside behind before after across through along around against about as "
-    "like than if while because since until unless although though during without within off out "
-    "up down",
-}
+def marks_spaces(tokens: Sequence[str]) -> bool:
+    """Whether a tokenizer marks the spaces between words, judged by labels of a whole text.
+
+    Args:
+        tokens: labels as in ``result.input_tokens``; the longer the better.
+
+    Example:
+        >>> marks_spaces(["a", " dog"]), marks_spaces(["a", "dog"])
+        (True, False)
+    """
+    return any(token[:1] in tuple(_WORD_STARTS) and token.strip(_WORD_STARTS) for token in tokens)
 
 
-FUNCTION_WORDS = frozenset(" ".join(_CLOSED_CLASSES.values()).split())
-"""Closed-class words, lower case: the tags CC DT EX MD POS PRP PRP$ UH WDT WP WP$ WRB as a fixed
-list (a tagger would need a download), and for display also prepositions and auxiliaries."""
+def join_tokens(tokens: Sequence[str], spaced: bool = True) -> str:
+    """The text of tokens.
+
+    Args:
+        tokens: labels as in ``result.output_tokens``.
+        spaced: as for :func:`group_words`.
+
+    Example:
+        >>> join_tokens([" a", " zeb", "ra"]), join_tokens(["a", "zebra"], spaced=False)
+        ('a zebra', 'a zebra')
+    """
+    return ("" if spaced else " ").join(tokens).strip()
 
 
-_START = " \u2581\u0120"  # a space, and how SentencePiece and byte-level BPE write one
-
+# ---- words -----------------------------------------------------------------------------------
 
 _APOSTROPHES = "'\u2019"
-
-
 _CLITIC = re.compile(rf"[{_APOSTROPHES}](s|re|ve|ll|d|m)$", re.IGNORECASE)
-
-
 _SPECIAL = re.compile(r"<(?!0x)[^<>\s]+>$|\[[A-Z]+\]$")
-
-
 _NO_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 
 
@@ -127,72 +126,13 @@ class Word:
     content: bool
 
 
-@dataclass(frozen=True)
-class Peak:
-    """Where a map is largest.
-
-    Args:
-        value: the map's largest value, in its units.
-        x: column in pixels of the original picture.
-        y: row in pixels of the original picture.
-        region: the same in words, e.g. "top left".
-    """
-
-    value: float
-    x: int
-    y: int
-    region: str
-
-
-def is_content_word(text: str) -> bool:
-    """Whether a word is neither punctuation, nor a special token, nor in ``FUNCTION_WORDS``.
-
-    Args:
-        text: one word.
-
-    Example:
-        >>> [is_content_word(text) for text in ("Dog", "the", ".", "</s>", "two")]
-        [True, False, False, False, True]
-    """
-    if _SPECIAL.match(text) or not any(character.isalnum() for character in text):
-        return False
-    return text.lower().replace("\u2019", "'").strip('.,;:!?"()') not in FUNCTION_WORDS
-
-
-def marks_spaces(tokens: Sequence[str]) -> bool:
-    """Whether a tokenizer marks the spaces between words, judged by labels of a whole text.
-
-    Args:
-        tokens: labels as in ``result.input_tokens``; the longer the better.
-
-    Example:
-        >>> marks_spaces(["a", " dog"]), marks_spaces(["a", "dog"])
-        (True, False)
-    """
-    return any(token[:1] in tuple(_START) and token.strip(_START) for token in tokens)
-
-
-def join_tokens(tokens: Sequence[str], spaced: bool = True) -> str:
-    """The text of tokens.
-
-    Args:
-        tokens: labels as in ``result.output_tokens``.
-        spaced: as for :func:`group_words`.
-
-    Example:
-        >>> join_tokens([" a", " zeb", "ra"]), join_tokens(["a", "zebra"], spaced=False)
-        ('a zebra', 'a zebra')
-    """
-    return ("" if spaced else " ").join(tokens).strip()
-
-
 def group_words(tokens: Sequence[str], spaced: bool = True) -> tuple[Word, ...]:
     """Group the labels of tokens to words.
 
     A leading space starts a word; so does the first token. Punctuation, special tokens, the
     clitics ('s, 're, ..., of one token or two) and tokens of scripts written without spaces stand
     alone. Hyphens and other apostrophes inside a word and points inside a number belong to it.
-    White space is no word.
+    White space is not a word.
 
     Args:
         tokens: labels as in ``result.output_tokens``.
@@ -210,7 +150,7 @@ def group_words(tokens: Sequence[str], spaced: bool = True) -> tuple[Word, ...]:
         if not bare[index]:
             joins = False
             continue
-        starts = token[0] in _START or token[0].isspace()
+        starts = token[0] in _WORD_STARTS or token[0].isspace()
         if joins and spaced and _ends_as_clitic(bare, tokens, index):
             groups.append([index])  # the apostrophe; its letters follow
             continue
@@ -232,7 +172,7 @@ def group_words(tokens: Sequence[str], spaced: bool = True) -> tuple[Word, ...]:
 
 def _bare(token: str) -> str:
     """A label without white space around it, in whatever way that is written."""
-    return token.strip().strip(_START).replace("\u010a", "").strip()
+    return token.strip().strip(_WORD_STARTS).replace("\u010a", "").strip()
 
 
 def _stands_alone(bare: Sequence[str], tokens: Sequence[str], index: int) -> bool:
@@ -269,8 +209,93 @@ def _ends_as_clitic(bare: Sequence[str], tokens: Sequence[str], index: int) -> b
         return False
     if after == len(tokens) or not bare[after] or tokens[index + 1][-1].isspace():
         return True
-    starts = tokens[after][0] in _START or tokens[after][0].isspace()
+    starts = tokens[after][0] in _WORD_STARTS or tokens[after][0].isspace()
     return starts or _stands_alone(bare, tokens, after)
+
+
+# ---- word lists ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ClosedClass:
+    """The words of one class; those that only one of the two lists takes stand apart."""
+
+    words: str = ""
+    func_iou_only: str = ""
+    display_only: str = ""
+
+
+# A fixed list, as a tagger would need a download: a word that is in a class *and* elsewhere ("that"
+# as conjunction, "no" as answer) always counts. The tags are the Penn Treebank's.
+_CLOSED_CLASSES = {
+    "CC": _ClosedClass("and but or nor plus", "&", "so yet"),
+    "DT": _ClosedClass(
+        "a an the this that these those each every some any no all both either neither another"
+    ),
+    "EX": _ClosedClass("there"),
+    "MD": _ClosedClass(
+        "can could may might must shall should will would ought 'll 'd",
+        display_only="cannot can't couldn't shouldn't won't wouldn't",
+    ),
+    "POS": _ClosedClass("'s", "'"),
+    "PRP": _ClosedClass(
+        "i you he she it we they me him her us them mine yours his hers ours theirs "
+        "myself yourself himself herself itself ourselves themselves",
+        "yourselves",
+    ),
+    "PRP$": _ClosedClass("my your his its our their"),
+    "UH": _ClosedClass("oh yes hello please", "hi ok okay wow", "ah hey well"),
+    "WDT, WP, WP$, WRB": _ClosedClass(
+        "which what whatever whichever who whom whose whoever when where why how whenever wherever"
+    ),
+    "auxiliary verbs, negation": _ClosedClass(
+        display_only="am is are was were be been being do does did has have had having 're 've 'm "
+        "isn't aren't wasn't weren't don't doesn't didn't hasn't haven't hadn't not n't"
+    ),
+    "IN, TO, RP": _ClosedClass(
+        display_only="of in on at by for with from to into onto upon over under above below "
+        "between among near beside behind before after across through along around against about "
+        "as like than if while because since until unless although though during without within "
+        "off out up down"
+    ),
+}
+
+FUNCTION_WORDS = frozenset(
+    word
+    for group in _CLOSED_CLASSES.values()
+    for word in f"{group.words} {group.func_iou_only}".split()
+)
+"""The function words of TAM's evaluation, lower case, as a fixed list of its Penn Treebank tags
+CC DT EX MD POS PRP PRP$ UH WDT WP WP$ WRB: see :func:`captum_mllm.metrics.is_function_word`."""
+
+_DISPLAYED_AS_FUNCTION_WORDS = frozenset(
+    word
+    for group in _CLOSED_CLASSES.values()
+    for word in f"{group.words} {group.display_only}".split()
+)
+
+
+def is_content_word(text: str) -> bool:
+    """Whether a word carries meaning of its own: not a function word, punctuation or special token.
+
+    Function words are here, next to the tags of :data:`FUNCTION_WORDS`, also prepositions,
+    auxiliary verbs and negations.
+
+    Args:
+        text: one word.
+
+    Example:
+        >>> [is_content_word(text) for text in ("Dog", "the", ".", "</s>", "two")]
+        [True, False, False, False, True]
+    """
+    if _SPECIAL.match(text) or not any(character.isalnum() for character in text):
+        return False
+    return (
+        text.lower().replace("\u2019", "'").strip('.,;:!?"()') not in _DISPLAYED_AS_FUNCTION_WORDS
+    )
+
+
+# ---- maps of words ---------------------------------------------------------------------------
 
 
 def word_maps(
@@ -333,6 +358,26 @@ def word_attributions(
     return torch.stack([by_column[list(word.tokens)].amax(0) for word in words])
 
 
+# ---- peaks -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Where a map is largest.
+
+    Args:
+        value: the map's largest value, in its units.
+        x: column in pixels of the original picture.
+        y: row in pixels of the original picture.
+        region: the same in words, e.g. "top left".
+    """
+
+    value: float
+    x: int
+    y: int
+    region: str
+
+
 def region_name(x: float, y: float, size: tuple[int, int]) -> str:
     """Which ninth of a picture a point lies in, in words.
 
@@ -375,8 +420,8 @@ def find_peak(
     left, upper, right, lower = geometry.box
     x = left + (torch.arange(cols) + 0.5) * (right - left) / cols
     y = upper + (torch.arange(rows) + 0.5) * (lower - upper) / rows
-    seen = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))[None, :]
-    visible = torch.where(seen, cells, torch.zeros_like(cells))
+    inside = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))[None, :]
+    visible = torch.where(inside, cells, torch.zeros_like(cells))
     best = int(visible.argmax())
     value = float(visible.flatten()[best])
     if value <= 0:

@@ -202,7 +202,7 @@ def test_files_that_are_not_ours(result, tmp_path):
     path = tmp_path / "a"
     for data in (b"", b"hello", b"\0" * 100, pickle.dumps({"a": 1})):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"path .* is no safetensors file"):
+        with pytest.raises(ValueError, match=r"path .* is not a safetensors file"):
             MLLMAttributionResult.load(path)
     for metadata in (None, {"other": "1"}):
         save_file({"x": torch.ones(2)}, path, metadata=metadata)
@@ -210,7 +210,7 @@ def test_files_that_are_not_ours(result, tmp_path):
             MLLMAttributionResult.load(path)
     result.save(path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"path .* is no safetensors file"):
+    with pytest.raises(ValueError, match=r"path .* is not a safetensors file"):
         MLLMAttributionResult.load(path)
 
 

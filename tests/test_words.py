@@ -3,6 +3,7 @@ import torch
 
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.words import (
+    FUNCTION_WORDS,
     find_peak,
     group_words,
     is_content_word,
@@ -145,3 +146,12 @@ def test_map_of_zeros_has_no_peak():
 )
 def test_regions(x, y, name):
     assert region_name(x, y, (100, 100)) == name
+
+
+def test_display_greys_more_than_func_iou_measures():
+    measured_only = {"&", "'", "hi", "ok", "okay", "wow", "yourselves"}
+    assert {word for word in FUNCTION_WORDS if is_content_word(word)} == measured_only - {"&", "'"}
+    for word in ("so", "can't", "is", "not", "of", "beside", "well"):
+        assert word not in FUNCTION_WORDS
+        assert not is_content_word(word)
+    assert len(FUNCTION_WORDS) == 91

@@ -11,9 +11,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from captum_mllm.adapters.canvases import PictureCanvases
-from captum_mllm.adapters.devices import input_device, tables_loaded
+from captum_mllm.adapters.devices import input_device
 from captum_mllm.adapters.head import Matrix, head_matrix, head_size
-from captum_mllm.adapters.hooks import unchanged
 from captum_mllm.functional import WHOLE, Box
 from captum_mllm.geometry import ImageGrid
 
@@ -392,15 +391,10 @@ class Adapter(PictureCanvases, ABC):
         return nullcontext()
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, size hooks; everything is restored afterwards.
-
-        Meanwhile the LM head's matrix, which may have to be loaded or computed, is cached.
-        """
-        with unchanged(self.model), torch.no_grad(), self.size_hooks(), tables_loaded(self.tower):
-            self.model.eval()
-            self._matrix = head_matrix(self.head)
-            try:
-                yield
-            finally:
-                self._matrix = None
+    def head_kept(self) -> Iterator[None]:
+        """Cache the LM head's matrix, which may have to be loaded or computed, for the context."""
+        self._matrix = head_matrix(self.head)
+        try:
+            yield
+        finally:
+            self._matrix = None

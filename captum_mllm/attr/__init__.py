@@ -6,18 +6,19 @@ from captum_mllm.attr.joint_normalization import JointNormalization
 from captum_mllm.attr.logit_lens import LogitLens
 from captum_mllm.attr.msea import MSEA
 from captum_mllm.attr.multi_scale import MultiScaleAttribution
-from captum_mllm.attr.presets import PRESETS, Preset
+from captum_mllm.attr.postprocessing import PostProcessor
 from captum_mllm.attr.tam import TokenActivationMap
+from captum_mllm.model.runner import RunOptions
 
 __all__ = [
     "ARC",
     "MSEA",
-    "PRESETS",
     "JointNormalization",
     "LogitLens",
     "MultiScaleAttribution",
-    "Preset",
+    "PostProcessor",
     "RankCorrelationDenoiser",
+    "RunOptions",
     "TokenActivationMap",
     "TokenAttribution",
 ]

@@ -1,8 +1,7 @@
-"""ARC: suppress what irrelevant context puts on a token's attributions."""
+"""ARC: suppress interference from irrelevant context."""
 
-from collections.abc import Mapping
 from math import inf
-from typing import Any
+from typing import Any, Self
 
 import torch
 from captum.attr import Attribution
@@ -10,24 +9,21 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from typing_extensions import override
 
-from captum_mllm.attr.base import TokenAttribution, make_result
+from captum_mllm.attr.base import TokenAttribution, build_result
 from captum_mllm.attr.logit_lens import as_token_attribution
-from captum_mllm.attr.postprocessing import Finishing
-from captum_mllm.attr.presets import PRESET, FromPreset, preset_values
+from captum_mllm.attr.postprocessing import PostProcessor
 from captum_mllm.functional import (
     arc_subtract,
     context_weights,
     joint_min_max,
     rank_biased_overlap,
 )
-from captum_mllm.model.runner import Runner
-from captum_mllm.model.targets import Explain
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import UNIT, MLLMAttributionResult
 from captum_mllm.validation import check_alpha_max, check_number
 
 
-class RankCorrelationDenoiser(TokenAttribution):
+class RankCorrelationDenoiser(PostProcessor):
     """Post-processes token attributions by activation ranking correlation (ARC).
 
     The relevance of a context token is the rank-biased overlap of the top-k predictions that led
@@ -38,24 +34,22 @@ class RankCorrelationDenoiser(TokenAttribution):
     Args:
         attribution_method: a token attribution that gives raw maps (``LogitLens(model)``,
             ``MSEA(model)``); for :meth:`denoise` alone any captum attribution, or None.
-        top_k: depth of the rankings; 50 (the paper's) in both presets.
-        rbo_p: persistence of the rank-biased overlap in (0, 1); 0.9 in both presets.
-        strength: lambda >= 0 of the subtraction; on the text side the factor is
-            ``1 - strength * (1 - relevance)``, at least 0; 1 in both presets.
-        alpha_max: bound > 0 of the fitted alpha, or None for none.
-        rank_filter: apply TAM's rank Gaussian filter at the end; False in both presets.
-        upsampling: see :class:`~captum_mllm.attr.postprocessing.Finishing`.
-        calibration: see :class:`~captum_mllm.attr.postprocessing.Finishing`.
-        preset: "measured" (default: as chosen on validation scenes) or "paper" (the plain
-            published idea): gives every option that is left out its value
-            (:data:`captum_mllm.PRESETS`).
+        top_k: depth of the rankings, default 50 (the paper's).
+        rbo_p: persistence of the rank-biased overlap in (0, 1), default 0.9.
+        strength: lambda >= 0 of the subtraction, default 1; on the text side the factor is
+            ``1 - strength * (1 - relevance)``, at least 0.
+        alpha_max: bound > 0 of the fitted alpha, default 0.25; None for none.
+        upsampling: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default 2.
+        calibration: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default 1.5.
 
     Raises:
-        ValueError: numbers out of range; a base that already subtracts context; no such preset.
+        ValueError: numbers out of range; a base whose maps are normalised already.
 
     Reference:
         Idea: arXiv 2509.22415; formulas: our reading, in
-        :func:`~captum_mllm.functional.arc_subtract`.
+        :func:`~captum_mllm.functional.arc_subtract`. The bound, upsampling and calibration are
+        ours; their defaults were chosen on validation scenes (``make study NAME=choose``, recorded
+        in docs/studies/records/choose.md), where top_k, rbo_p and strength were not varied.
 
     Example:
         >>> import torch
@@ -70,15 +64,13 @@ class RankCorrelationDenoiser(TokenAttribution):
     def __init__(
         self,
         attribution_method: Attribution | None,
-        top_k: int | FromPreset = PRESET,
-        rbo_p: float | FromPreset = PRESET,
-        strength: float | FromPreset = PRESET,
+        top_k: int = 50,
+        rbo_p: float = 0.9,
+        strength: float = 1.0,
         *,
-        alpha_max: float | FromPreset | None = PRESET,
-        rank_filter: bool | FromPreset = PRESET,
-        upsampling: int | FromPreset = PRESET,
-        calibration: float | FromPreset | None = PRESET,
-        preset: str = "measured",
+        alpha_max: float | None = 0.25,
+        upsampling: int = 2,
+        calibration: float | None = 1.5,
     ) -> None:
         if isinstance(attribution_method, TokenAttribution):
             as_token_attribution(attribution_method, caller="ARC")
@@ -87,69 +79,38 @@ class RankCorrelationDenoiser(TokenAttribution):
                 f"attribution_method must be a captum attribution such as LogitLens(model), or "
                 f"None, got {type(attribution_method).__name__}; for a model use ARC(model)."
             )
-        super().__init__(getattr(attribution_method, "forward_func", None))  # type: ignore[arg-type]
-        self.attribution_method = attribution_method
-        values = preset_values(
-            preset,
-            top_k=top_k,
-            rbo_p=rbo_p,
-            strength=strength,
-            alpha_max=alpha_max,
-            rank_filter=rank_filter,
-            upsampling=upsampling,
-            calibration=calibration,
-        )
-        self.top_k: int = values["top_k"]
-        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1:
-            raise ValueError(f"top_k must be an int >= 1, got {self.top_k!r}.")
-        self.rbo_p = check_number(
-            "rbo_p", values["rbo_p"], "strictly between 0 and 1", lambda p: 0 < p < 1
-        )
-        self.strength = check_number(
-            "strength", values["strength"], "in 0 .. inf", lambda s: 0 <= s < inf
-        )
-        self.alpha_max = check_alpha_max(values["alpha_max"])
-        self.finishing = Finishing(
-            values["rank_filter"], values["upsampling"], values["calibration"]
-        )
+        super().__init__(attribution_method, upsampling=upsampling, calibration=calibration)
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+            raise ValueError(f"top_k must be an int >= 1, got {top_k!r}.")
+        self.top_k = top_k
+        self.rbo_p = check_number("rbo_p", rbo_p, "strictly between 0 and 1", lambda p: 0 < p < 1)
+        self.strength = check_number("strength", strength, "in 0 .. inf", lambda s: 0 <= s < inf)
+        self.alpha_max = check_alpha_max(alpha_max)
 
-    @property
-    def subtracts_context(self) -> bool:
-        """Whether :meth:`attribute_trace` takes interference of context off: yes."""
-        return True
+    @classmethod
+    def paper(cls, *args: Any, **options: Any) -> Self:
+        """The plain published idea: alpha unbounded, no finer grid, no calibration.
 
-    @property
-    @override
-    def runner(self) -> Runner:
-        return self._base.runner
+        How the relevance enters the subtraction is our reading, and ``rbo_p`` is our guess.
 
-    @property
-    def _base(self) -> TokenAttribution:
-        if isinstance(self.attribution_method, TokenAttribution):
-            return self.attribution_method
-        raise TypeError(
-            f"attribution_method is {type(self.attribution_method).__name__}, which does not "
-            f"trace tokens: attribute needs LogitLens(model) or MSEA(model) inside. For "
-            f"attributions computed elsewhere use denoise(...)."
-        )
+        Args:
+            args: as of the class.
+            options: as of the class; they replace the published settings.
+
+        Returns:
+            The attributor.
+
+        Example:
+            >>> from captum_mllm import RankCorrelationDenoiser
+            >>> RankCorrelationDenoiser.paper(None, top_k=10).alpha_max is None
+            True
+        """
+        return cls(*args, **{"alpha_max": None, "upsampling": 1, "calibration": None, **options})
 
     @property
     @override
     def ranking_depth(self) -> int | None:
         return self.top_k
-
-    @override
-    def trace(
-        self,
-        inputs: Mapping[str, Any],
-        target: Any = None,
-        *,
-        explain: Explain = "answer",
-        top_k: int | None = None,
-        **options: Any,
-    ) -> TokenTrace:
-        depth = self.top_k if top_k is None else top_k
-        return self._base.trace(inputs, target, explain=explain, top_k=depth, **options)
 
     @override
     def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
@@ -169,9 +130,9 @@ class RankCorrelationDenoiser(TokenAttribution):
             self.alpha_max,
         )
         unit, scores = joint_min_max(cleaned, trace.text_scores, trace.is_earlier)
-        maps = self.finishing(trace.unpack_cells(unit))
+        maps = self.finish(trace.unpack_cells(unit))
         kept = scores * self._kept(relevance)
-        return make_result(trace, maps, kept, UNIT, self.name, relevance)
+        return build_result(trace, maps, kept, UNIT, self.name, relevance)
 
     def denoise(
         self,
@@ -246,8 +207,8 @@ class RankCorrelationDenoiser(TokenAttribution):
             got = getattr(maps_or_scores, "dtype", type(maps_or_scores).__name__)
             raise ValueError(f"maps_or_scores must be a floating point tensor, got {got}.")
         n = len(maps_or_scores)
-        given = {"rankings": rankings, "target_rankings": target_rankings}
-        for name, value in given.items():
+        tensors = {"rankings": rankings, "target_rankings": target_rankings}
+        for name, value in tensors.items():
             if value is None and name == "target_rankings":
                 continue
             if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[1] < self.top_k:
@@ -287,16 +248,14 @@ class ARC(RankCorrelationDenoiser):
     Args:
         model_or_attribution: a transformers model, or a token attribution such as
             ``MSEA(model)``.
-        processor: the model's processor, default None; with an attribution, give it to that.
+        processor: see :class:`LogitLens`, default None; with an attribution, give it to that.
         layer: as for ``LogitLens``, default -1.
-        top_k: see :class:`RankCorrelationDenoiser`.
-        rbo_p: see :class:`RankCorrelationDenoiser`.
-        strength: see :class:`RankCorrelationDenoiser`.
-        alpha_max: see :class:`RankCorrelationDenoiser`.
-        rank_filter: see :class:`RankCorrelationDenoiser`.
-        upsampling: see :class:`RankCorrelationDenoiser`.
-        calibration: see :class:`RankCorrelationDenoiser`.
-        preset: see :class:`RankCorrelationDenoiser`.
+        top_k: see :class:`RankCorrelationDenoiser`; default 50.
+        rbo_p: see :class:`RankCorrelationDenoiser`; default 0.9.
+        strength: see :class:`RankCorrelationDenoiser`; default 1.
+        alpha_max: see :class:`RankCorrelationDenoiser`; default 0.25.
+        upsampling: see :class:`RankCorrelationDenoiser`; default 2.
+        calibration: see :class:`RankCorrelationDenoiser`; default 1.5.
     """
 
     def __init__(
@@ -305,14 +264,12 @@ class ARC(RankCorrelationDenoiser):
         processor: Any = None,
         *,
         layer: int = -1,
-        top_k: int | FromPreset = PRESET,
-        rbo_p: float | FromPreset = PRESET,
-        strength: float | FromPreset = PRESET,
-        alpha_max: float | FromPreset | None = PRESET,
-        rank_filter: bool | FromPreset = PRESET,
-        upsampling: int | FromPreset = PRESET,
-        calibration: float | FromPreset | None = PRESET,
-        preset: str = "measured",
+        top_k: int = 50,
+        rbo_p: float = 0.9,
+        strength: float = 1.0,
+        alpha_max: float | None = 0.25,
+        upsampling: int = 2,
+        calibration: float | None = 1.5,
     ) -> None:
         super().__init__(
             as_token_attribution(model_or_attribution, processor, layer, caller="ARC"),
@@ -320,8 +277,6 @@ class ARC(RankCorrelationDenoiser):
             rbo_p,
             strength,
             alpha_max=alpha_max,
-            rank_filter=rank_filter,
             upsampling=upsampling,
             calibration=calibration,
-            preset=preset,
         )

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from captum.attr import Attribution
@@ -12,8 +12,7 @@ from torch import Tensor
 from captum_mllm._captum import log_usage
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGrid
-from captum_mllm.model.runner import Runner
-from captum_mllm.model.targets import Explain
+from captum_mllm.model.runner import Runner, RunOptions, check_options
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import LOGITS, MLLMAttributionResult
 
@@ -22,14 +21,14 @@ class TokenAttribution(Attribution):
     """Explains each token of an answer by the image's cells and by the text before it.
 
     Subclasses give :attr:`runner`, which runs the model, and may refine :meth:`trace` (more
-    evidence) and :meth:`attribute_trace` (what is made of it). Not thread-safe: while one runs,
+    evidence) and :meth:`attribute_trace` (the result from it). Not thread-safe: while one runs,
     hooks sit in the user's model.
     """
 
     @property
-    def subtracts_context(self) -> bool:
-        """Whether context's interference is subtracted already: it must not be done twice."""
-        return False
+    def gives_logits(self) -> bool:
+        """Whether the maps are raw logits, which scales aggregate and post-processors take."""
+        return True
 
     @property
     @abstractmethod
@@ -42,22 +41,16 @@ class TokenAttribution(Attribution):
         inputs: Mapping[str, Any],
         target: Any = None,
         *,
-        explain: Explain = "answer",
-        gen_args: Mapping[str, Any] | None = None,
         top_k: int | None = None,
-        images: Any = None,
-        show_progress: bool = False,
+        **options: Unpack[RunOptions],
     ) -> TokenTrace:
-        """Run the model and gather the evidence; arguments as in :meth:`attribute`.
+        """Run the model and gather the evidence.
 
         Args:
             inputs: the processor's mapping.
             target: see :meth:`attribute`.
-            explain: see :meth:`attribute`.
-            gen_args: see :meth:`attribute`.
-            top_k: depth of the rankings to gather, or None for none.
-            images: see :meth:`attribute`.
-            show_progress: see :meth:`attribute`.
+            top_k: depth of the rankings to gather, or None (default) for none.
+            options: see :class:`~captum_mllm.model.runner.RunOptions`.
 
         Returns:
             All that :meth:`attribute_trace` needs.
@@ -65,21 +58,21 @@ class TokenAttribution(Attribution):
 
     @abstractmethod
     def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
-        """Make the result of a trace; runs no model.
+        """Compute the result from a trace, without running the model.
 
         Args:
             trace: from :meth:`trace`.
 
         Returns:
-            The result that :meth:`attribute` gives.
+            The result that :meth:`attribute` returns.
         """
 
     @property
     def name(self) -> str:
-        """What it is made of, e.g. "ARC(MSEA(LogitLens))"; the result's ``method``."""
+        """The attributors it is composed of, e.g. "ARC(MSEA(LogitLens))"."""
         inner = getattr(self, "attribution_method", None)
-        own = type(self).__name__
-        return f"{own}({inner.name})" if isinstance(inner, TokenAttribution) else own
+        kind = type(self).__name__
+        return f"{kind}({inner.name})" if isinstance(inner, TokenAttribution) else kind
 
     @property
     def ranking_depth(self) -> int | None:
@@ -92,11 +85,7 @@ class TokenAttribution(Attribution):
         inputs: Any,
         target: Any = None,
         additional_forward_args: Any = None,
-        *,
-        explain: Explain = "answer",
-        gen_args: Mapping[str, Any] | None = None,
-        images: Any = None,
-        show_progress: bool = False,
+        **options: Unpack[RunOptions],
     ) -> Any:
         """Explain each token of the answer to one prompt.
 
@@ -109,15 +98,10 @@ class TokenAttribution(Attribution):
                 (``NoiseTunnel``) a 1-D target that captum repeated per copy is understood; a
                 tuple of ids is never repeated.
             additional_forward_args: with a pixel tensor, the rest of the mapping; with the whole
-                mapping a tensor (N, C, H, W) holds versions of the picture's frame, as
+                mapping a tensor (N, C, H, W) holds versions of the picture's canvas, as
                 ``TokenLogProb(...).pixels`` gives it in every family.
-            explain: "answer" (default), "prompt", "all", or positions in ``input_ids`` + answer.
-            gen_args: keyword arguments of ``generate`` in place of ours (greedy, one beam, no
-                repetition penalty, 128 new tokens). Image and video ids are always barred and
-                the final end-of-sequence token is no target.
-            images: the original picture(s); where a scale other than 1 is wanted they go through
-                the processor again, instead of the pixel tensor being resized. Needs a processor.
-            show_progress: progress bar over the scales, default False.
+            options: ``explain``, ``gen_args``, ``images`` and ``show_progress``, see
+                :class:`~captum_mllm.model.runner.RunOptions`.
 
         Returns:
             :class:`~captum_mllm.result.MLLMAttributionResult`; for a pixel tensor (N, C, H, W) of
@@ -125,15 +109,10 @@ class TokenAttribution(Attribution):
             saw it; a tuple for a tuple of one tensor.
 
         Raises:
-            TypeError: arguments of another kind.
-            ValueError: bad input; the message names the argument and how to mend it.
+            TypeError: arguments of another kind, or an option that does not exist.
+            ValueError: bad input; the message names the argument and says how to fix it.
         """
-        options: dict[str, Any] = {
-            "explain": explain,
-            "gen_args": gen_args,
-            "images": images,
-            "show_progress": show_progress,
-        }
+        check_options(options)
         pixels = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else inputs
         if isinstance(pixels, Tensor):
             maps = self._attribute_pixels(pixels, target, additional_forward_args, options)
@@ -144,12 +123,10 @@ class TokenAttribution(Attribution):
                 "everything itself."
             )
         mapping: Any = inputs
-        return self.attribute_trace(
-            self.trace(mapping, target, top_k=self.ranking_depth, **options)
-        )
+        return self.attribute_trace(self.trace(mapping, target, **options))
 
     def _attribute_pixels(
-        self, pixels: Tensor, target: Any, rest: Any, options: dict[str, Any]
+        self, pixels: Tensor, target: Any, rest: Any, options: RunOptions
     ) -> Float[Tensor, "n targets height width"]:
         """Maps for each of N versions of one image; this is what ``NoiseTunnel`` calls."""
         if isinstance(rest, tuple) and len(rest) == 1:
@@ -163,12 +140,12 @@ class TokenAttribution(Attribution):
             raise ValueError(
                 f"inputs must be pixels (N, channels, height, width), or (N, tiles, channels, "
                 f"height, width) where the model takes tiles, got {tuple(pixels.shape)}; Qwen's "
-                f"rows of patches go in a mapping, or as the frame that they were cut from "
+                f"rows of patches go in a mapping, or as the canvas that they were cut from "
                 f"(TokenLogProb(...).pixels) with the whole mapping as additional_forward_args."
             )
-        if options["images"] is not None:
+        if options.get("images") is not None:
             raise ValueError(
-                "images= would replace the pixels that are given as a tensor; give a mapping as "
+                "images= would replace the pixels that came as a tensor; pass a mapping as "
                 "inputs, or leave images out."
             )
         if not len(pixels):
@@ -177,15 +154,14 @@ class TokenAttribution(Attribution):
         maps = []
         for row in pixels.detach():
             mapping = self.runner.adapter.with_image_version(row, rest)
-            trace = self.trace(mapping, target, top_k=self.ranking_depth, **options)
-            result = self.attribute_trace(trace)
+            result = self.attribute_trace(self.trace(mapping, target, **options))
             if len(result.grids) != 1:
                 raise ValueError(
                     f"inputs is a pixel tensor, but input_ids hold {len(result.grids)} images, "
                     f"whose maps don't fit one tensor; give a mapping as inputs."
                 )
-            frame = result.grids[0]
-            maps.append(upsample(result.grid_attr[0], (frame.height, frame.width)))
+            grid = result.grids[0]
+            maps.append(upsample(result.grid_attr[0], (grid.height, grid.width)))
         return torch.stack(maps)
 
 
@@ -218,12 +194,12 @@ def raw_result(trace: TokenTrace, method: str) -> MLLMAttributionResult:
         method: name of the attributor.
     """
     rows = trace.text_class[trace.targets]
-    return make_result(
+    return build_result(
         trace, tuple(maps[rows] for maps in trace.maps), trace.text_scores, LOGITS, method
     )
 
 
-def make_result(
+def build_result(
     trace: TokenTrace,
     grid_attr: tuple[Tensor, ...],
     token_attr: Tensor,

@@ -1,7 +1,7 @@
 """The base: a logit lens on the image positions."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from captum.attr import Attribution
 from torch import nn
@@ -9,10 +9,10 @@ from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
 from captum_mllm.attr.base import TokenAttribution, raw_result
-from captum_mllm.model.runner import Runner
-from captum_mllm.model.targets import Explain
+from captum_mllm.model.runner import Runner, RunOptions
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import MLLMAttributionResult
+from captum_mllm.validation import ArgumentError
 from captum_mllm.words import tokenizer_of
 
 
@@ -25,7 +25,7 @@ class LogitLens(TokenAttribution):
     mentions of "dog" have the same map.
 
     Args:
-        model: a transformers model of a registered family; left bit for bit as it is.
+        model: a transformers model of a registered family; left unchanged.
         processor: its processor; gives labels, string targets, special tokens and the geometry
             for ``to_image``. Default None: everything else works without.
         layer: LM layer whose output goes through the final norm and the head, default -1 (the
@@ -68,11 +68,11 @@ class LogitLens(TokenAttribution):
         super().__init__(model)
         depth = len(adapter.layers)
         if not isinstance(layer, int) or isinstance(layer, bool) or not -depth <= layer < depth:
-            raise ValueError(f"layer must be an int in {-depth}..{depth - 1}, got {layer!r}.")
+            raise ArgumentError("layer", f"must be an int in {-depth}..{depth - 1}, got {layer!r}.")
         if context not in ("after_image", "all"):
-            raise ValueError(f"context must be 'after_image' or 'all', got {context!r}.")
+            raise ArgumentError("context", f"must be 'after_image' or 'all', got {context!r}.")
         layer = -1 if layer % depth == depth - 1 else layer % depth
-        tokenizer_of(processor)  # raises on what is none
+        tokenizer_of(processor)  # raises where there is none
         self._runner = Runner(adapter, processor, layer, context)
 
     @property
@@ -90,38 +90,34 @@ class LogitLens(TokenAttribution):
         inputs: Mapping[str, Any],
         target: Any = None,
         *,
-        explain: Explain = "answer",
-        gen_args: Mapping[str, Any] | None = None,
         top_k: int | None = None,
-        images: Any = None,
-        show_progress: bool = False,
+        **options: Unpack[RunOptions],
     ) -> TokenTrace:
-        del images, show_progress  # they matter at other scales only
-        run = self.runner.run(inputs, target, explain=explain, gen_args=gen_args, top_k=top_k)
-        return run.trace
+        return self.runner.run(inputs, target, top_k=top_k, **options).trace
 
 
 def as_token_attribution(
     model_or_attribution: Any, processor: Any = None, layer: int = -1, *, caller: str
 ) -> TokenAttribution:
-    """The attribution that gives raw maps: itself, or a ``LogitLens`` over a model.
+    """The token attribution that gives logits: the argument itself, or ``LogitLens`` over a model.
 
     Args:
         model_or_attribution: a transformers model or a token attribution.
         processor: the model's processor; with an attribution it must be None.
         layer: layer of the lens; with an attribution it must be -1.
-        caller: who asks, for the message.
+        caller: the attributor that needs it, for the message.
 
     Raises:
         TypeError: neither a model nor a token attribution.
-        ValueError: an attribution that already subtracts context, or one with a processor or
-            layer of its own beside it.
+        ValueError: an attribution whose maps are normalised already, or a ``processor`` or
+            ``layer`` next to an attribution.
     """
     if not isinstance(model_or_attribution, TokenAttribution):
         if isinstance(model_or_attribution, Attribution):
             raise TypeError(
-                f"{caller} needs maps per token: {type(model_or_attribution).__name__} gives "
-                f"none. Pass the model, LogitLens(model) or MSEA(model)."
+                f"model_or_attribution: {caller} needs maps per token, and "
+                f"{type(model_or_attribution).__name__} gives none. Pass the model, "
+                f"LogitLens(model) or MSEA(model)."
             )
         return LogitLens(model_or_attribution, processor, layer)
     name = type(model_or_attribution).__name__
@@ -130,9 +126,9 @@ def as_token_attribution(
             f"processor and layer belong to the innermost attribution: give them to {name}, not "
             f"to {caller}."
         )
-    if model_or_attribution.subtracts_context:
+    if not model_or_attribution.gives_logits:
         raise ValueError(
-            f"{caller} needs raw maps, but {name} already subtracts what context explains; "
-            f"use one of the two."
+            f"model_or_attribution: {caller} needs logits, but {name} gives maps in [0, 1], from "
+            f"which interference may be subtracted already; use one of the two."
         )
     return model_or_attribution

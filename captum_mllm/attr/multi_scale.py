@@ -1,80 +1,54 @@
-"""MSEA: explanations from several input scales, aggregated."""
+"""Multi-scale aggregation around any captum attributor on image tensors."""
 
-import warnings
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from math import isfinite
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from captum.attr import Attribution
-from tqdm import tqdm
-from typing_extensions import override
+from torch import Tensor
 
 from captum_mllm._captum import log_usage
 from captum_mllm.attr.base import TokenAttribution
-from captum_mllm.attr.presets import PRESET, FromPreset, preset_values
-from captum_mllm.attr.tensor_scales import attribute_at_scales, distinct_scales
-from captum_mllm.functional import AGGREGATIONS, SCALE_NORMS, Aggregation, ScaleNorm
-from captum_mllm.model.runner import Runner
-from captum_mllm.model.scales import SCALE_WEIGHTS, ScaleViews, achieved_scale
-from captum_mllm.model.targets import Explain
-from captum_mllm.model.trace import TokenTrace
-from captum_mllm.result import MLLMAttributionResult
+from captum_mllm.attr.msea import MSEA
+from captum_mllm.functional import AGGREGATIONS, Aggregation, aggregate, resize_attributions
+from captum_mllm.model.scales import distinct_scales
+from captum_mllm.validation import check_choice, check_scales
 
-_CHOICES = {
-    "aggregation": AGGREGATIONS,
-    "scale_norm": SCALE_NORMS,
-    "scale_weights": SCALE_WEIGHTS,
-}
+Size = tuple[int, int]
+_SCALES = (1.0, 1.25, 1.5)  # of tensors: the published idea
+_RESIZES = ("mass", "density")
 
 
-class MultiScaleAttribution(TokenAttribution):
-    """Wraps any attributor: explains the input at several scales and aggregates the maps.
+class MultiScaleAttribution(Attribution):
+    """Wraps any captum attributor: explains tensors at several scales and aggregates.
 
-    Around a token attribution (``LogitLens(model)``) the images are rescaled to the nearest grids
-    that the model accepts, each further scale costs one forward over the prefix that ends with
-    the last image, maps are brought to the finest grid (bilinear) and aggregated; text
-    attributions stay those of scale 1.
+    Tensors (N, C, H, W) or tuples of them are rescaled (bilinear), attributed, brought back to the
+    input's size (a layer's attributions to their size at scale 1) and aggregated. With
+    ``resize="mass"`` and the mean, the attributions sum to the mean over scales of
+    ``f(x_s) - f(baseline_s)``, exactly: see :func:`~captum_mllm.functional.resize_attributions`.
 
-    Around any other captum attributor (``IntegratedGradients(classifier)``) tensors (N, C, H, W)
-    or tuples of them are rescaled (bilinear), attributed, brought back to the input's size (a
-    layer's to its size at scale 1) and aggregated. With ``resize="mass"`` and the mean the
-    attributions sum to the mean over scales of ``f(x_s) - f(baseline_s)``, exactly: see
-    :func:`~captum_mllm.functional.resize_attributions`.
+    Over a token attribution, ``MultiScaleAttribution(LogitLens(model), scales, aggregation)`` is
+    ``MSEA(LogitLens(model), scales=scales, aggregation=aggregation)``: the call returns the
+    :class:`MSEA`, which has the options for tokens.
 
     Args:
         attribution_method: a captum attributor.
-        scales: factors of the input's height and width.
-        aggregation: "mean" (the paper's), "median" or "geometric_mean".
-        scale_norm: for token attributions, "none", "max" or "std": each scale's maps are brought
-            to the level of scale 1's (:func:`~captum_mllm.functional.match_levels`).
-        scale_weights: for token attributions, "equal", or "adaptive": a scale whose map orders
-            the cells otherwise than scale 1's counts less, token by token
-            (:func:`~captum_mllm.functional.adaptive_weights`; with ``consistency`` also one at
-            which the answer would be another).
-        mirrored: for token attributions, see the image mirrored (left to right) at each scale too,
-            and mirror the map back: what reading the cells in order leaves to the right of an
-            object then falls to its left half of the time. Twice the forwards. Leave it out where
-            the picture is read: mirrored writing is none.
-        resize: for tensors, "mass" (default) keeps the sum of each scale's attributions,
-            "density" their level (Grad-CAM and other maps that sum to nothing).
-        consistency: for token attributions, also run the text on each scale's prefix cache and
-            report how far the scale still predicts the same answer,
-            ``exp(mean_t min(0, log p_s(y_t) - log p_1(y_t)))``; default False.
-        preset: "measured" (default: as chosen on validation scenes) or "paper" (the plain
-            published idea): gives every option that is left out its value
-            (:data:`captum_mllm.PRESETS`). For other attributors than token attributions the
-            published idea alone is there: scales and aggregation of "paper".
+        scales: see :class:`MSEA`; default None: (1.0, 1.25, 1.5) for tensors, and MSEA's default
+            over a token attribution.
+        aggregation: see :class:`MSEA`; default "mean".
+        resize: "mass" (default) keeps the sum of each scale's attributions, "density" their level
+            (Grad-CAM and other maps that sum to nothing); for tensors only.
 
     Raises:
-        TypeError: no captum attributor.
-        ValueError: scales empty, repeated or not positive; unknown ``aggregation``, ``scale_norm``,
-            ``scale_weights``, ``resize`` or ``preset``; options for token attributions around
-            another attributor; "adaptive" with the median, which takes no weights.
+        TypeError: not a captum attributor.
+        ValueError: scales empty, repeated or not positive; an unknown ``aggregation`` or
+            ``resize``; ``resize`` over a token attribution; a multi-scale attributor inside.
 
     Reference:
-        MSEA: the idea and the mean are of arXiv 2509.22415; its scale list is not known to us,
-        normalisation, weights and mirrored views are ours, all other details are our reading.
+        MSEA (arXiv 2509.22415) for the idea and the mean; its list of scales is not known to us,
+        all other details are our reading.
 
     Example:
         >>> import torch
@@ -87,18 +61,32 @@ class MultiScaleAttribution(TokenAttribution):
         torch.Size([2, 3, 12, 12])
     """
 
+    def __new__(
+        cls,
+        attribution_method: Attribution,
+        scales: Sequence[float] | None = None,
+        aggregation: Aggregation = "mean",
+        *,
+        resize: str = "mass",
+    ) -> Any:
+        """Dispatch once: a token attribution gets the :class:`MSEA` over it."""
+        if not isinstance(attribution_method, TokenAttribution):
+            return super().__new__(cls)
+        if resize != "mass":
+            raise ValueError(
+                f"resize={resize!r} is for tensors, and {type(attribution_method).__name__} is a "
+                f"token attribution, whose maps are brought to the finest grid: leave it out."
+            )
+        options: dict[str, Any] = {} if scales is None else {"scales": scales}
+        return MSEA(attribution_method, aggregation=aggregation, **options)
+
     def __init__(
         self,
         attribution_method: Attribution,
-        scales: Sequence[float] | FromPreset = PRESET,
-        aggregation: Aggregation | FromPreset = PRESET,
+        scales: Sequence[float] | None = None,
+        aggregation: Aggregation = "mean",
         *,
-        scale_norm: ScaleNorm | FromPreset = PRESET,
-        scale_weights: str | FromPreset = PRESET,
-        mirrored: bool | FromPreset = PRESET,
         resize: str = "mass",
-        consistency: bool = False,
-        preset: str = "measured",
     ) -> None:
         if not isinstance(attribution_method, Attribution):
             raise TypeError(
@@ -106,50 +94,31 @@ class MultiScaleAttribution(TokenAttribution):
                 f"IntegratedGradients(f), got {type(attribution_method).__name__}; for a model "
                 f"use MSEA(model)."
             )
-        if _is_multi_scale(attribution_method):
-            raise ValueError("attribution_method is multi-scale already; give it all the scales.")
+        if isinstance(attribution_method, MultiScaleAttribution):
+            raise ValueError(
+                "attribution_method is multi-scale already; give it all the scales at once."
+            )
         super().__init__(attribution_method.forward_func)
         self.attribution_method = attribution_method
-        traces = isinstance(attribution_method, TokenAttribution)
-        per_token = {"scale_norm": scale_norm, "scale_weights": scale_weights, "mirrored": mirrored}
-        named = [name for name, value in per_token.items() if value is not PRESET]
-        if named and not traces:
-            raise ValueError(
-                f"{named[0]} is for token attributions, and {type(attribution_method).__name__} "
-                f"is none: leave it out, or use MSEA(model)."
-            )
-        values = preset_values(preset, scales=scales, aggregation=aggregation, **per_token)
-        if not traces:
-            values |= preset_values("paper", scales=scales, aggregation=aggregation)
-        self.scales = _check_scales(values["scales"])
-        for name, known in _CHOICES.items():
-            if values[name] not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {values[name]!r}.")
-        self.aggregation: Aggregation = values["aggregation"]
-        self.scale_norm: ScaleNorm = values["scale_norm"]
-        self.scale_weights: str = values["scale_weights"]
-        self.mirrored = bool(values["mirrored"])
-        if self.aggregation == "median" and scale_weights is PRESET:
-            self.scale_weights = "equal"  # the median takes no weights
-        if traces and self.aggregation == "median" and self.scale_weights == "adaptive":
-            raise ValueError(
-                "scale_weights 'adaptive' needs an aggregation that takes weights, and 'median' "
-                "takes none: use 'mean', or scale_weights='equal'."
-            )
-        if resize not in ("mass", "density"):
-            raise ValueError(f"resize must be 'mass' or 'density', got {resize!r}.")
-        self.resize = resize
-        self.consistency = consistency
+        self.scales = check_scales(_SCALES if scales is None else scales)
+        self.aggregation: Any = check_choice("aggregation", aggregation, AGGREGATIONS)
+        self.resize = check_choice("resize", resize, _RESIZES)
 
-    @override
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """As the wrapped attributor."""
+        return self.attribution_method.multiplies_by_inputs
+
+    def has_convergence_delta(self) -> bool:
+        """As the wrapped attributor."""
+        return self.attribution_method.has_convergence_delta()
+
     @log_usage(part_of_slo=True)
     def attribute(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Attribute at every scale and aggregate.
 
         Args:
-            inputs: what the wrapped attributor takes: for token attributions the processor's
-                mapping (see :meth:`TokenAttribution.attribute`), otherwise a tensor (N, C, H, W)
-                or a tuple of such.
+            inputs: a tensor (N, C, H, W) or a tuple of such.
             args: as for the wrapped attributor.
             kwargs: as for the wrapped attributor; tensor ``baselines`` and ``feature_mask``
                 are rescaled with the inputs, a convergence delta is the mean over the scales.
@@ -158,14 +127,12 @@ class MultiScaleAttribution(TokenAttribution):
             What the wrapped attributor returns at scale 1.
 
         Raises:
-            TypeError: a mapping around an attributor that traces no tokens.
-            ValueError: shapes that can't be rescaled; a scale too small for a pixel or a patch.
+            TypeError: a mapping, which only token attributions take.
+            ValueError: shapes that can't be rescaled; a scale too small for a pixel.
         """
-        if isinstance(self.attribution_method, TokenAttribution):
-            return super().attribute(inputs, *args, **kwargs)
         if isinstance(inputs, Mapping):
             raise TypeError(
-                f"inputs is a mapping, but {type(self.attribution_method).__name__} traces no "
+                f"inputs is a mapping, but {type(self.attribution_method).__name__} does not trace "
                 f"tokens: use MSEA(model), or give a tensor (N, C, H, W)."
             )
         return attribute_at_scales(
@@ -178,159 +145,162 @@ class MultiScaleAttribution(TokenAttribution):
             preserve=self.resize,
         )
 
-    @property
-    def _base(self) -> TokenAttribution:
-        if isinstance(self.attribution_method, TokenAttribution):
-            return self.attribution_method
-        raise TypeError(
-            f"attribution_method is {type(self.attribution_method).__name__}, which traces no "
-            f"tokens: use MSEA(model)."
+
+def attribute_at_scales(
+    method: Attribution,
+    inputs: Tensor | tuple[Tensor, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    scales: Sequence[float],
+    aggregation: Aggregation,
+    preserve: str,
+) -> Any:
+    """Call ``method.attribute`` on rescaled inputs and aggregate what comes back.
+
+    Args:
+        method: any captum attributor, layer attributors included.
+        inputs: (N, C, H, W), or a tuple of such, all rescaled alike.
+        args: further positional arguments of ``method.attribute``.
+        kwargs: its keyword arguments; ``baselines`` follow the inputs (bilinear),
+            ``feature_mask`` too (nearest), all others go through as they are.
+        scales: factors of height and width.
+        aggregation: see :func:`~captum_mllm.functional.aggregate`.
+        preserve: "mass" or "density", see
+            :func:`~captum_mllm.functional.resize_attributions`.
+
+    Returns:
+        What ``method.attribute`` returns at scale 1: a tensor or tuple, with the convergence
+        delta if it was requested.
+    """
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"inputs must be tensors (N, C, H, W) or a tuple of such, got {got}.")
+    named = _by_name(method, inputs, args, kwargs)
+    wants_delta = bool(named.get("return_convergence_delta"))
+    if wants_delta and aggregation != "mean":
+        raise ValueError(
+            f"return_convergence_delta needs aggregation='mean', got {aggregation!r}: only a mean "
+            f"of attributions sums to a mean of output differences."
         )
 
-    @property
-    @override
-    def runner(self) -> Runner:
-        return self._base.runner
+    def at(scale: float) -> tuple[tuple[Tensor, ...], Any, bool]:
+        scaled = tuple(_scaled(tensor, scale, "inputs") for tensor in tensors)
+        options = dict(named)
+        for name, mode in (("baselines", "bilinear"), ("feature_mask", "nearest-exact")):
+            if name in options:
+                options[name] = _scaled_option(options[name], tensors, scale, name, mode)
+        value = method.attribute(scaled if isinstance(inputs, tuple) else scaled[0], **options)
+        value, delta = value if wants_delta else (value, None)
+        return (value if isinstance(value, tuple) else (value,)), delta, isinstance(value, tuple)
 
-    @property
-    @override
-    def subtracts_context(self) -> bool:
-        base = self.attribution_method
-        return isinstance(base, TokenAttribution) and base.subtracts_context
-
-    @property
-    @override
-    def ranking_depth(self) -> int | None:
-        return self._base.ranking_depth
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        """As the wrapped attributor."""
-        return self.attribution_method.multiplies_by_inputs
-
-    def has_convergence_delta(self) -> bool:
-        """As the wrapped attributor."""
-        return self.attribution_method.has_convergence_delta()
-
-    @override
-    def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
-        return replace(self._base.attribute_trace(trace), method=self.name)
-
-    @override
-    def trace(
-        self,
-        inputs: Mapping[str, Any],
-        target: Any = None,
-        *,
-        explain: Explain = "answer",
-        gen_args: Mapping[str, Any] | None = None,
-        top_k: int | None = None,
-        images: Any = None,
-        show_progress: bool = False,
-    ) -> TokenTrace:
-        return self.views(
-            inputs,
-            target,
-            explain=explain,
-            gen_args=gen_args,
-            top_k=top_k,
-            images=images,
-            show_progress=show_progress,
-        ).merged(self.aggregation, self.scale_norm, self.scale_weights)
-
-    def views(
-        self,
-        inputs: Mapping[str, Any],
-        target: Any = None,
-        *,
-        explain: Explain = "answer",
-        gen_args: Mapping[str, Any] | None = None,
-        top_k: int | None = None,
-        images: Any = None,
-        show_progress: bool = False,
-    ) -> ScaleViews:
-        """The maps at every scale, before they are aggregated; arguments as in :meth:`trace`.
-
-        Args:
-            inputs: see :meth:`trace`.
-            target: see :meth:`trace`.
-            explain: see :meth:`trace`.
-            gen_args: see :meth:`trace`.
-            top_k: see :meth:`trace`.
-            images: see :meth:`trace`.
-            show_progress: see :meth:`trace`.
-
-        Returns:
-            The maps of every view; its ``merged`` makes them one trace.
-        """
-        runner = self.runner
-        run = runner.run(inputs, target, explain=explain, gen_args=gen_args, top_k=top_k)
-        base = run.sample.grids
-        scales = _without_small(self.scales) if runner.adapter.fixed_size else self.scales
-        scaled = {
-            s: base if s == 1.0 else tuple(runner.adapter.scaled_grid(grid, s) for grid in base)
-            for s in scales
-        }
-        kept = distinct_scales(scales, [scaled[s] for s in scales])
-        wanted = [
-            (s, flip) for s in kept for flip in ((False, True) if self.mirrored else (False,))
-        ]
-        views, agreement = [], []
-        for scale, flip in tqdm(wanted, desc=type(self).__name__, disable=not show_progress):
-            if scaled[scale] == base and not flip:
-                maps, agrees = run.trace.maps, 1.0
-            else:
-                maps, agrees = runner.rescaled(
-                    run,
-                    scaled[scale],
-                    images=images,
-                    consistency=self.consistency and not flip,
-                    mirrored=flip,
-                )
-            views.append(maps)
-            # Mirrored, "left" is rightly "right": a view counts as its scale does.
-            agreement.append(agreement[-1] if flip else agrees)
-        return ScaleViews(
-            run.trace,
-            tuple(views),
-            tuple(achieved_scale(base, scaled[scale]) for scale, _ in wanted),
-            tuple(flip for _, flip in wanted),
-            tuple(agreement) if self.consistency else None,
+    kept = distinct_scales(scales, [[_size(t, scale) for t in tensors] for scale in scales])
+    runs = {scale: at(scale) for scale in kept}
+    first, _, is_tuple = runs[kept[0]]
+    sizes = _base_sizes(first, tensors, kept[0])
+    if sizes is None:  # a layer's attributions: their size is known from the base scale only
+        sizes = [(a.shape[-2], a.shape[-1]) for a in (runs.get(1.0) or at(1.0))[0]]
+    merged = tuple(
+        aggregate(
+            torch.stack([_back(runs[scale][0][n], sizes[n], preserve) for scale in kept]),
+            aggregation,
         )
+        for n in range(len(first))
+    )
+    result = merged if is_tuple else merged[0]
+    if not wants_delta:
+        return result
+    return result, torch.stack([runs[scale][1] for scale in kept]).mean(0)
 
 
-def _is_multi_scale(method: Any) -> bool:
-    """Whether a token attribution, or one that it wraps, has scales of its own."""
-    while isinstance(method, TokenAttribution):
-        if isinstance(method, MultiScaleAttribution):
-            return True
-        method = getattr(method, "attribution_method", None)
-    return False
+def _by_name(
+    method: Attribution, inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments but the inputs as keywords, so that baselines and masks can be found."""
+    signature = inspect.signature(method.attribute)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(inputs, *args, **kwargs).arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        else:
+            named[name] = value
+    named.pop(next(iter(signature.parameters)))
+    return named
 
 
-def _check_scales(scales: Any) -> tuple[float, ...]:
-    if isinstance(scales, str):
-        raise TypeError(f"scales must be a sequence of numbers, got {scales!r}.")
-    try:
-        values = tuple(float(scale) for scale in scales)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"scales must be a sequence of numbers, got {scales!r}.") from error
-    if not values:
-        raise ValueError("scales is empty: give at least one factor, e.g. (1.0, 1.25, 1.5).")
-    if any(not isfinite(s) or s <= 0 for s in values):
-        raise ValueError(f"scales must be finite numbers > 0, got {values}.")
-    if len(set(values)) < len(values):
-        raise ValueError(f"scales must be distinct, got {values}.")
-    return values
-
-
-def _without_small(scales: Sequence[float]) -> tuple[float, ...]:
-    """The scales that a model of one input size can see; scale 1 if there are none."""
-    small = [scale for scale in scales if scale < 1]
-    if small:
-        warnings.warn(
-            f"scales {small} are dropped: this model takes images of one size only, and its "
-            f"windows show larger scales, no smaller ones.",
-            stacklevel=3,
+def _size(tensor: Tensor, scale: float) -> Size:
+    height, width = (round(side * scale) for side in tensor.shape[-2:])
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"scales: {scale} makes an input of {tuple(tensor.shape[-2:])} pixels smaller than "
+            f"one pixel; use larger scales."
         )
-    return tuple(scale for scale in scales if scale >= 1) or (1.0,)
+    return height, width
+
+
+def _scaled(tensor: Tensor, scale: float, name: str, mode: str = "bilinear") -> Tensor:
+    """A tensor (N, C, H, W) rescaled; at scale 1 the tensor itself."""
+    if scale == 1.0:
+        return tensor
+    size = _size(tensor, scale)
+    if mode != "bilinear":
+        return F.interpolate(tensor.double(), size=size, mode=mode).to(tensor.dtype)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point to be rescaled, got {tensor.dtype}.")
+    resized = F.interpolate(tensor.detach(), size=size, mode=mode, align_corners=False)
+    return resized.requires_grad_(tensor.requires_grad)
+
+
+def _scaled_option(
+    value: Any, tensors: tuple[Tensor, ...], scale: float, name: str, mode: str
+) -> Any:
+    """Baselines or a feature mask rescaled with the inputs; numbers and None stay."""
+    if isinstance(value, tuple):
+        return tuple(_scaled_option(v, tensors, scale, name, mode) for v in value)
+    if value is None or isinstance(value, int | float):
+        return value
+    if isinstance(value, Tensor):
+        if value.ndim == 0:
+            return value
+        sizes = [tuple(tensor.shape[-2:]) for tensor in tensors]
+        if 2 <= value.ndim <= 4 and tuple(value.shape[-2:]) in sizes:
+            as_batch = value.reshape((1,) * (4 - value.ndim) + tuple(value.shape))
+            scaled = _scaled(as_batch, scale, name, mode)
+            return scaled.reshape(*value.shape[:-2], *scaled.shape[-2:])
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)} can't follow inputs of {sizes} pixels; its "
+            f"last two axes must be those of an input."
+        )
+    raise TypeError(
+        f"{name} must be a tensor, a number, None or a tuple of these to be rescaled, got "
+        f"{type(value).__name__}."
+    )
+
+
+def _base_sizes(
+    attributions: tuple[Tensor, ...], tensors: tuple[Tensor, ...], scale: float
+) -> list[Size] | None:
+    """Sizes to bring attributions to where they lie on the inputs; None for a layer's."""
+    if len(attributions) != len(tensors):
+        return None
+    sizes = []
+    for attribution, tensor in zip(attributions, tensors, strict=True):
+        if attribution.ndim != 4 or tuple(attribution.shape[-2:]) != _size(tensor, scale):
+            return None
+        sizes.append((tensor.shape[-2], tensor.shape[-1]))
+    return sizes
+
+
+def _back(attribution: Tensor, size: Size, preserve: str) -> Tensor:
+    """An attribution brought back to its base size; one without a spatial grid must fit as is."""
+    if attribution.ndim == 4:
+        return resize_attributions(attribution, size, preserve)  # type: ignore[arg-type]
+    if tuple(attribution.shape[-2:]) != size:
+        raise ValueError(
+            f"attribution_method gives attributions of shape {tuple(attribution.shape)} that "
+            f"change with the scale but are not an (N, C, H, W) grid, so they can't be brought "
+            f"back; choose a convolutional layer, or attribute to the input."
+        )
+    return attribution

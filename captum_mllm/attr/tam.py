@@ -1,28 +1,26 @@
 """TAM: the predecessor's cleaning of the lens maps (ECI, joint normalisation, rank filter)."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from captum_mllm.attr.base import TokenAttribution, make_result
+from captum_mllm.attr.base import TokenAttribution, build_result
 from captum_mllm.attr.logit_lens import as_token_attribution
-from captum_mllm.attr.postprocessing import Finishing
+from captum_mllm.attr.postprocessing import PostProcessor
 from captum_mllm.functional import (
     context_weights,
     eci_subtract,
     joint_min_max,
+    rank_gaussian_filter,
 )
-from captum_mllm.model.runner import Runner
-from captum_mllm.model.targets import Explain
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import UNIT, MLLMAttributionResult
 from captum_mllm.validation import check_alpha_max, check_number
 
 
-class TokenActivationMap(TokenAttribution):
+class TokenActivationMap(PostProcessor):
     """Token Activation Map: lens maps without what earlier words explain, rank-filtered.
 
     Estimated causal inference, joint normalisation of image and text, rank Gaussian filter.
@@ -30,16 +28,17 @@ class TokenActivationMap(TokenAttribution):
     Args:
         model: a transformers model, or a token attribution that gives the raw maps
             (``TokenActivationMap(MSEA(model))``).
-        processor: the model's processor, default None.
+        processor: see :class:`LogitLens`, default None; with an attribution, give it to that.
         parity: True reproduces the released code's deviations: the first answer token shows the map
             of the first prompt token with its argmax class; context maps of those two tokens are
             of other classes than their own; maps are truncated to 256 levels; the chat
             template's tail is no context. Default False: the formulas.
         layer: as for ``LogitLens``, default -1.
         rank_filter: apply the filter, default True.
-        alpha_max: bound of ECI's alpha, default None (none, as TAM).
-        upsampling: see :class:`~captum_mllm.attr.postprocessing.Finishing`; default 1, as TAM.
-        calibration: see :class:`~captum_mllm.attr.postprocessing.Finishing`; default None, as TAM.
+        alpha_max: see :class:`RankCorrelationDenoiser`; default None (no bound), as TAM.
+        upsampling: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default 1, as TAM.
+        calibration: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default
+            None, as TAM.
         template_tail: with ``parity``, how many of the prompt's last text tokens belong to the
             chat template (the assistant header), default 0.
 
@@ -65,41 +64,16 @@ class TokenActivationMap(TokenAttribution):
         upsampling: int = 1,
         calibration: float | None = None,
     ) -> None:
-        self.attribution_method = as_token_attribution(model, processor, layer, caller="TAM")
-        super().__init__(self.attribution_method.forward_func)
-        self.parity = parity
-        self.finishing = Finishing(rank_filter, upsampling, calibration)
-        if parity and (self.finishing.upsampling > 1 or calibration is not None):
+        base = as_token_attribution(model, processor, layer, caller="TokenActivationMap")
+        super().__init__(base, upsampling=upsampling, calibration=calibration)
+        self.parity, self.rank_filter = parity, bool(rank_filter)
+        if parity and (self.upsampling > 1 or calibration is not None):
             raise ValueError(
                 "upsampling and calibration are not the released code's: leave them out, or parity."
             )
         self.alpha_max = check_alpha_max(alpha_max)
         tail = check_number("template_tail", template_tail, "at 0 or above", lambda n: n >= 0)
         self.template_tail = int(tail)
-
-    @property
-    def subtracts_context(self) -> bool:
-        """Whether :meth:`attribute_trace` takes interference of context off: yes."""
-        return True
-
-    @property
-    @override
-    def runner(self) -> Runner:
-        return self.attribution_method.runner
-
-    @override
-    def trace(
-        self,
-        inputs: Mapping[str, Any],
-        target: Any = None,
-        *,
-        explain: Explain = "answer",
-        top_k: int | None = None,
-        **options: Any,
-    ) -> TokenTrace:
-        return self.attribution_method.trace(
-            inputs, target, explain=explain, top_k=top_k, **options
-        )
 
     @override
     def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
@@ -114,10 +88,13 @@ class TokenActivationMap(TokenAttribution):
         unit, scores = joint_min_max(cleaned, trace.text_scores, is_earlier)
         if self.parity:
             unit = self._parity_first_answer(trace, unit)
-        grids = self.finishing(trace.unpack_cells(unit))
+        maps_per_image = trace.unpack_cells(unit)
+        if self.rank_filter:
+            maps_per_image = tuple(rank_gaussian_filter(m) for m in maps_per_image)
+        grids = self.finish(maps_per_image)
         if self.parity:
             grids = tuple((grid * 255).floor() / 255 for grid in grids)
-        return make_result(trace, grids, scores, UNIT, self.name)
+        return build_result(trace, grids, scores, UNIT, self.name)
 
     def _parity_context(self, trace: TokenTrace, context_maps: Tensor) -> tuple[Tensor, Tensor]:
         """Context maps of the released code, and which columns it counts as text."""

@@ -1,4 +1,4 @@
-"""What captum's LLMAttribution needs: segments of a picture, words of a prompt, exact labels."""
+"""Inputs and labels for captum's LLMAttribution: pictures by segments, prompts, exact labels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,7 +38,7 @@ def image_input(
         captum's ``ImageMaskInput``: one feature per segment, for ``LLMAttribution``.
 
     Raises:
-        TypeError: no PIL pictures; no processor.
+        TypeError: ``pictures`` are not PIL pictures; ``processor`` is not callable.
         ValueError: a mask of another size than the picture; a processor that pads.
         IndexError: no such picture.
 
@@ -51,19 +51,19 @@ def image_input(
         >>> inp.n_itp_features
         9
     """
-    own = list(pictures) if isinstance(pictures, Sequence) else [pictures]
-    for picture in own:
+    all_pictures = list(pictures) if isinstance(pictures, Sequence) else [pictures]
+    for picture in all_pictures:
         if not hasattr(picture, "convert"):
             raise TypeError(
-                f"pictures must be PIL pictures, got {type(picture).__name__}: open paths by "
+                f"pictures must be PIL pictures, got {type(picture).__name__}: open paths with "
                 f"PIL.Image.open(path)."
             )
-    if not 0 <= image < len(own):
-        raise IndexError(f"image {image} is out of range: there are {len(own)} pictures.")
+    if not 0 <= image < len(all_pictures):
+        raise IndexError(f"image {image} is out of range: there are {len(all_pictures)} pictures.")
     if not callable(processor):
         raise TypeError(f"processor must be the model's processor, got {type(processor).__name__}.")
     encode: Any = processor
-    perturbed = own[image].convert("RGB")  # captum paints three channels
+    perturbed = all_pictures[image].convert("RGB")  # captum paints three channels
     mask = None if mask is None else torch.as_tensor(mask)
     if mask is not None and tuple(mask.shape) != (perturbed.height, perturbed.width):
         raise ValueError(
@@ -72,12 +72,12 @@ def image_input(
         )
 
     def process(changed: Any) -> dict[str, Any]:
-        shown = [changed if n == image else picture for n, picture in enumerate(own)]
-        made = dict(encode(images=shown, text=text, return_tensors="pt"))
-        made.pop("labels", None)  # PaliGemma's, for training
-        if not bool(made.get("attention_mask", torch.ones(1)).all()):
+        images = [changed if n == image else picture for n, picture in enumerate(all_pictures)]
+        inputs = dict(encode(images=images, text=text, return_tensors="pt"))
+        inputs.pop("labels", None)  # PaliGemma's, for training
+        if not bool(inputs.get("attention_mask", torch.ones(1)).all()):
             raise ValueError("processor pads the prompt, which captum would attend to; don't pad.")
-        return made
+        return inputs
 
     return ImageMaskInput(perturbed, mask, baseline=baseline, processor_fn=process)
 
@@ -85,11 +85,11 @@ def image_input(
 class PromptInput(TextTokenInput):
     r"""The prompt of an image as captum's ``TextTokenInput``: its features are the text tokens.
 
-    Placeholders, special tokens and markers stay; the images stay.
+    Placeholders, special tokens, markers and images are never perturbed.
 
     Args:
         inputs: the mapping that the processor returns for one sample.
-        model: the model (its adapter tells what is text).
+        model: the model; its adapter determines which tokens are text.
         processor: its processor, for labels; default None.
         baseline: id that stands in for an absent token, default 0.
 
@@ -124,16 +124,16 @@ class PromptInput(TextTokenInput):
         number = isinstance(baseline, int)
         if not number or not 0 <= baseline < adapter.vocabulary or baseline in adapter.visual_ids:
             raise ValueError(
-                f"baseline must be a token id in 0..{adapter.vocabulary - 1} and no image token, "
-                f"got {baseline!r}."
+                f"baseline must be a token id in 0..{adapter.vocabulary - 1} and not an image "
+                f"token, got {baseline!r}."
             )
         special = adapter.special_ids | set(getattr(tokenizer, "all_special_ids", []))
         ids = sample.prompt_ids
-        found = [p for p in sample.text_positions if int(ids[p]) not in special]
-        if not found:
-            raise ValueError("inputs hold no text but special tokens, so there is no feature.")
-        self.positions = torch.tensor(found, device=ids.device)
-        """(features,): where each feature stands in ``input_ids`` without padding."""
+        positions = [p for p in sample.text_positions if int(ids[p]) not in special]
+        if not positions:
+            raise ValueError("inputs hold no text except special tokens: there is no feature.")
+        self.positions = torch.tensor(positions, device=ids.device)
+        """(features,): position of each feature in ``input_ids`` without padding."""
         self._kwargs = {k: v for k, v in sample.kwargs.items() if k != "attention_mask"}
         self.tokenizer, self.skip_tokens, self.baselines = tokenizer, None, baseline
         self.inp_tensor = ids[None]
@@ -141,14 +141,14 @@ class PromptInput(TextTokenInput):
         self.itp_mask[0, self.positions] = True
         self.itp_tensor = self.inp_tensor[:, self.positions]
         self.values = list(token_labels(ids[self.positions].tolist(), tokenizer))
-        self.n_itp_features = len(found)
+        self.n_itp_features = len(positions)
 
     @override
     def to_model_input(self, perturbed_tensor: Tensor | None = None) -> Any:
         """The model's inputs with absent tokens replaced.
 
         Args:
-            perturbed_tensor: (1, features): 1 for those that are present; None for all.
+            perturbed_tensor: (1, features): 1 for features that are present; None for all.
 
         Returns:
             A mapping, as the processor returned it, with its ``input_ids`` changed.
@@ -159,15 +159,15 @@ class PromptInput(TextTokenInput):
 class ExactLabels:
     """A tokenizer for ``LLMAttribution`` that labels an answer's ids one by one.
 
-    captum decodes the answer and encodes the text anew to find each token's piece of it; ids that
+    captum decodes the answer and encodes the text again to find each token's piece of it; ids that
     don't survive that (a generated image marker, half a character) give an ``IndexError`` or labels
-    of other tokens. Everything but that goes to the real tokenizer.
+    of other tokens. All other calls go to the real tokenizer.
 
     Args:
         processor: the model's processor or tokenizer.
 
     Raises:
-        TypeError: neither of them.
+        TypeError: ``processor`` is neither of them.
 
     Reference:
         captum 0.9.0, ``_convert_ids_to_pretty_tokens``.
@@ -192,7 +192,7 @@ class ExactLabels:
         return getattr(self._tokenizer, name)
 
     def decode(self, ids: Any, *args: Any, **kwargs: Any) -> str:
-        """The ids' labels in a row, which the next call cuts up again; one id as it always is.
+        """The joined labels of several ids, which the next call splits again; one id as usual.
 
         Args:
             ids: one token id, or several.
@@ -200,7 +200,7 @@ class ExactLabels:
             kwargs: of the tokenizer's ``decode``.
 
         Returns:
-            The text; of several ids their labels, one after the other.
+            The text; of several ids their labels, one after another.
         """
         flat = ids.tolist() if hasattr(ids, "tolist") else ids
         if not isinstance(flat, list) or args or kwargs:
@@ -213,7 +213,7 @@ class ExactLabels:
         return text
 
     def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the tokenizer; for the text that :meth:`decode` gave last, exactly its ids."""
+        """As the tokenizer; for the text that :meth:`decode` returned last, exactly its ids."""
         if kwargs.get("return_offsets_mapping") and self._last and self._last[0] == text:
             return self._last[1]
         return self._tokenizer(text, *args, **kwargs)

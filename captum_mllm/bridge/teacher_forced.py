@@ -1,4 +1,4 @@
-"""TeacherForced: a model that captum's LLMAttribution computes right values with."""
+"""TeacherForced: a model for which captum's LLMAttribution computes correct values."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,26 +11,27 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
-from captum_mllm.model.forward import differentiable
+from captum_mllm.model.forward import teacher_forced_output
+from captum_mllm.model.generation import generate_ids
 
 _TOLERANCE = 1e-3  # of a log-probability; half precision: _TOLERANCE_HALF
 _TOLERANCE_HALF = 5e-2
 
 
 class TeacherForced(nn.Module):
-    """A multimodal model as ``captum.attr.LLMAttribution`` can use it, in all of its modes.
+    """A multimodal model that ``captum.attr.LLMAttribution`` can use in all of its modes.
 
     captum 0.9 with transformers 5 drops the image in its default mode, feeds the sequence twice
-    (also for text alone), and extends ``input_ids`` by the answer but none of the inputs that go
-    with it. Here every forward is a whole teacher-forced one with all inputs extended.
+    (also for text alone), and extends ``input_ids`` by the answer but none of the inputs that
+    accompany them. Here every forward is a whole teacher-forced one with all inputs extended.
     ``forward_in_tokens=False`` is the fast way: one forward per perturbation for the whole answer.
 
     Args:
-        model: a transformers model of a registered family; left bit for bit as it was.
+        model: a transformers model of a registered family; left unchanged.
 
     Raises:
         ValueError: no adapter for the model.
-        TypeError: a model that is wrapped already.
+        TypeError: a model that is already wrapped.
 
     Reference:
         Our reading of captum 0.9.0's ``llm_attr.py``.
@@ -53,17 +54,17 @@ class TeacherForced(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         if isinstance(model, TeacherForced):
-            raise TypeError("model is wrapped in TeacherForced already; pass it as it is.")
+            raise TypeError("model is wrapped in TeacherForced already; pass it unchanged.")
         self._adapter = find_adapter(model)
         self.model = model
 
     @property
     def device(self) -> torch.device:
-        """Where captum puts what it makes: where the model's inputs belong."""
+        """The device of the model's inputs, on which captum creates its tensors."""
         return self._adapter.device
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The model's own ``generate``; image and video ids are barred, as no target may be one.
+        """The model's ``generate``, without image and video ids, as no target may be one.
 
         Args:
             args: of the model's ``generate``.
@@ -72,25 +73,23 @@ class TeacherForced(nn.Module):
         Returns:
             Token ids (batch, tokens), prompt included.
         """
-        kwargs.setdefault("suppress_tokens", list(self._adapter.visual_ids))
-        with torch.no_grad(), differentiable(self._adapter):
-            return self._adapter.model.generate(*args, **kwargs)
+        return generate_ids(self._adapter, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, **kwargs: Any) -> dict[str, Any]:
-        """What captum's cached mode calls before a forward: nothing is cached, nothing dropped.
+        """Called by captum's cached mode before a forward: nothing is cached, nothing dropped.
 
         Args:
             kwargs: the forward's inputs.
 
         Returns:
-            Them, without what belongs to a cache.
+            The inputs without those of a cache.
         """
         return {k: v for k, v in kwargs.items() if k not in ("cache_position", "use_cache")}
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """What captum's cached mode calls after a forward: inputs are extended in the next one."""
+        """Called by captum's cached mode after a forward: inputs are extended in the next one."""
         del outputs
         return model_kwargs
 
@@ -104,10 +103,10 @@ class TeacherForced(nn.Module):
                 extended to the length of ``input_ids``.
 
         Returns:
-            As the model's own, ``logits`` (1, tokens, vocabulary) among it.
+            The model's output, with ``logits`` (1, tokens, vocabulary).
 
         Raises:
-            ValueError: a side input is missing, or the prompt is padded as far as can be seen.
+            ValueError: a side input is missing, or the attention mask shows padding.
         """
         adapter = self._adapter
         inputs = {
@@ -130,8 +129,8 @@ class TeacherForced(nn.Module):
             value, fill = inputs[name], adapter.suffix_fill[name]
             more = value.new_full((len(value), length - value.shape[1]), fill)
             inputs[name] = torch.cat([value, more], dim=1)
-        with torch.no_grad(), differentiable(adapter):
-            return adapter.model(**inputs, use_cache=False, return_dict=True)
+        with torch.no_grad():
+            return teacher_forced_output(adapter, inputs)
 
 
 def check_llm_attribution(
@@ -142,25 +141,25 @@ def check_llm_attribution(
     use_cached_outputs: bool = True,
     forward_in_tokens: bool = True,
 ) -> bool:
-    """Whether a call of ``LLMAttribution.attribute`` would rest on right values; warns if not.
+    """Whether a call of ``LLMAttribution.attribute`` would use correct values; warns if not.
 
-    Runs what captum would run, for the input as it is and with every feature taken away, and
+    Runs what captum would run, for the unperturbed input and with every feature removed, and
     compares each token's log-probability with the teacher-forced one: four forwards and, in
     captum's token by token modes, two for each token.
 
     Args:
-        attribution: captum's, around any perturbation method.
+        attribution: captum's ``LLMAttribution`` of any perturbation method.
         inp: captum's ``ImageMaskInput`` or another of its inputs.
         target: (targets,): ids of the answer, a tensor or a list.
         use_cached_outputs: as ``attribute`` will get it, default True as there.
         forward_in_tokens: as ``attribute`` will get it, default True as there.
 
     Returns:
-        True if the values are right; otherwise False, after a ``UserWarning`` that says what would
-        come out and how to mend it.
+        True if the values are correct; otherwise False, after a ``UserWarning`` that says what
+        captum would return and how to fix it.
 
     Raises:
-        TypeError: no ``LLMAttribution``; a string as target.
+        TypeError: ``attribution`` is not an ``LLMAttribution``; a string as target.
         ValueError: a target of another shape.
 
     Reference:
@@ -175,10 +174,10 @@ def check_llm_attribution(
         >>> picture, _ = render_pil(make_scene(1))
         >>> inp = image_input(picture, None, "USER: <image> what is this ? ASSISTANT:", processor)
         >>> plain = LLMAttribution(FeatureAblation(model), processor.tokenizer)
-        >>> with warnings.catch_warnings(record=True) as told:
+        >>> with warnings.catch_warnings(record=True) as warned:
         ...     warnings.simplefilter("always")
         ...     right = check_llm_attribution(plain, inp, torch.tensor([20, 31]))
-        >>> right, len(told)
+        >>> right, len(warned)
         (False, 1)
     """
     if not isinstance(attribution, LLMAttribution):
@@ -196,8 +195,8 @@ def check_llm_attribution(
         with _log_probs_per_token(attribution):
             call = attribution.attr_method.forward_func
             theirs = [call(x, inp, target, *options).flatten()[1:].float().cpu() for x in inputs]
-    except Exception as error:  # whatever a model raises on inputs that don't fit
-        _tell(f"raise {type(error).__name__}: {error}", wrapped)
+    except Exception as error:  # anything that a model raises on unsuitable inputs
+        _warn_wrong_values(f"raise {type(error).__name__}: {error}", wrapped)
         return False
     ours = [_scores(right, inp.to_model_input(x), target) for x in inputs]
     half = next(right.parameters()).dtype in (torch.float16, torch.bfloat16)
@@ -206,9 +205,11 @@ def check_llm_attribution(
     worst = float(torch.stack(off).max())
     dead = torch.equal(*theirs) and not torch.allclose(*ours, rtol=0, atol=1e-7)
     if dead:
-        _tell("give zeros: what is perturbed never reaches the model", wrapped)
+        _warn_wrong_values("give zeros: what is perturbed never reaches the model", wrapped)
     elif worst > tolerance:
-        _tell(f"give wrong values: a token's log-probability is off by {worst:.3g}", wrapped)
+        _warn_wrong_values(
+            f"give wrong values: a token's log-probability is off by {worst:.3g}", wrapped
+        )
     return not dead and worst <= tolerance
 
 
@@ -216,8 +217,8 @@ def _ids(target: Any) -> Tensor:
     """The answer's ids as a tensor."""
     if isinstance(target, str):
         raise TypeError(
-            f"target must be ids, got the string {target!r}: encode it by tokenizer.encode(target, "
-            f"add_special_tokens=False)."
+            f"target must be ids, got the string {target!r}: encode it with "
+            f"tokenizer.encode(target, add_special_tokens=False)."
         )
     ids = torch.as_tensor(target)
     if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
@@ -229,7 +230,7 @@ def _ids(target: Any) -> Tensor:
 def _log_probs_per_token(attribution: LLMAttribution) -> Iterator[None]:
     """Within it captum's forward gives every token's log-probability after their sum.
 
-    Of several tokens' product of probabilities nothing would be left to compare.
+    The product of several tokens' probabilities leaves nothing to compare.
     """
     before = attribution.attr_target, attribution.include_per_token_attr
     attribution.attr_target, attribution.include_per_token_attr = "log_prob", True
@@ -239,22 +240,22 @@ def _log_probs_per_token(attribution: LLMAttribution) -> Iterator[None]:
         attribution.attr_target, attribution.include_per_token_attr = before
 
 
-def _scores(model: TeacherForced, inputs: Any, target: Tensor) -> Tensor:
+def _scores(forced: TeacherForced, inputs: Any, target: Tensor) -> Tensor:
     """The log-probability of each token of the answer in one teacher-forced forward."""
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    ids = inputs.pop("input_ids").to(model.device)
+    ids = inputs.pop("input_ids").to(forced.device)
     inputs.pop("attention_mask", None)
-    target = target.to(model.device)
-    logits = model(torch.cat([ids, target[None]], 1), **inputs).logits[0, ids.shape[1] - 1 : -1]
-    found = logits.float().log_softmax(-1).gather(1, target[:, None].to(logits.device))
-    return found[:, 0].cpu()
+    target = target.to(forced.device)
+    logits = forced(torch.cat([ids, target[None]], 1), **inputs).logits[0, ids.shape[1] - 1 : -1]
+    scores = logits.float().log_softmax(-1).gather(1, target[:, None].to(logits.device))
+    return scores[:, 0].cpu()
 
 
-def _tell(what: str, wrapped: bool) -> None:
-    mend = (
+def _warn_wrong_values(what: str, wrapped: bool) -> None:
+    fix = (
         "Is the input of one sample, without padding, and does the target fit the vocabulary?"
         if wrapped
         else "Wrap the model: LLMAttribution(FeatureAblation(captum_mllm.TeacherForced(model)), "
         "tokenizer), and call attribute(..., forward_in_tokens=False)."
     )
-    warnings.warn(f"captum's LLMAttribution would {what}. {mend}", stacklevel=3)
+    warnings.warn(f"captum's LLMAttribution would {what}. {fix}", stacklevel=3)

@@ -10,84 +10,43 @@ from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
 from captum_mllm.adapters.processors import read_preprocessing
-from captum_mllm.bridge.frames import at_size, canvas_sizes, place, read_tensors, spread
+from captum_mllm.bridge.canvases import (
+    canvas_sizes,
+    sample_at_size,
+    split_inputs,
+    to_canvas,
+    to_picture,
+)
 from captum_mllm.functional import top_k_rankings
 from captum_mllm.geometry import ImageGeometry
-from captum_mllm.model.forward import forward_logits, replaced
+from captum_mllm.model.forward import evaluating, forward_logits, replaced
 from captum_mllm.model.generation import generate_answer
 from captum_mllm.model.inputs import Sample, append_answer, read_sample
 from captum_mllm.model.targets import Explain, explained_columns, read_target, text_positions
 from captum_mllm.words import token_labels, tokenizer_of
 
-
-class ScoredTokens(nn.Module):
-    """The tokens of a prompt and its answer, and which of them are scored.
-
-    Args:
-        ids: (tokens,): prompt without padding, then the answer.
-        rows: (targets,): positions of the scored tokens.
-        answer: (answer,): the answer.
-        tokenizer: for labels, or None.
-    """
-
-    def __init__(
-        self,
-        ids: Int64[Tensor, " tokens"],
-        rows: Int64[Tensor, " targets"],
-        answer: Int64[Tensor, " answer"],
-        tokenizer: Any = None,
-    ) -> None:
-        super().__init__()
-        self._ids, self._rows, self._answer, self._tokenizer = ids, rows, answer, tokenizer
-
-    @property
-    def positions(self) -> Int64[Tensor, " targets"]:
-        """Positions, in ``input_ids`` without padding + answer, of the scored tokens."""
-        return self._rows.clone()
-
-    @property
-    def output_ids(self) -> Int64[Tensor, " targets"]:
-        """Ids of the scored tokens: the columns of what a call returns."""
-        return self._ids[self._rows]
-
-    @property
-    def answer_ids(self) -> Int64[Tensor, " answer"]:
-        """Ids of the whole answer."""
-        return self._answer.clone()
-
-    @property
-    def output_tokens(self) -> tuple[str, ...]:
-        """Labels of the scored tokens."""
-        return token_labels(self.output_ids.tolist(), self._tokenizer)
-
-    @property
-    def input_tokens(self) -> tuple[str, ...]:
-        """Labels of all tokens, prompt (without padding) and answer: one per embedding."""
-        return token_labels(self._ids.tolist(), self._tokenizer)
-
-
 SCORES = ("log_prob", "logit")
 
 
-class TokenLogProb(ScoredTokens):
+class TokenLogProb(nn.Module):
     r"""Log-probability of an answer's tokens as a function of pixels, token embeddings, or both.
 
-    A plain ``nn.Module`` for ``captum.attr``: hand it to ``IntegratedGradients``,
+    A plain ``nn.Module`` for ``captum.attr``: pass it to ``IntegratedGradients``,
     ``FeatureAblation``, ``LayerGradCam``... with :attr:`pixels` or :attr:`embeddings` as inputs
     and the token to explain as ``target=``. The answer is teacher-forced; one forward of the
-    model per call, of as many copies as captum hands over in a batch. What is not handed over
-    stays as it is in ``inputs``.
+    model per call, of as many copies as captum passes in a batch. Inputs that are not passed keep
+    their values in ``inputs``.
 
-    Pixels are the *picture's own frame* in every family: tiles put together, Qwen's patches back
-    in place, an overview following its picture. Parameters get no gradient, and the model is left
-    bit for bit as it was.
+    Pixels are the *image's canvas* in every family: tiles assembled, Qwen's patches back in place,
+    an overview recomputed from its image. Parameters get no gradient, and the model is left
+    unchanged.
 
     Args:
         model: a transformers model of a registered family.
         inputs: the mapping that the processor returns for one sample.
         target: the answer: ids, a string (needs a processor), or None (default) to generate it.
-        processor: the model's processor, default None; gives labels, string targets and the
-            geometry for :meth:`to_image`.
+        processor: the model's processor, default None; needed for labels, string targets and the
+            geometry of :meth:`to_image`.
         explain: the tokens that are scored: "answer" (default), "prompt", "all", or positions in
             ``input_ids`` + answer; of the prompt the text after the last image.
         score: "log_prob" (default) or "logit", the raw output of the LM head.
@@ -96,8 +55,8 @@ class TokenLogProb(ScoredTokens):
         gen_args: keyword arguments of ``generate`` where ``target`` is None.
 
     Raises:
-        TypeError: arguments of another kind.
-        ValueError: bad input; the message names the argument and how to mend it.
+        TypeError: an argument of another type.
+        ValueError: bad input; the message names the argument and how to fix it.
 
     Reference:
         Our reading; see docs/captum.md for what works with which family.
@@ -138,71 +97,100 @@ class TokenLogProb(ScoredTokens):
         adapter, tokenizer = find_adapter(model), tokenizer_of(processor)
         sample = read_sample(inputs, adapter)
         if target is None:
-            with adapter.running():
+            with evaluating(adapter):
                 answer = generate_answer(sample, adapter, gen_args)
         else:
             answer = read_target(target, sample, adapter, tokenizer)
         text = text_positions(sample, len(answer), adapter, tokenizer, "after_image")
         rows = text[explained_columns(explain, text, sample, adapter)]
         full = append_answer(sample, answer, adapter)
-        super().__init__(full["input_ids"][0], rows, answer, tokenizer)
+        super().__init__()
+        self._ids, self._rows = full["input_ids"][0], rows
+        self._answer, self._tokenizer = answer, tokenizer
         self.model, self._adapter, self._processor = model, adapter, processor
         self.score, self.sequence = score, bool(sequence)
         self._sample = Sample(
             full, sample.grids, sample.image_positions, sample.prefix_length, sample.padding
         )
-        self._frames = adapter.canvases(full, sample.grids)
+        self._canvases = adapter.canvases(full, sample.grids)
         self._sizes = canvas_sizes(adapter, self._sample)
         views = [adapter.views(grid) for grid in sample.grids]
-        self._layers = nn.ModuleList(nn.ModuleList(nn.Identity() for _ in own) for own in views)
+        self._layers = nn.ModuleList(nn.ModuleList(nn.Identity() for _ in each) for each in views)
         self._text_layer = nn.Identity()
         self._embeddings: Tensor | None = None
 
-    # ---- what to hand to captum ---------------------------------------------------------------
+    # ---- the tokens ---------------------------------------------------------------------------
+
+    @property
+    def positions(self) -> Int64[Tensor, " targets"]:
+        """(targets,): positions of the scored tokens in ``input_ids`` without padding + answer."""
+        return self._rows.clone()
+
+    @property
+    def output_ids(self) -> Int64[Tensor, " targets"]:
+        """(targets,): ids of the scored tokens, the columns of what a call returns."""
+        return self._ids[self._rows]
+
+    @property
+    def answer_ids(self) -> Int64[Tensor, " answer"]:
+        """(answer,): ids of the whole answer."""
+        return self._answer.clone()
+
+    @property
+    def output_tokens(self) -> tuple[str, ...]:
+        """Labels of the scored tokens."""
+        return token_labels(self.output_ids.tolist(), self._tokenizer)
+
+    @property
+    def input_tokens(self) -> tuple[str, ...]:
+        """Labels of all tokens, prompt (without padding) and answer: one per embedding."""
+        return token_labels(self._ids.tolist(), self._tokenizer)
+
+    # ---- inputs and layers for captum ---------------------------------------------------------
 
     @property
     def pixels(self) -> Tensor | tuple[Tensor, ...]:
-        """The picture, (1, channels, height, width); a tuple of them if there are several.
+        """The image's canvas, (1, channels, height, width); a tuple if there are several images.
 
-        A video's is (1, frames, channels, height, width). LLaVA-NeXT's is the whole picture as it
-        lies on the canvas of tiles; others' show what the model's frame shows.
+        A video's is (1, frames, channels, height, width). LLaVA-NeXT's holds the whole picture,
+        padded to the tiles; those of other families hold the image as the model saw it.
         """
-        own = tuple(frame.detach().clone() for frame in self._frames)
-        return own[0] if len(own) == 1 else own
+        canvases = tuple(canvas.detach().clone() for canvas in self._canvases)
+        return canvases[0] if len(canvases) == 1 else canvases
 
     @property
     def embeddings(self) -> Float[Tensor, "1 tokens width"]:
         """Token embeddings of prompt and answer, (1, tokens, width).
 
-        Image features take the place of placeholders afterwards, so that these have no say. An
-        answer's token has a say in those after it.
+        Image features replace the placeholders afterwards, so that placeholders have no influence.
+        A token of the answer influences those after it.
         """
         if self._embeddings is None:
-            seen: list[Tensor] = []
+            captured: list[Tensor] = []
 
-            def keep(given: Tensor) -> Tensor:
-                seen.append(given.detach())
-                return given
+            def capture(embeddings: Tensor) -> Tensor:
+                captured.append(embeddings.detach())
+                return embeddings
 
             with torch.no_grad():
-                self._logits(self._sample, (), 1, on_embeddings=keep)
-            self._embeddings = seen[0]
+                self._logits(self._sample, (), 1, on_embeddings=capture)
+            self._embeddings = captured[0]
         return self._embeddings.clone()
 
     def layer(self, image: int = 0, view: int = 0) -> nn.Module:
-        """A layer for captum's layer methods: an image's features as the language model gets them.
+        """A layer for captum's layer methods: an image's features at the language model's input.
 
         Its output is (batch, width, rows, cols), one value per cell of the image: what
         ``LayerGradCam`` and ``LayerIntegratedGradients`` take as a convolution's. (Qwen3-VL adds
-        further image features after its first layers; those are not in it.)
+        further image features after its first layers; those are not included.)
 
         Args:
             image: which image, default the first.
-            view: 0 (default) the image's own grid; 1 its overview (thumbnail, global or base
+            view: 0 (default) the image's grid; 1 its overview (thumbnail, global or base
                 image), where it has one.
 
         Returns:
-            The module, for ``LayerGradCam(f, f.layer())`` and its like.
+            The module, for ``LayerGradCam(f, f.layer())`` and similar methods.
 
         Raises:
             IndexError: no such image or view.
@@ -217,7 +205,7 @@ class TokenLogProb(ScoredTokens):
     def text_layer(self) -> nn.Module:
         """A layer for captum's layer methods: all tokens' embeddings, (batch, width, tokens).
 
-        Its values are :attr:`embeddings`' with tokens last, as a convolution over a line has them.
+        Its values are those of :attr:`embeddings` with tokens last, as in a 1D convolution.
         """
         return self._text_layer
 
@@ -225,67 +213,67 @@ class TokenLogProb(ScoredTokens):
 
     @override
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Scores of the tokens, differentiable in what is handed over.
+        """Scores of the tokens, differentiable in the inputs.
 
         Args:
-            inputs: frames as :attr:`pixels` gives them (all images or none), and/or embeddings
+            inputs: canvases as :attr:`pixels` gives them (all images or none), and/or embeddings
                 (batch, tokens, width) as :attr:`embeddings`; with a leading batch axis of any
-                length. Frames may be of another size, one factor for all: they are resized to
+                length. Canvases may be of another size, one factor for all: they are resized to
                 the nearest size that the model takes.
 
         Returns:
             (batch, targets); with ``sequence=True`` (batch,). float32, or float64 of such a model.
 
         Raises:
-            TypeError: no tensors.
-            ValueError: shapes that fit neither frames nor embeddings.
+            TypeError: an input is not a tensor.
+            ValueError: shapes that fit neither canvases nor embeddings.
         """
-        frames, embeddings = read_tensors(inputs, self._frames, len(self._ids))
+        canvases, embeddings = split_inputs(inputs, self._canvases, len(self._ids))
         n = len(inputs[0]) if inputs else 1
-        sample, frames = at_size(self._adapter, self._sample, frames, self._sizes)
+        sample, canvases = sample_at_size(self._adapter, self._sample, canvases, self._sizes)
         if embeddings is not None and sample is not self._sample:
             raise ValueError(
-                "inputs hold embeddings beside frames of another size, which has another number "
-                "of image tokens: hand over one of the two."
+                "inputs hold embeddings together with canvases of another size, which gives "
+                "another number of image tokens: pass one of the two."
             )
 
-        def lead(given: Tensor) -> Tensor:
-            new = given if embeddings is None else replaced(given, embeddings)
+        def through_text_layer(current: Tensor) -> Tensor:
+            new = current if embeddings is None else replaced(current, embeddings)
             return self._text_layer(new.transpose(1, 2)).transpose(1, 2)
 
-        logits = self._logits(sample, frames, n, on_embeddings=lead)
+        logits = self._logits(sample, canvases, n, on_embeddings=through_text_layer)
         if self.score == "log_prob":
             logits = logits.log_softmax(-1)
         scores = logits[..., range(len(self._rows)), self.output_ids.to(logits.device)]
         return scores.sum(-1) if self.sequence else scores
 
     def rankings(self, top_k: int = 50) -> Int64[Tensor, "tokens k"]:
-        """Top-k ids of the prediction that led to each token: what ``denoise`` needs.
+        """Top-k ids of the prediction of each token, as ``denoise`` needs them.
 
         ``RankCorrelationDenoiser(None).denoise(token_attr, r, target_rankings=r[f.positions])``
-        with ``r = f.rankings()`` takes attributions of all tokens; cut ``r`` to the prompt for
+        with ``r = f.rankings()`` takes attributions of all tokens; restrict ``r`` to the prompt for
         attributions of the prompt alone.
 
         Args:
             top_k: depth, default 50.
 
         Returns:
-            (tokens, k): prompt and answer. The first token was predicted from nothing: its row
-            holds negative numbers, which agree with no other row.
+            (tokens, k): prompt and answer. The first token has no prediction: its row holds
+            negative numbers, which agree with no other row.
 
         Raises:
             ValueError: ``top_k`` out of range; a prefix LM, whose prompt is not predicted.
         """
         if self._adapter.bidirectional_prompt:
             raise ValueError(
-                "model: its prompt sees itself whole (prefix LM), so that none of its tokens is "
-                "predicted from those before it and there are no rankings."
+                "model: its prompt attends to itself in both directions (prefix LM), so that none "
+                "of its tokens is predicted from those before it and there are no rankings."
             )
         rows = torch.arange(1, len(self._ids), device=self._ids.device)
         with torch.no_grad():
             logits = forward_logits(self._adapter, self._sample, (), 1, rows - 1)[0]
-        found = top_k_rankings(logits, top_k)
-        return torch.cat([-1 - torch.arange(top_k, device=found.device)[None], found])
+        rankings = top_k_rankings(logits, top_k)
+        return torch.cat([-1 - torch.arange(top_k, device=rankings.device)[None], rankings])
 
     # ---- back to the picture ------------------------------------------------------------------
 
@@ -297,7 +285,7 @@ class TokenLogProb(ScoredTokens):
         *,
         geometry: ImageGeometry | None = None,
     ) -> Float[Tensor, "n height width"]:
-        """An attribution of a frame, or of :meth:`layer`'s cells, in pixels of the user's picture.
+        """An attribution of a canvas, or of :meth:`layer`'s cells, in pixels of the user's picture.
 
         Args:
             attribution: (n, channels, height, width), as captum gives it for :attr:`pixels` or for
@@ -307,42 +295,45 @@ class TokenLogProb(ScoredTokens):
             geometry: the box of the picture that the model saw; needed without a processor.
 
         Returns:
-            (n, height, width): levels as in the attribution, 0 where the model saw nothing.
+            (n, height, width): values as in the attribution, 0 in parts that the model did not see.
 
         Raises:
-            ValueError: neither a processor nor ``geometry`` tells where the frame lies.
+            ValueError: neither a processor nor ``geometry`` determines the place of the canvas.
             IndexError: no such image.
         """
         self.layer(image)  # raises on an image that is not there
         rule = None
         if self._processor is not None and self._sample.grids[image].box is None:
             rule = read_preprocessing(self._processor)
-        return place(attribution, self._sample.grids[image], size, rule, geometry)
+        return to_picture(attribution, self._sample.grids[image], size, rule, geometry)
 
     def from_maps(
         self, maps: Float[Tensor, "targets rows cols"], image: int = 0
     ) -> Float[Tensor, "targets channels height width"]:
-        """Maps on the model's grid as attributions of :attr:`pixels`, their sum kept.
+        """Maps on the model's grid as attributions of :attr:`pixels`; their sum is preserved.
 
-        So a result of ours (``result.grid_attr[image]``) goes into ``captum.metrics``.
+        So ``captum.metrics`` can measure a result's maps (``result.grid_attr[image]``).
 
         Args:
             maps: one map per token.
             image: which image, default the first.
 
         Returns:
-            (targets, channels, height, width): each cell's value over its pixels and channels.
+            (targets, channels, height, width): each cell's value divided among its pixels and
+            channels.
 
         Raises:
             IndexError: no such image.
         """
         self.layer(image)
-        return spread(maps, self._sample.grids[image], self._frames[image])
+        return to_canvas(maps, self._sample.grids[image], self._canvases[image])
 
-    def _logits(self, sample: Sample, frames: tuple[Tensor, ...], n: int, **options: Any) -> Tensor:
+    def _logits(
+        self, sample: Sample, canvases: tuple[Tensor, ...], n: int, **options: Any
+    ) -> Tensor:
         """Logits (n, targets, vocabulary) of one forward, from which the tokens are predicted."""
-        # Scored tokens stand after the last image, whose tokens may have become more or fewer.
+        # Scored tokens follow the last image, whose number of tokens may have changed.
         grown = sample.kwargs["input_ids"].shape[1] - len(self._ids)
         before = self._rows + grown - 1
         layers: Any = self._layers
-        return forward_logits(self._adapter, sample, frames, n, before, layers=layers, **options)
+        return forward_logits(self._adapter, sample, canvases, n, before, layers=layers, **options)

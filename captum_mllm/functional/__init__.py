@@ -21,12 +21,9 @@ from captum_mllm.functional.calibration import calibrate
 from captum_mllm.functional.lens import lens_logits
 from captum_mllm.functional.msea import (
     AGGREGATIONS,
-    SCALE_NORMS,
     Aggregation,
-    ScaleNorm,
     adaptive_weights,
     aggregate,
-    match_levels,
     rank_correlation,
 )
 from captum_mllm.functional.patches import (
@@ -58,11 +55,9 @@ from captum_mllm.functional.tam import (
 
 __all__ = [
     "AGGREGATIONS",
-    "SCALE_NORMS",
     "WHOLE",
     "Aggregation",
     "Box",
-    "ScaleNorm",
     "adaptive_weights",
     "aggregate",
     "arc_subtract",
@@ -76,7 +71,6 @@ __all__ = [
     "join_windows",
     "joint_min_max",
     "lens_logits",
-    "match_levels",
     "merge_views",
     "patches_to_frames",
     "rank_biased_overlap",

@@ -1,4 +1,4 @@
-"""MSEA: maps of several scales brought to one level, weighted and aggregated."""
+"""MSEA: maps of several scales, weighted and aggregated."""
 
 from typing import Literal
 
@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Aggregation = Literal["mean", "median", "geometric_mean"]
+Aggregation = Literal["mean", "median"]
 """How maps of several scales become one; see :func:`aggregate`."""
 
 
-AGGREGATIONS: tuple[str, ...] = ("mean", "median", "geometric_mean")
+AGGREGATIONS: tuple[str, ...] = ("mean", "median")
 """All values of :data:`Aggregation`."""
 
 
@@ -23,17 +23,17 @@ def aggregate(
 
     Args:
         stack: the maps, already on one grid.
-        how: "mean" (default, the paper's), "median" (of an even number: the mean of the middle
-            two) or "geometric_mean" (of values >= 0).
-        weights: weights >= 0 for "mean" and "geometric_mean": one per scale, or one per scale and
-            map, (scales, maps) for a stack (scales, maps, ...); None for equal.
+        how: "mean" (default, the paper's) or "median" (of an even number: the mean of the middle
+            two).
+        weights: weights >= 0 for "mean": one per scale, or one per scale and map, (scales, maps)
+            for a stack (scales, maps, ...); None for equal.
 
     Returns:
         One map of the shape of each.
 
     Raises:
         ValueError: ``how`` is unknown; weights given with "median", of another number than the
-            scales, negative or all 0; negative values with "geometric_mean".
+            scales, negative or all 0.
 
     Reference:
         Multi-scale explanation aggregation: the mean is the paper's, the rest ours.
@@ -54,15 +54,11 @@ def aggregate(
     if how == "median":
         ordered, last = stack.sort(dim=0).values, len(stack) - 1
         return (ordered[last // 2] + ordered[last - last // 2]) / 2
-    if how == "geometric_mean" and bool((stack < 0).any()):
-        raise ValueError("aggregation 'geometric_mean' needs values >= 0; use 'mean' or 'median'.")
     if weights is None:
         weights = stack.new_ones(len(stack))
     share = (weights / weights.sum(0)).to(stack.dtype)
     share = share.reshape(*weights.shape, *[1] * (stack.ndim - weights.ndim))
-    if how == "mean":
-        return (share * stack).sum(0)
-    return torch.xlogy(share, stack).sum(0).exp()  # a weight of 0 silences log(0)
+    return (share * stack).sum(0)
 
 
 def _check_scale_weights(weights: Tensor, how: str, shape: tuple[int, ...]) -> None:
@@ -76,54 +72,6 @@ def _check_scale_weights(weights: Tensor, how: str, shape: tuple[int, ...]) -> N
         )
     if bool((weights < 0).any()) or not bool((weights.sum(0) > 0).all()):
         raise ValueError(f"weights must be >= 0 and not all 0, got {weights.tolist()}.")
-
-
-ScaleNorm = Literal["none", "max", "std"]
-"""How a scale's maps are brought to the level of scale 1's; see :func:`match_levels`."""
-
-
-SCALE_NORMS: tuple[str, ...] = ("none", "max", "std")
-"""All values of :data:`ScaleNorm`."""
-
-
-def match_levels(
-    maps: Float[Tensor, "classes cells"],
-    base: Float[Tensor, "classes base_cells"],
-    how: ScaleNorm = "none",
-) -> Float[Tensor, "classes cells"]:
-    """Bring a scale's maps to the level of the base scale's, each class on its own.
-
-    Args:
-        maps: the maps at a scale.
-        base: the maps at the base scale, on any number of cells.
-        how: "none" (default) leaves them; "max" gives each its base's maximum, "std" its base's
-            standard deviation (population) by a factor.
-
-    Returns:
-        The maps times one factor per class; a map without a level (all 0, or flat for "std")
-        stays as it is.
-
-    Raises:
-        ValueError: ``how`` is unknown.
-
-    Reference:
-        Ours; the paper names no normalisation of scales.
-
-    Example:
-        >>> import torch
-        >>> match_levels(torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 1.0, 2.0]]), "max")
-        tensor([[0., 2.]])
-    """
-    if how not in SCALE_NORMS:
-        raise ValueError(f"scale_norm must be one of {', '.join(SCALE_NORMS)}, got {how!r}.")
-    if how == "none":
-        return maps
-    levels = [
-        own.amax(1, keepdim=True) if how == "max" else own.std(1, keepdim=True, correction=0)
-        for own in (maps, base)
-    ]
-    safe = torch.where(levels[0] > 0, levels[0], torch.ones_like(levels[0]))
-    return torch.where(levels[0] > 0, maps * levels[1] / safe, maps)
 
 
 def rank_correlation(

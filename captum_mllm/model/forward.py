@@ -1,4 +1,4 @@
-"""Every forward of the user's model but generation's: evaluating, hooks, rows of the LM head."""
+"""Every forward of the user's model except generation's: evaluating, hooks, rows of the LM head."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +18,76 @@ from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.inputs import Sample, append_answer
 
 
+@contextmanager
+def evaluating(adapter: Adapter, *, gradients: bool = False) -> Iterator[None]:
+    """Run the user's model in evaluation mode; afterwards it is unchanged, also after an error.
+
+    Meanwhile hooks let the vision encoder take other image sizes than its native one.
+
+    Args:
+        adapter: the model's adapter.
+        gradients: False (default): no gradients, and the LM head's matrix is kept, which may have
+            to be loaded or computed. True: the caller's gradient mode applies, and no parameter
+            requires a gradient, so the graph keeps only what gradients of inputs need.
+
+    Raises:
+        ValueError: the model or a part of it is compiled.
+    """
+    model = adapter.model
+    refuse_compiled(model)
+    with unchanged(model), adapter.size_hooks(), tables_loaded(adapter.tower):
+        model.eval()
+        if gradients:
+            with _frozen(model):
+                yield
+        else:
+            with torch.no_grad(), adapter.head_kept():
+                yield
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """While it lasts, no parameter requires a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def selected_rows(
+    head: nn.Module, rows: Int64[Tensor, " rows"] | Int64[Tensor, "copies rows"]
+) -> Iterator[list[None]]:
+    """Let the LM head see only some positions: logits of a whole prompt would not fit in memory.
+
+    Args:
+        head: the LM head.
+        rows: (rows,) positions of every copy in the batch, or (copies, rows) of each copy.
+
+    Returns:
+        A context manager that yields a list with one entry per call of the head.
+    """
+    calls: list[None] = []
+
+    def before_head(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        calls.append(None)
+        states = args[0]
+        at = rows.to(states.device)
+        if at.ndim == 1:
+            return (states[:, at], *args[1:])
+        return (states[torch.arange(len(at), device=at.device)[:, None], at], *args[1:])
+
+    handle = head.register_forward_pre_hook(before_head)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
 @dataclass
 class Captured:
     """What the hooks saw in one forward.
@@ -25,7 +95,7 @@ class Captured:
     Args:
         final_hidden: states after the final norm, (positions, dim): what the LM head reads.
         lens_hidden: the same of the chosen layer; ``final_hidden`` itself for the last layer.
-        logits: the model's logits at the asked rows, (rows, vocabulary), unprocessed.
+        logits: the model's logits at the selected rows, (rows, vocabulary), unprocessed.
     """
 
     final_hidden: Float[Tensor, "positions dim"]
@@ -41,10 +111,10 @@ def captured_forward(
     rows: Int64[Tensor, " rows"],
     layer: int = -1,
 ) -> Captured:
-    """One forward of the whole model under hooks; the LM head sees only the asked rows.
+    """One forward of the whole model under hooks; the LM head sees only the selected rows.
 
     Args:
-        adapter: the model's adapter, already ``running()``.
+        adapter: the model's adapter, already ``evaluating``.
         inputs: the model's inputs.
         grids: the images among them, for the check of the tower's features.
         rows: positions whose logits are wanted; may be empty.
@@ -57,65 +127,61 @@ def captured_forward(
         ValueError: a hook fired another number of times than once (compiled or altered model),
             or states are not finite.
     """
-    with _hooks(adapter, grids, rows, layer) as seen:
+    with selected_rows(adapter.head, rows) as head_calls, _watched(adapter, grids, layer) as states:
         output = adapter.model(**inputs, use_cache=False, return_dict=True)
+    calls = {name: len(tensors) for name, tensors in states.items()} | {"LM head": len(head_calls)}
     expected = {"final norm": 1, "LM head": 1, "lens layer": 1}
     expected |= {"vision encoder": len(adapter.tower_calls(grids))}
     for name, times in expected.items():
-        if len(seen[name]) != times:
+        if calls.get(name, 0) != times:
             raise ValueError(
-                f"model: the hook on the {name} fired {len(seen[name])} times in one forward, "
+                f"model: the hook on the {name} fired {calls.get(name, 0)} times in one forward, "
                 f"expected {times}. Is a part of the model compiled (torch.compile), or replaced? "
                 f"Pass the plain model."
             )
     for name in ("final norm", "lens layer"):
-        if not torch.isfinite(seen[name][0]).all():
+        if not torch.isfinite(states[name][0]).all():
             raise ValueError(
                 f"model: hidden states at the {name} hold NaN or infinite values; try another "
                 f"dtype (float32 or bfloat16), or check the weights."
             )
     device = adapter.device  # a dispatched model's parts lie on several
     return Captured(
-        final_hidden=seen["final norm"][0][0].to(device),
-        lens_hidden=seen["lens layer"][0][0].to(device),
+        final_hidden=states["final norm"][0][0].to(device),
+        lens_hidden=states["lens layer"][0][0].to(device),
         logits=output.logits[0].to(device),
     )
 
 
 @contextmanager
-def _hooks(
-    adapter: Adapter, grids: Sequence[ImageGrid], rows: Tensor, layer: int
+def _watched(
+    adapter: Adapter, grids: Sequence[ImageGrid], layer: int
 ) -> Iterator[dict[str, list[Any]]]:
-    """Set the hooks; yields what each saw, call by call; removes them whatever happens."""
-    seen: dict[str, list[Any]] = defaultdict(list)
+    """Hooks that keep hidden states and check the tower's features; yields them call by call."""
+    states: dict[str, list[Any]] = defaultdict(list)
 
     def on_tower(_module: nn.Module, _args: Any, output: Any) -> None:
-        calls = adapter.tower_calls(grids)
-        if len(seen["vision encoder"]) < len(calls):
-            adapter.check_features(output, calls[len(seen["vision encoder"])])
-        seen["vision encoder"].append(None)
+        calls, done = adapter.tower_calls(grids), len(states["vision encoder"])
+        if done < len(calls):
+            adapter.check_features(output, calls[done])
+        states["vision encoder"].append(None)
 
     def on_norm(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        seen["final norm"].append(output)
+        states["final norm"].append(output)
         if layer == -1:
-            seen["lens layer"].append(output)
+            states["lens layer"].append(output)
 
     def on_layer(_module: nn.Module, _args: Any, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple) else output
         # The bare forward: hooks on the norm are meant for the model's last layer.
-        seen["lens layer"].append(adapter.final_norm.forward(states))
-
-    def before_head(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen["LM head"].append(None)
-        return (args[0][:, rows.to(args[0].device)], *args[1:])
+        states["lens layer"].append(adapter.final_norm.forward(hidden))
 
     with ExitStack() as stack:
         stack.callback(adapter.tower.register_forward_hook(on_tower).remove)
         stack.callback(adapter.final_norm.register_forward_hook(on_norm).remove)
         if layer != -1:
             stack.callback(adapter.layers[layer].register_forward_hook(on_layer).remove)
-        stack.callback(adapter.head.register_forward_pre_hook(before_head).remove)
-        yield seen
+        yield states
 
 
 def check_head(
@@ -185,23 +251,23 @@ def batched(
         pixels: the pixel inputs of each copy; empty if they are all the sample's own.
         n: number of copies.
     """
-    made = {}
+    inputs = {}
     for name, value in kwargs.items():
         if pixels and name in pixels[0]:
             continue
         if name in adapter.token_wise:
-            made[name] = value.expand(n, -1)
+            inputs[name] = value.expand(n, -1)
         else:  # images, tiles, rows of patches, sizes: one copy's follow the other's
-            made[name] = value.repeat(n, *[1] * (value.ndim - 1))
+            inputs[name] = value.repeat(n, *[1] * (value.ndim - 1))
     for name in pixels[0] if pixels else ():
-        made[name] = torch.cat([own[name] for own in pixels])
-    return made
+        inputs[name] = torch.cat([copy[name] for copy in pixels])
+    return inputs
 
 
 def forward_logits(
     adapter: Adapter,
     sample: Sample,
-    frames: tuple[Tensor, ...],
+    canvases: tuple[Tensor, ...],
     n: int,
     rows: Tensor,
     *,
@@ -213,25 +279,26 @@ def forward_logits(
     Args:
         adapter: the model's adapter.
         sample: prompt and answer.
-        frames: one per image, (n, ..., height, width); none for the sample's own pixels.
+        canvases: one per image, (n, ..., height, width); none for the sample's own pixels.
         n: number of copies.
         rows: positions whose logits are wanted.
         layers: per image and view, the module that its features are led through.
-        on_embeddings: see :func:`hooked`.
+        on_embeddings: takes the token embeddings and gives those to go on with.
 
     Returns:
         float32, or float64 of such a model.
     """
-    own = [tuple(frame[k : k + 1] for frame in frames) for k in range(n if frames else 0)]
-    pixels = [adapter.with_canvases(sample.kwargs, sample.grids, one) for one in own]
+    copies = [tuple(c[k : k + 1] for c in canvases) for k in range(n if canvases else 0)]
+    pixels = [adapter.with_canvases(sample.kwargs, sample.grids, copy) for copy in copies]
     kwargs = batched(adapter, sample.kwargs, pixels, n)
 
-    def lead(given: Tensor) -> Tensor:
-        return led_through(layers, given, sample, adapter)
+    def lead(embeddings: Tensor) -> Tensor:
+        return led_through(layers, embeddings, sample, adapter)
 
     with (
-        differentiable(adapter),
-        hooked(adapter, rows, on_embeddings=on_embeddings, on_decoder=lead),
+        evaluating(adapter, gradients=True),
+        selected_rows(adapter.head, rows),
+        _replacing(adapter, on_embeddings=on_embeddings, on_decoder=lead),
     ):
         output = adapter.model(**kwargs, use_cache=False, return_dict=True)
     logits = output.logits.to(adapter.device)
@@ -249,8 +316,9 @@ def led_through(
         sample: tells where the images' tokens are.
         adapter: tells the views.
     """
-    for where, grid, own in zip(sample.image_positions, sample.grids, layers, strict=False):
-        for view, layer in zip(adapter.views(grid), own, strict=True):
+    images = zip(sample.image_positions, sample.grids, layers, strict=False)
+    for where, grid, per_view in images:
+        for view, layer in zip(adapter.views(grid), per_view, strict=True):
             at = where[view.tokens.flatten().to(where.device)].to(embeddings.device)
             cells = embeddings[:, at].transpose(1, 2).unflatten(2, view.tokens.shape)
             led = layer(cells).flatten(2).transpose(1, 2)
@@ -259,42 +327,16 @@ def led_through(
 
 
 @contextmanager
-def differentiable(adapter: Adapter) -> Iterator[None]:
-    """Evaluation mode and size hooks, under the caller's gradient mode; all is put back afterwards.
-
-    Meanwhile no parameter asks for a gradient: none gets one from a graph that is built here, and
-    the graph keeps only what gradients of inputs need.
-
-    Args:
-        adapter: the model's adapter.
-    """
-    model = adapter.model
-    refuse_compiled(model)
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with unchanged(model), adapter.size_hooks(), tables_loaded(adapter.tower):
-        model.eval()
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in wanted:
-                parameter.requires_grad_(True)
-
-
-@contextmanager
-def hooked(
+def _replacing(
     adapter: Adapter,
-    rows: Tensor,
     *,
     on_embeddings: Callable[[Tensor], Tensor] | None = None,
     on_decoder: Callable[[Tensor], Tensor],
 ) -> Iterator[None]:
-    """Hooks for one forward: the LM head sees some rows only, embeddings may be replaced.
+    """Hooks for one forward in which embeddings may be replaced.
 
     Args:
         adapter: the model's adapter.
-        rows: positions whose logits are wanted.
         on_embeddings: takes the token embeddings (batch, tokens, width) and gives those to go on
             with; image features come into them later.
         on_decoder: the same for what the language model gets, image features included.
@@ -304,9 +346,6 @@ def hooked(
     """
     calls = 0
 
-    def before_head(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][:, rows.to(args[0].device)], *args[1:])
-
     def after_embedding(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
@@ -315,14 +354,13 @@ def hooked(
     def before_decoder(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = kwargs.get("inputs_embeds")
-        if given is not None:
-            kwargs = {**kwargs, "inputs_embeds": on_decoder(given)}
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is not None:
+            kwargs = {**kwargs, "inputs_embeds": on_decoder(embeddings)}
         return args, kwargs
 
     table = adapter.model.get_input_embeddings()
     with ExitStack() as stack:
-        stack.callback(adapter.head.register_forward_pre_hook(before_head).remove)
         stack.callback(table.register_forward_hook(after_embedding).remove)
         hook = adapter.decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)
         stack.callback(hook.remove)
@@ -334,22 +372,22 @@ def hooked(
         )
 
 
-def replaced(given: Tensor, new: Tensor) -> Tensor:
+def replaced(embeddings: Tensor, new: Tensor) -> Tensor:
     """Token embeddings in place of those that the model computed, checked.
 
     Args:
-        given: the model's own, (n, tokens, width).
-        new: the others.
+        embeddings: the model's own, (n, tokens, width).
+        new: those to go on with.
 
     Raises:
         ValueError: they are of another shape.
     """
-    if new.shape != given.shape:
+    if new.shape != embeddings.shape:
         raise ValueError(
             f"inputs hold embeddings of shape {tuple(new.shape)}, but the model makes "
-            f"{tuple(given.shape)} (batch, tokens, width); .embeddings gives them."
+            f"{tuple(embeddings.shape)} (batch, tokens, width); .embeddings gives them."
         )
-    return new.to(given)
+    return new.to(embeddings)
 
 
 def answer_log_probs(
@@ -362,7 +400,7 @@ def answer_log_probs(
     """Log-probability of tokens of one answer, given versions of the images: one forward.
 
     Args:
-        adapter: the model's adapter, already ``running()``.
+        adapter: the model's adapter, already ``evaluating``.
         sample: the prompt.
         answer: ids of the answer, fixed.
         versions: per version, the inputs that hold its pixels.
@@ -374,22 +412,12 @@ def answer_log_probs(
     Raises:
         ValueError: the LM head did not run once (a replaced part of the model), or NaN.
     """
-    n, calls = len(versions), []
     full = append_answer(sample, answer, adapter)
-    batch = batched(adapter, full, versions, n)
-    where = torch.tensor([list(own) for own in tokens])
+    batch = batched(adapter, full, versions, len(versions))
+    where = torch.tensor([list(positions) for positions in tokens])
     rows = where + len(sample.prompt_ids) - 1  # the position that predicts the token
-
-    def asked_rows(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        calls.append(None)
-        at = rows.to(args[0].device)
-        return (args[0][torch.arange(n, device=at.device)[:, None], at], *args[1:])
-
-    handle = adapter.head.register_forward_pre_hook(asked_rows)
-    try:
+    with selected_rows(adapter.head, rows) as calls:
         logits = adapter.model(**batch, use_cache=False, return_dict=True).logits
-    finally:
-        handle.remove()
     if len(calls) != 1 or logits.shape[:2] != rows.shape:
         raise ValueError(
             f"model: its LM head ran {len(calls)} times in one forward and gave logits of shape "
@@ -397,8 +425,23 @@ def answer_log_probs(
             f"model compiled, or replaced? Pass the plain model."
         )
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    found = logits.to(dtype).log_softmax(-1)
-    found = found.gather(-1, answer[where.to(answer.device)].to(found.device)[..., None])[..., 0]
-    if bool(found.isnan().any()):
+    log_probs = logits.to(dtype).log_softmax(-1)
+    ids = answer[where.to(answer.device)].to(log_probs.device)
+    log_probs = log_probs.gather(-1, ids[..., None])[..., 0]
+    if bool(log_probs.isnan().any()):
         raise ValueError("model: its logits hold NaN; try another dtype (float32 or bfloat16).")
-    return found
+    return log_probs
+
+
+def teacher_forced_output(adapter: Adapter, inputs: Mapping[str, Tensor]) -> Any:
+    """The model's own output over a prompt and an answer, under the caller's gradient mode.
+
+    Args:
+        adapter: the model's adapter.
+        inputs: the model's inputs, the answer appended.
+
+    Returns:
+        What the model returns, ``logits`` (batch, tokens, vocabulary) among it.
+    """
+    with evaluating(adapter, gradients=True):
+        return adapter.model(**inputs, use_cache=False, return_dict=True)

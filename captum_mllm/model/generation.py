@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import GenerationConfig
 
 from captum_mllm.adapters import Adapter
+from captum_mllm.model.forward import evaluating
 from captum_mllm.model.inputs import Sample
 
 MAX_NEW_TOKENS = 128
@@ -34,21 +36,21 @@ def generate_answer(
         Ids of the answer without the final end-of-sequence token.
 
     Raises:
-        TypeError: ``gen_args`` is no mapping, or its generation_config none.
+        TypeError: ``gen_args`` is not a mapping, or its generation_config is not one.
         ValueError: several sequences, inputs of the model among ``gen_args``, or nothing but
             the end of sequence.
     """
-    given = _checked(gen_args, sample)
-    config, others = _settings(adapter, given)
+    settings = _checked(gen_args, sample)
+    config, others = _settings(adapter, settings)
     with _only_special_ids(adapter.model), warnings.catch_warnings():
         # Of an offloaded model: 5.5 compares with model.device, which is "meta" then.
         warnings.filterwarnings("ignore", r"You are calling \.generate\(\) with the .input_ids")
         output = adapter.model.generate(**sample.kwargs, generation_config=config, **others)
     sequences = getattr(output, "sequences", output)
     if sequences.shape[0] != 1:
-        raise _several(sequences.shape[0])
+        raise _several_sequences(sequences.shape[0])
     answer = sequences[0, sample.prompt_ids.shape[0] :]
-    # generate takes the model's own where a given generation_config names none.
+    # generate takes the model's own where the user's generation_config names none.
     ends = config.eos_token_id
     ends = adapter.model.generation_config.eos_token_id if ends is None else ends
     ends = [ends] if isinstance(ends, int) else list(ends or [])
@@ -62,41 +64,59 @@ def generate_answer(
     return answer
 
 
+def generate_ids(adapter: Adapter, *args: Any, **kwargs: Any) -> Tensor:
+    """What the model's own ``generate`` returns, with image and video ids barred.
+
+    Args:
+        adapter: the model's adapter.
+        args: of the model's ``generate``.
+        kwargs: of the model's ``generate``.
+
+    Returns:
+        Token ids (batch, tokens), prompt included.
+    """
+    kwargs.setdefault("suppress_tokens", list(adapter.visual_ids))
+    with torch.no_grad(), evaluating(adapter, gradients=True):
+        return adapter.model.generate(*args, **kwargs)
+
+
 def _checked(gen_args: Any, sample: Sample) -> dict[str, Any]:
     if gen_args is not None and not isinstance(gen_args, Mapping):
         raise TypeError(
             f"gen_args must be a mapping of keyword arguments of generate, got "
             f"{type(gen_args).__name__}."
         )
-    given = dict(gen_args or {})
-    settings = given.get("generation_config")
-    if settings is not None and not isinstance(settings, GenerationConfig):
+    settings = dict(gen_args or {})
+    config = settings.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
         raise TypeError(
             f"gen_args: generation_config must be a transformers GenerationConfig, got "
-            f"{type(settings).__name__}."
+            f"{type(config).__name__}."
         )
-    twice = sorted(set(given) & set(sample.kwargs))
+    twice = sorted(set(settings) & set(sample.kwargs))
     if twice:
         raise ValueError(
             f"gen_args holds {twice}, which belong to inputs: gen_args takes settings of generate "
             f"such as max_new_tokens."
         )
-    count = given.get("num_return_sequences") or getattr(settings, "num_return_sequences", 1) or 1
+    count = settings.get("num_return_sequences") or getattr(config, "num_return_sequences", 1) or 1
     if count != 1:
-        raise _several(count)
-    return given
+        raise _several_sequences(count)
+    return settings
 
 
-def _several(count: int) -> ValueError:
+def _several_sequences(count: int) -> ValueError:
     return ValueError(
         f"gen_args make {count} sequences, but one answer is explained at a time: set "
         f"num_return_sequences=1, or pass each answer as target."
     )
 
 
-def _settings(adapter: Adapter, given: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Our greedy settings with the user's on top, and what ``generate`` takes beside them."""
-    config = deepcopy(given.pop("generation_config", None)) or GenerationConfig(
+def _settings(
+    adapter: Adapter, settings: dict[str, Any]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """Our greedy settings with the user's on top, and what else ``generate`` takes."""
+    config = deepcopy(settings.pop("generation_config", None)) or GenerationConfig(
         **_special_ids(adapter.model),
         do_sample=False,
         num_beams=1,
@@ -104,10 +124,10 @@ def _settings(adapter: Adapter, given: dict[str, Any]) -> tuple[GenerationConfig
         max_new_tokens=MAX_NEW_TOKENS,
         suppress_tokens=adapter.model.generation_config.suppress_tokens,
     )
-    if "max_length" in given:
+    if "max_length" in settings:
         config.max_new_tokens = None
-    others = {name: value for name, value in given.items() if not hasattr(config, name)}
-    config.update(**{name: value for name, value in given.items() if name not in others})
+    others = {name: value for name, value in settings.items() if not hasattr(config, name)}
+    config.update(**{name: value for name, value in settings.items() if name not in others})
     config.suppress_tokens = sorted({*(config.suppress_tokens or []), *adapter.visual_ids})
     return config, others
 
@@ -120,9 +140,9 @@ def _special_ids(model: Any) -> dict[str, Any]:
 @contextmanager
 def _only_special_ids(model: Any) -> Iterator[None]:
     """While it lasts, generate can't fill gaps from the checkpoint's own generation settings."""
-    own = model.generation_config
+    before = model.generation_config
     model.generation_config = GenerationConfig(**_special_ids(model))
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = before

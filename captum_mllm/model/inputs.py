@@ -79,24 +79,24 @@ def _placeholders(
     """
     counts = [sum(adapter.runs(grid)) for grid in grids]
     kinds = [adapter.placeholder(grid) for grid in grids]
-    found: dict[int, Sequence[Tensor]] = {}
+    per_kind: dict[int, Sequence[Tensor]] = {}
     names = {True: "pixel_values_videos", False: "pixel_values"}
     for kind in dict.fromkeys((*kinds, *adapter.visual_ids)):
         where = (ids == kind).nonzero()[:, 0]
-        own = [count for count, other in zip(counts, kinds, strict=True) if other == kind]
-        if len(where) != sum(own):
+        expected = [count for count, other in zip(counts, kinds, strict=True) if other == kind]
+        if len(where) != sum(expected):
             shapes = ", ".join(" x ".join(map(str, grid.shape)) for grid in grids)
             of_video = kind == getattr(adapter.config, "video_token_id", None)
             what = "video" if of_video else "image"
             raise ValueError(
                 f"input_ids hold {len(where)} {what} tokens, but "
-                f"{names[of_video]} make {sum(own)} ({len(own)} {what}(s); grids of {shapes} "
-                f"tokens): text and images must come from the same processor call, and the "
-                f"processor's patch_size must be the model's. (A pixel tensor as inputs means "
+                f"{names[of_video]} make {sum(expected)} ({len(expected)} {what}(s); grids of "
+                f"{shapes} tokens): text and images must come from the same processor call, and "
+                f"the processor's patch_size must be the model's. (A pixel tensor as inputs means "
                 f"versions of one image; several images go in a mapping.)"
             )
-        found[kind] = list(where.split(own))
-    return tuple(found[kind].pop(0) for kind in kinds)  # type: ignore[attr-defined]
+        per_kind[kind] = list(where.split(expected))
+    return tuple(per_kind[kind].pop(0) for kind in kinds)  # type: ignore[attr-defined]
 
 
 def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Tensor], int]:
@@ -134,7 +134,7 @@ def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, 
 
 
 def _check_tensors(inputs: Mapping[str, Any], adapter: Adapter) -> None:
-    """Raise on inputs that the model reads but that are no tensors: we would leave them out."""
+    """Raise on inputs that the model reads but that are not tensors: we would leave them out."""
     known = signature(adapter.model.forward).parameters
     for name, value in inputs.items():
         if value is not None and not isinstance(value, Tensor) and name in known:
@@ -237,24 +237,24 @@ def rescaled_inputs(
         zip(sample.image_positions, sample.grids, grids, strict=True)
     ):
         lengths = adapter.runs(old)
-        for own, length in zip(where.split(lengths), adapter.runs(new), strict=True):
-            runs.append((int(own[0]), len(own), length, n))
+        for run, length in zip(where.split(lengths), adapter.runs(new), strict=True):
+            runs.append((int(run[0]), len(run), length, n))
     device, end = sample.prompt_ids.device, inputs["input_ids"].shape[1]
     pieces: list[Tensor] = []
     positions: list[list[Tensor]] = [[] for _ in grids]
-    at = made = 0
+    at = length = 0
     for start, old_length, new_length, image in sorted(runs):
         pieces += [torch.arange(at, start), torch.full((new_length,), start)]
-        begin = made + start - at
+        begin = length + start - at
         positions[image].append(torch.arange(begin, begin + new_length, device=device))
-        at, made = start + old_length, begin + new_length
+        at, length = start + old_length, begin + new_length
     source = torch.cat([*pieces, torch.arange(at, end)]).to(device)
     kwargs = dict(inputs) | dict(pixels)
     for name in adapter.token_wise:
         if name in kwargs:
             kwargs[name] = kwargs[name][:, source]
-    where = tuple(torch.cat(own) for own in positions)
-    return Sample(kwargs, tuple(grids), where, made, sample.padding)
+    where = tuple(torch.cat(runs_of_image) for runs_of_image in positions)
+    return Sample(kwargs, tuple(grids), where, length, sample.padding)
 
 
 def cut(inputs: Mapping[str, Tensor], length: int, adapter: Adapter) -> dict[str, Tensor]:

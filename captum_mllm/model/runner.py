@@ -1,9 +1,8 @@
-"""Runs the model: one forward at its own scale, one prefix forward per further scale."""
+"""Runs the model once, at its own scale: generation or the given answer, then one forward."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import ceil
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,20 +11,62 @@ from torch import Tensor
 from captum_mllm.adapters import Adapter, refuse_compiled
 from captum_mllm.adapters.processors import read_preprocessing
 from captum_mllm.functional import (
-    join_windows,
     lens_logits,
     merge_views,
     top_k_rankings,
-    window_boxes,
 )
-from captum_mllm.geometry import ImageGrid, Preprocessing
-from captum_mllm.model.forward import Captured, captured_forward, check_head, full_logits
+from captum_mllm.geometry import Preprocessing
+from captum_mllm.model.forward import (
+    Captured,
+    captured_forward,
+    check_head,
+    evaluating,
+    full_logits,
+)
 from captum_mllm.model.generation import generate_answer
-from captum_mllm.model.inputs import Sample, append_answer, cut, read_sample, rescaled_inputs
-from captum_mllm.model.scales import scaled_inputs, window_inputs
+from captum_mllm.model.inputs import Sample, append_answer, read_sample
 from captum_mllm.model.targets import Explain, explained_columns, read_target, text_positions
 from captum_mllm.model.trace import ReleasedCodeDeviations, TokenTrace
 from captum_mllm.words import token_labels, tokenizer_of
+
+
+class RunOptions(TypedDict, total=False):
+    """Options of ``attribute`` and ``trace``, the same for every token attribution.
+
+    Args:
+        explain: "answer" (default), "prompt", "all", or positions in ``input_ids`` + answer.
+        gen_args: keyword arguments of ``generate`` in place of ours (greedy, one beam, no
+            repetition penalty, 128 new tokens). Image and video ids are always barred and the
+            final end-of-sequence token is not a target.
+        images: the original picture(s). Where a scale other than 1 is wanted, they go through the
+            processor again, instead of the pixel tensor being resized. Needs a processor.
+        show_progress: progress bar over the scales, default False.
+    """
+
+    explain: Explain
+    gen_args: Mapping[str, Any] | None
+    images: Any
+    show_progress: bool
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that do not exist: keyword arguments swallow a misspelt name silently.
+
+    Args:
+        options: keyword arguments of a call.
+
+    Raises:
+        TypeError: a name that :class:`RunOptions` does not have.
+
+    Example:
+        >>> check_options({"explain": "all"})
+    """
+    known = RunOptions.__annotations__
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(
+            f"attribute does not take {', '.join(map(repr, unknown))}; its options are "
+            f"{', '.join(known)}."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +88,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """Gathers the evidence of one sample; the only place that runs the user's model.
+    """Gathers the evidence of one sample at its own scale.
 
     Args:
         adapter: the model's adapter.
@@ -71,27 +112,26 @@ class Runner:
         inputs: Mapping[str, Any],
         target: Any,
         *,
-        explain: Explain,
-        gen_args: Mapping[str, Any] | None,
-        top_k: int | None,
+        top_k: int | None = None,
+        **options: Unpack[RunOptions],
     ) -> Run:
         """Generate or check the answer, then one teacher-forced forward over everything.
 
         Args:
             inputs: the processor's mapping.
             target: None, ids or a string.
-            explain: which tokens are explained.
-            gen_args: keyword arguments of ``generate``.
-            top_k: depth of the rankings, or None.
+            top_k: depth of the rankings, or None (default) for none.
+            options: see :class:`RunOptions`; ``images`` matters at other scales only.
         """
         adapter = self.adapter
         refuse_compiled(adapter.model)
+        explain, gen_args = options.get("explain", "answer"), options.get("gen_args")
         if top_k is not None and not 1 <= top_k <= adapter.vocabulary:
             raise ValueError(
                 f"top_k must lie in 1..{adapter.vocabulary} (the vocabulary), got {top_k}."
             )
         sample = read_sample(inputs, adapter)
-        with adapter.running():
+        with evaluating(adapter):
             if target is None:
                 answer = generate_answer(sample, adapter, gen_args)
             else:
@@ -106,107 +146,22 @@ class Runner:
             trace, log_probs = self._gather(sample, ids, text, targets, captured, top_k)
         return Run(sample, answer, trace, log_probs[len(text) - len(answer) :])
 
-    def rescaled(
+    def lens_maps(
         self,
-        run: Run,
-        grids: Sequence[ImageGrid],
-        *,
-        images: Any = None,
-        consistency: bool = False,
-        mirrored: bool = False,
-    ) -> tuple[tuple[Float[Tensor, "classes ..."], ...], float | None]:
-        """Maps of the run's classes with the images on other grids: one prefix forward.
-
-        For a model of one input size: one for each of several windows.
+        sample: Sample,
+        hidden: Float[Tensor, "positions dim"],
+        class_ids: Int64[Tensor, " classes"],
+    ) -> tuple[Float[Tensor, "classes ..."], ...]:
+        """Raw maps ``relu(logit_i(class))`` on each image's grid, its tiles and overview merged.
 
         Args:
-            run: the run at scale 1.
-            grids: the grids to reach, one per image.
-            images: original pictures to start from, or None to resize the pixel tensor.
-            consistency: also run the text after it.
-            mirrored: show the images mirrored, and mirror the maps back.
+            sample: where the images' tokens are.
+            hidden: hidden states after the final norm.
+            class_ids: token ids.
 
         Returns:
-            One tensor (classes, rows, cols) per image; the scale's consistency or None.
-
-        Raises:
-            ValueError: ``consistency`` with a model of one input size; pictures that are not
-                those of the inputs.
+            Per image (classes, rows, cols), per video (classes, steps, rows, cols).
         """
-        adapter, sample = self.adapter, run.sample
-        if adapter.fixed_size:
-            if consistency:
-                raise ValueError(
-                    "consistency=True: this model takes images of one size only, so larger scales "
-                    "are seen through windows, none of which shows the whole image: there is no "
-                    "answer to compare. Leave consistency out."
-                )
-            return self._through_windows(run, grids, images, mirrored), None
-        pixels = scaled_inputs(adapter, self.processor, sample, grids, images)
-        # With consistency the text runs too; maps do not see it.
-        tokens = append_answer(sample, run.answer_ids, adapter)
-        if not consistency:
-            tokens = cut(tokens, sample.prefix_length, adapter)
-        scaled = rescaled_inputs(tokens, sample, grids, pixels, adapter)
-        if mirrored:
-            turned = adapter.mirrored(scaled.kwargs, scaled.grids)
-            scaled = replace(scaled, kwargs={**scaled.kwargs, **turned})
-        length = len(scaled.prompt_ids)
-        n_rows = len(run.answer_ids) if consistency else 0
-        rows = torch.arange(length - 1 - n_rows, length - 1, device=scaled.prompt_ids.device)
-        with adapter.running():
-            captured = captured_forward(
-                adapter, scaled.kwargs, scaled.grids, rows=rows, layer=self.layer
-            )
-            maps = self._maps(scaled, captured.lens_hidden, run.trace.class_ids)
-            if mirrored:
-                maps = tuple(own.flip(-1) for own in maps)
-            if not consistency:
-                return maps, None
-            logits = full_logits(adapter, captured.final_hidden[rows])
-        log_probs = logits.log_softmax(-1).gather(1, run.answer_ids[:, None])[:, 0]
-        drop = (log_probs - run.answer_log_probs).clamp(max=0)
-        return maps, float(drop.mean().exp())
-
-    def _through_windows(
-        self, run: Run, grids: Sequence[ImageGrid], images: Any, mirrored: bool
-    ) -> tuple[Float[Tensor, "classes ..."], ...]:
-        """Maps on the grids of an enlarged image, seen through windows of the model's own size."""
-        adapter, sample = self.adapter, run.sample
-        pairs = list(zip(sample.grids, grids, strict=True))
-        n = max(
-            ceil(new / old) for g, big in pairs for old, new in zip(g.shape, big.shape, strict=True)
-        )
-        boxes = [window_boxes((g.rows, g.cols), (big.rows, big.cols), n) for g, big in pairs]
-        seen = []
-        tokens = cut(sample.kwargs, sample.prefix_length, adapter)
-        for window in zip(*boxes, strict=True):
-            shown = dict(tokens)  # one window is the image as it is
-            if n > 1:
-                shown |= window_inputs(adapter, self.processor, sample, window, images)
-            if mirrored:
-                shown |= adapter.mirrored(shown, sample.grids)
-            with adapter.running():
-                captured = captured_forward(
-                    adapter,
-                    shown,
-                    sample.grids,
-                    rows=sample.prompt_ids[:0],
-                    layer=self.layer,
-                )
-                maps = self._maps(sample, captured.lens_hidden, run.trace.class_ids)
-                seen.append(tuple(own.flip(-1) for own in maps) if mirrored else maps)
-        return tuple(
-            join_windows(
-                list(maps), [adapter.window_canvas(g, box) for box in own], (big.rows, big.cols)
-            )
-            for maps, own, (g, big) in zip(zip(*seen, strict=True), boxes, pairs, strict=True)
-        )
-
-    def _maps(
-        self, sample: Sample, hidden: Tensor, class_ids: Tensor
-    ) -> tuple[Float[Tensor, "classes ..."], ...]:
-        """Raw maps ``relu(logit_i(class))`` on each image's grid, its views merged."""
         weights = self.adapter.class_weights(class_ids)
         maps = []
         for where, grid in zip(sample.image_positions, sample.grids, strict=True):
@@ -232,7 +187,7 @@ class Runner:
         """The trace of a captured forward, and the log-probability of every text token."""
         adapter, text_ids, n_given = self.adapter, ids[text], len(sample.prompt_ids)
         in_prompt = text < n_given
-        own = torch.where(in_prompt, text, text - 1)  # pos(j)
+        pos = torch.where(in_prompt, text, text - 1)  # pos(j)
         logits = full_logits(adapter, captured.final_hidden[text - 1])
         if not torch.isfinite(logits).all():
             raise ValueError(
@@ -247,12 +202,12 @@ class Runner:
         check_head(adapter, captured.final_hidden[text - 1], captured.logits, class_ids)
 
         target_weights = adapter.class_weights(text_ids[targets])
-        scores = lens_logits(captured.lens_hidden[own], *target_weights).clamp(min=0)
+        scores = lens_logits(captured.lens_hidden[pos], *target_weights).clamp(min=0)
         columns = torch.arange(len(text), device=text.device)
         scores = torch.where(columns[None, :] < targets[:, None], scores, 0.0).to(scores.dtype)
         trace = TokenTrace(
             class_ids=class_ids,
-            maps=self._maps(sample, captured.lens_hidden, class_ids),
+            maps=self.lens_maps(sample, captured.lens_hidden, class_ids),
             text_ids=text_ids,
             text_positions=text + sample.padding,
             targets=targets,
@@ -265,7 +220,7 @@ class Runner:
             released_code_deviations=ReleasedCodeDeviations(
                 first_class=int(torch.searchsorted(class_ids, first)),
                 first_scores=lens_logits(
-                    captured.lens_hidden[own], *adapter.class_weights(first)
+                    captured.lens_hidden[pos], *adapter.class_weights(first)
                 ).clamp(min=0)[0],
                 last_class=int(torch.searchsorted(class_ids, last)),
             ),

@@ -14,7 +14,7 @@ from captum_mllm.words import tokenizer_of
 Explain = str | Sequence[int] | Tensor
 
 
-_SEES_AHEAD = (
+_BIDIRECTIONAL = (
     "this model's prompt sees itself whole (prefix LM): none of its tokens is predicted from "
     "those before it. Use explain='answer'."
 )
@@ -58,10 +58,10 @@ def explained_columns(
         adapter: the model's adapter.
 
     Returns:
-        (targets,): columns, in the order asked for.
+        (targets,): columns, in the order requested.
 
     Raises:
-        ValueError: an unknown word, or positions that are no text tokens.
+        ValueError: an unknown word, or positions that are not text tokens.
         TypeError: neither a word nor positions.
     """
     columns = torch.arange(len(text), device=text.device)
@@ -73,40 +73,40 @@ def explained_columns(
                 f"explain must be 'answer', 'prompt', 'all' or positions, got {explain!r}."
             )
         if adapter.bidirectional_prompt and explain != "answer":
-            raise ValueError(f"explain={explain!r} asks for prompt tokens, but {_SEES_AHEAD}")
+            raise ValueError(f"explain={explain!r} asks for prompt tokens, but {_BIDIRECTIONAL}")
         if not len(choices[explain]):
             raise ValueError("explain='prompt', but the prompt has no text tokens to explain.")
         return choices[explain]
     try:
-        wanted = torch.as_tensor(explain, device=text.device)
+        positions = torch.as_tensor(explain, device=text.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"explain must be 'answer', 'prompt', 'all' or positions, got {explain!r}."
         ) from error
-    whole = not wanted.is_floating_point() and wanted.dtype != torch.bool
-    if wanted.ndim != 1 or not wanted.numel() or not whole:
+    whole = not positions.is_floating_point() and positions.dtype != torch.bool
+    if positions.ndim != 1 or not positions.numel() or not whole:
         raise ValueError(f"explain must hold at least one position (1-D ints), got {explain!r}.")
     at = {int(p) + sample.padding: column for column, p in enumerate(text)}
-    unknown = [int(p) for p in wanted if int(p) not in at]
+    unknown = [int(p) for p in positions if int(p) not in at]
     if (
         unknown
         and adapter.bidirectional_prompt
         and min(unknown) < len(sample.prompt_ids) + sample.padding
     ):
-        raise ValueError(f"explain holds prompt positions {unknown}, but {_SEES_AHEAD}")
+        raise ValueError(f"explain holds prompt positions {unknown}, but {_BIDIRECTIONAL}")
     if unknown:
         raise ValueError(
-            f"explain holds positions {unknown} that are no text tokens; text tokens stand at "
+            f"explain holds positions {unknown} that are not text tokens; text tokens stand at "
             f"{sorted(at)} of input_ids + answer. Tokens before the image count with "
             f"context='all'; special tokens and image tokens can't be explained."
         )
-    return torch.tensor([at[int(p)] for p in wanted], dtype=torch.int64, device=text.device)
+    return torch.tensor([at[int(p)] for p in positions], dtype=torch.int64, device=text.device)
 
 
 def read_target(
     target: Any, sample: Sample, adapter: Adapter, tokenizer: Any = None
 ) -> Int64[Tensor, " answer"]:
-    """Check a given answer: ids, or a string where there is a tokenizer.
+    """Check the user's answer: ids, or a string where there is a tokenizer.
 
     Args:
         target: 1-D tensor or sequence of ids, or a string.
@@ -166,7 +166,7 @@ def read_question(
         processor: the model's processor.
 
     Raises:
-        TypeError: no target, no mapping.
+        TypeError: ``target`` is None, or ``inputs`` is not a mapping.
         ValueError: see :func:`captum_mllm.model.inputs.read_sample` and ``read_target``.
     """
     if target is None:

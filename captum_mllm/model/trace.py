@@ -38,13 +38,14 @@ class TokenTrace:
         maps: per image (classes, rows, cols), per video (classes, steps, rows, cols):
             ``relu(logit_i(class))`` at the cells, views of one image merged.
         text_ids: (text tokens,): token ids of the columns.
-        text_positions: (text tokens,): their positions in ``input_ids`` + answer, as given.
+        text_positions: (text tokens,): their positions in ``input_ids`` + answer, padding
+            included.
         targets: (targets,): which columns are explained.
         text_scores: (targets, text tokens): ``relu(logit_{pos(j)}(y_t))``, 0 at or after the
             target; pos(j) is a prompt token's own position, an answer token's position before it.
         probs: (targets,): probability of each target given all before it.
         rankings: (text tokens, k): the top-k ids of the distribution from which each token was
-            predicted (the position before it); None if not asked for.
+            predicted (the position before it); None if not requested.
         grids: per image, the grid and frame of the base scale.
         labels: (text tokens): readable labels.
         n_prompt: how many of the text tokens belong to the prompt.
@@ -109,7 +110,7 @@ class TokenTrace:
     def unpack_like(
         cells: Float[Tensor, "n cells"], maps: Sequence[Float[Tensor, "m ..."]]
     ) -> tuple[Float[Tensor, "n ..."], ...]:
-        """Cells laid end to end as maps of the given ones' shapes.
+        """Cells laid end to end as maps of the shapes of others.
 
         Args:
             cells: (n, cells of all images).
@@ -118,7 +119,7 @@ class TokenTrace:
         Returns:
             Per image, (n, ...).
         """
-        return tuple(unpack(cells, [own.shape[1:] for own in maps], "n *"))
+        return tuple(unpack(cells, [m.shape[1:] for m in maps], "n *"))
 
     @property
     def is_earlier(self) -> Bool[Tensor, "targets tokens"]:

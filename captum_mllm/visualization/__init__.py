@@ -1,12 +1,11 @@
-"""Pictures of a result: overlays, text heat maps, plots and a report page.
+"""Overlays, text heat maps and a report page of a result; its plots are its ``plot_*`` methods.
 
 Nothing here needs a display, LaTeX or a network. Matplotlib is imported on first use and its
 backend is never switched.
 """
 
-from captum_mllm.visualization.heatmaps import plot_image_heatmap, plot_time_profile
 from captum_mllm.visualization.overlays import colour_stops, overlay
-from captum_mllm.visualization.plots import plot_seq_attr, plot_text_heatmap, plot_token_attr
+from captum_mllm.visualization.plots import plot_text_heatmap
 from captum_mllm.visualization.report import write_report
 from captum_mllm.visualization.summary import (
     AnswerSummary,
@@ -24,11 +23,7 @@ __all__ = [
     "colour_stops",
     "format_table",
     "overlay",
-    "plot_image_heatmap",
-    "plot_seq_attr",
     "plot_text_heatmap",
-    "plot_time_profile",
-    "plot_token_attr",
     "summarise",
     "text_heatmap_html",
     "write_report",

@@ -1,4 +1,4 @@
-"""Figures with and without pyplot, and text as matplotlib draws it literally."""
+"""Figures with and without pyplot, and text that matplotlib draws literally."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ _LABEL_CHARACTERS = 18
 
 
 def new_figure(size: tuple[float, float], show: bool) -> "Figure":
-    """An empty figure; one that pyplot knows of only if pyplot is to show it.
+    """An empty figure, registered with pyplot only if pyplot is to show it.
 
     Args:
         size: (width, height), inches.
@@ -30,7 +30,7 @@ def new_figure(size: tuple[float, float], show: bool) -> "Figure":
 
 
 def finish(fig: "Figure", ax: Any, show: bool) -> "tuple[Figure, Any] | None":
-    """What a plot returns: (figure, axes), or None once it was shown.
+    """The value that a plot returns: (figure, axes), or None once it was shown.
 
     Args:
         fig: the figure.
@@ -48,7 +48,7 @@ def finish(fig: "Figure", ax: Any, show: bool) -> "tuple[Figure, Any] | None":
 
 
 def numbers(values: Tensor) -> np.ndarray:
-    """Values as matplotlib takes them.
+    """Values as a float32 array for matplotlib.
 
     Args:
         values: any tensor.
@@ -57,7 +57,7 @@ def numbers(values: Tensor) -> np.ndarray:
 
 
 def token_labels(tokens: Sequence[str]) -> list[str]:
-    """Labels of an axis of tokens, none too long.
+    """Labels of an axis of tokens, cut to a readable length.
 
     Args:
         tokens: labels as in ``result.output_tokens``.
@@ -76,7 +76,16 @@ def literal(text: str, limit: int | None = None) -> str:
         >>> print(literal("costs $5", 7))
         cost...
     """
-    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    if limit is not None and len(plain) > limit:
-        plain = f"{plain[: limit - 3]}..."
-    return plain.replace("$", r"\$")
+    shown = plain(text)
+    if limit is not None and len(shown) > limit:
+        shown = f"{shown[: limit - 3]}..."
+    return shown.replace("$", r"\$")
+
+
+def plain(text: str) -> str:
+    """Text on one line: characters that can't be printed are written as Python escapes.
+
+    Args:
+        text: any text.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

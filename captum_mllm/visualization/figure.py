@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 
 class NotebookFigure(Figure):
-    """A figure that pyplot doesn't know of; as the last value of a cell it is displayed."""
+    """A figure without pyplot; as the last value of a notebook's cell it is displayed."""
 
     def _repr_png_(self) -> bytes:
         """What IPython asks for."""

@@ -11,52 +11,35 @@ from captum_mllm.functional import upsample
 from captum_mllm.geometry import maps_to_picture
 from captum_mllm.visualization.canvas import finish, literal, new_figure, numbers, token_labels
 from captum_mllm.visualization.overlays import CMAP, overlay
-from captum_mllm.visualization.summary import answer_text, checked_frame
+from captum_mllm.visualization.summary import ResultLike, answer_text, checked_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-    from captum_mllm.result import MLLMAttributionResult
-
 _PANELS = 8  # frames of a video in one figure, at most
 _TICKS = 24  # labels of times along an axis, at most
 _MARKERS = 60  # more points than that make one line
 
 
-def plot_image_heatmap(
-    result: "MLLMAttributionResult",
-    show: bool = False,
-    target_token_pos: int | tuple[int, int] | None = None,
-    image: int = 0,
-    picture: "Image | Sequence[Image] | None" = None,
-    frame: int | None = None,
+def draw_image_heatmap(
+    result: ResultLike,
+    show: bool,
+    target_token_pos: int | tuple[int, int] | None,
+    image: int,
+    picture: "Image | Sequence[Image] | None",
+    frame: int | None,
 ) -> "tuple[Figure, Any] | None":
-    """Heat map of one image, over the picture if it is given; of a video, of its frames.
-
-    A video is drawn as up to 8 frames, evenly spaced in time: a mean over time would show heat
-    where no frame has it. ``frame`` draws a single one. The full colour is the largest value in
-    the whole video, so that frames can be compared however they are drawn.
+    """The method ``plot_image_heatmap`` of a result, which explains it.
 
     Args:
         result: what ``attribute`` returned.
-        show: show the plot and return None; default False returns (figure, axes).
-        target_token_pos: row of ``output_tokens``; (m, n) for the sum of rows m to n - 1; None
-            (default) for the sum of all.
-        image: which image or video, default the first.
-        picture: PIL picture to draw on: the original picture; where the geometry is not known,
-            one of the size of the image as the model saw it. Of a video that frame; without
-            ``frame=``, a sequence of all the frames that the model was given.
-        frame: which frame of a video, as the model was given them; negative counts from the end.
-
-    Returns:
-        (figure, axes), or None. Several frames of a video: an array of axes, one a frame.
-
-    Raises:
-        IndexError: no such token, image or frame.
-        ValueError: an empty range of tokens; a picture whose geometry is not known; a frame of a
-            still image; one picture, or another number of them, for all frames of a video.
+        show: as there.
+        target_token_pos: as there.
+        image: as there.
+        picture: as there.
+        frame: as there.
     """
     rows = chosen_rows(result, target_token_pos)
     if not -len(result.grids) <= image < len(result.grids):
@@ -83,34 +66,23 @@ def plot_image_heatmap(
     return finish(fig, ax, show)
 
 
-def plot_time_profile(
-    result: "MLLMAttributionResult",
-    show: bool = False,
-    target_token_pos: int | tuple[int, int] | None = None,
-    image: int = 0,
+def draw_time_profile(
+    result: ResultLike,
+    show: bool,
+    target_token_pos: int | tuple[int, int] | None,
+    image: int,
 ) -> "tuple[Figure, Axes] | None":
-    """When each token looked at a video: a line for one token, a row for each of several.
-
-    Values are those of ``result.time_profile``, the mean of a token's map over the cells of a
-    frame. Time runs in the model's own steps, each of which stands for its frames.
+    """The method ``plot_time_profile`` of a result, which explains it.
 
     Args:
         result: what ``attribute`` returned.
-        show: show the plot and return None; default False returns (figure, axes).
-        target_token_pos: row of ``output_tokens``; (m, n) for rows m to n - 1; None (default) for
-            all.
-        image: which image or video, default the first.
-
-    Returns:
-        (figure, axes), or None.
-
-    Raises:
-        IndexError: no such token or image.
-        ValueError: an empty range of tokens; a still image.
+        show: as there.
+        target_token_pos: as there.
+        image: as there.
     """
     rows = chosen_rows(result, target_token_pos)
     chosen = result.select(rows)
-    profile = chosen.time_profile(image)  # refuses still images
+    profile = chosen.time_profile(image)  # raises on still images
     grid = result.grids[image]
     names = step_labels(grid.steps, grid.frames)
     values = numbers(profile[:, :: grid.frames // grid.steps])
@@ -140,9 +112,7 @@ def plot_time_profile(
     return finish(fig, ax, show)
 
 
-def chosen_rows(
-    result: "MLLMAttributionResult", position: int | tuple[int, int] | None
-) -> list[int]:
+def chosen_rows(result: ResultLike, position: int | tuple[int, int] | None) -> list[int]:
     """The rows of ``output_tokens`` that ``target_token_pos`` names.
 
     Args:
@@ -164,10 +134,10 @@ def chosen_rows(
 
 
 def step_labels(steps: int, frames: int) -> list[str]:
-    """What each step of the model's grid in time stands for.
+    """The frames that each time step of the model's grid covers.
 
     Args:
-        steps: cells along the time.
+        steps: number of time steps.
         frames: frames of the video.
 
     Example:
@@ -181,13 +151,13 @@ def step_labels(steps: int, frames: int) -> list[str]:
 
 
 def _plot_frames(
-    result: "MLLMAttributionResult",
+    result: ResultLike,
     show: bool,
     rows: Sequence[int],
     image: int,
     picture: "Image | Sequence[Image] | None",
 ) -> "tuple[Figure, Any] | None":
-    """Frames of a video beside each other; one of each step, as those of a step are the same."""
+    """Frames of a video side by side: one per step, as all frames of a step share its values."""
     grid = result.grids[image]
     pictures: Any = None if picture is None else _frame_pictures(result, image, picture)
     each = grid.frames // grid.steps
@@ -215,28 +185,28 @@ def _plot_frames(
     return finish(fig, axes, show)
 
 
-def _frame_pictures(result: "MLLMAttributionResult", image: int, given: Any) -> "Sequence[Image]":
+def _frame_pictures(result: ResultLike, image: int, pictures: Any) -> "Sequence[Image]":
     frames = result.grids[image].frames
     if not frames:
         raise ValueError(f"image {image} is a still image: picture must be one PIL picture.")
-    if not isinstance(given, Sequence):
+    if not isinstance(pictures, Sequence):
         raise ValueError(
             f"picture is a single one, but image {image} is a video of {frames} frames: say which "
             f"it is with frame=, or give all the frames that the model was given as a list."
         )
     # Processors fill the last step with copies of the last frame.
     least = frames - frames // result.grids[image].steps + 1
-    if not least <= len(given) <= frames or len({picture.size for picture in given}) != 1:
+    if not least <= len(pictures) <= frames or len({picture.size for picture in pictures}) != 1:
         raise ValueError(
             f"picture must be {frames} pictures of one size, as many as the frames that the model "
             f"was given (the last one may be left out where it is a copy), got "
-            f"{[picture.size for picture in given]}."
+            f"{[picture.size for picture in pictures]}."
         )
-    return [*given, *[given[-1]] * (frames - len(given))]
+    return [*pictures, *[pictures[-1]] * (frames - len(pictures))]
 
 
 def _heat(
-    result: "MLLMAttributionResult",
+    result: ResultLike,
     rows: Sequence[int],
     image: int,
     picture: "Image | None",
@@ -260,7 +230,7 @@ def _heat(
     return heat if frames is not None else heat[0]
 
 
-def _summed(result: "MLLMAttributionResult", rows: Sequence[int], image: int) -> Tensor:
+def _summed(result: ResultLike, rows: Sequence[int], image: int) -> Tensor:
     return result.select(rows).grid_attr[image].sum(0)
 
 
@@ -277,11 +247,11 @@ def _draw(ax: "Axes", heat: Tensor, picture: "Image | None", top: float) -> None
     ax.axis("off")
 
 
-def _title(result: "MLLMAttributionResult", rows: Sequence[int]) -> str:
+def _title(result: ResultLike, rows: Sequence[int]) -> str:
     return literal(shorten(answer_text(result.select(rows)), 80, placeholder=" ..."))
 
 
-def _heat_label(result: "MLLMAttributionResult", rows: Sequence[int]) -> str:
+def _heat_label(result: ResultLike, rows: Sequence[int]) -> str:
     if len(rows) == 1:
         return literal(f"attribution ({result.units})")
     return literal(f"attribution ({result.units} each)") + f"\nsum of {len(rows)} tokens"

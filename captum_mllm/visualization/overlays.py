@@ -2,7 +2,7 @@
 
 ``captum.attr.visualization.visualize_image_attr`` (``method="blended_heat_map"``) draws one map:
 it rescales every map by its own maximum and fails on one that is 0 everywhere. Words of an answer
-must stay comparable, so the scale here is given by the caller and shared.
+must stay comparable, so here the caller sets one scale for all of them.
 """
 
 import math
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CMAP = "turbo"
-"""Default colour map: many hues, so that the middle of the scale can be told apart too."""
+"""Default colour map: many hues, so that the middle of the scale is distinguishable too."""
 
 _FADE = 0.35
 """Share of the scale over which the heat fades in from transparent."""
@@ -67,7 +67,9 @@ def overlay(
     opacity = alpha * np.clip(level / _FADE, 0, 1)[..., None]
     base = np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
     grey = base @ np.array([0.299, 0.587, 0.114])
-    base = 0.45 * base + 0.55 * grey[..., None]  # heat is told from the picture's own colours
+    base = (
+        0.45 * base + 0.55 * grey[..., None]
+    )  # so that heat stands out from the picture's colours
     blended = base * (1 - opacity) + colours * opacity
     return Image.fromarray((blended * 255).round().astype(np.uint8), "RGB")
 
@@ -110,8 +112,8 @@ def colour_stops(cmap: str = CMAP, stops: int = 9, alpha: float = 1.0) -> list[s
         ['rgba(0,0,0,0.00)', 'rgba(255,255,255,1.00)']
     """
     palette = _colour_map(cmap)
-    found = []
+    colours = []
     for level in np.linspace(0, 1, stops):
         red, green, blue, _ = (round(255 * part) for part in palette(float(level)))
-        found.append(f"rgba({red},{green},{blue},{alpha * min(1.0, level / _FADE):.2f})")
-    return found
+        colours.append(f"rgba({red},{green},{blue},{alpha * min(1.0, level / _FADE):.2f})")
+    return colours

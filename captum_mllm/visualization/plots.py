@@ -1,9 +1,9 @@
 """Matplotlib plots of a result's text, called by its ``plot_*`` methods.
 
-With ``show=False`` a figure stands by itself: pyplot neither keeps it nor shows it a second time,
-so a loop over many results piles nothing up; save it with ``fig.savefig``, show it in a notebook
-with ``fig`` as the cell's last line. With ``show=True`` pyplot shows it with the backend that the
-user has set.
+With ``show=False`` a figure is independent of pyplot, which neither keeps it nor shows it a second
+time, so that a loop over many results does not accumulate figures; save it with ``fig.savefig``,
+show it in a notebook with ``fig`` as the cell's last line. With ``show=True`` pyplot shows it with
+the backend that the user has set.
 """
 
 from collections.abc import Sequence
@@ -13,29 +13,22 @@ import numpy as np
 from torch import Tensor
 
 from captum_mllm.visualization.canvas import finish, literal, new_figure, numbers, token_labels
-from captum_mllm.visualization.summary import answer_words, context_of
+from captum_mllm.visualization.summary import ResultLike, answer_words, context_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from captum_mllm.result import MLLMAttributionResult
-
-_CELL_TEXTS = 300  # more numbers than that are no longer read
+_CELL_TEXTS = 300  # more numbers than that are illegible
 _CELL_COLUMNS = 24
 
 
-def plot_token_attr(
-    result: "MLLMAttributionResult", show: bool = False
-) -> "tuple[Figure, Axes] | None":
-    """Heat map of ``token_attr``: explained tokens down, text tokens across.
+def draw_token_attr(result: ResultLike, show: bool) -> "tuple[Figure, Axes] | None":
+    """The method ``plot_token_attr`` of a result, which explains it.
 
     Args:
         result: what ``attribute`` returned.
-        show: show the plot and return None; default False returns (figure, axes).
-
-    Returns:
-        (figure, axes), or None. Values are written into the cells while they are few.
+        show: as there.
     """
     return _matrix(
         result.token_attr,
@@ -46,17 +39,15 @@ def plot_token_attr(
     )
 
 
-def plot_text_heatmap(
-    result: "MLLMAttributionResult", show: bool = False
-) -> "tuple[Figure, Axes] | None":
-    """The same by words: which words (across) led to each word of the answer (down).
+def plot_text_heatmap(result: ResultLike, show: bool = False) -> "tuple[Figure, Axes] | None":
+    """Heat map by words: which words (across) support each word of the answer (down).
 
     Args:
         result: what ``attribute`` returned.
         show: show the plot and return None; default False returns (figure, axes).
 
     Returns:
-        (figure, axes), or None. A word's value is the largest over both words' tokens.
+        (figure, axes), or None if shown. A word's value is the largest over both words' tokens.
     """
     words = answer_words(result)
     context, attr = context_of(result, words)
@@ -69,17 +60,12 @@ def plot_text_heatmap(
     )
 
 
-def plot_seq_attr(
-    result: "MLLMAttributionResult", show: bool = False
-) -> "tuple[Figure, Axes] | None":
-    """Bars of ``seq_attr``, one per text token.
+def draw_seq_attr(result: ResultLike, show: bool) -> "tuple[Figure, Axes] | None":
+    """The method ``plot_seq_attr`` of a result, which explains it.
 
     Args:
         result: what ``attribute`` returned.
-        show: show the plot and return None; default False returns (figure, axes).
-
-    Returns:
-        (figure, axes), or None.
+        show: as there.
     """
     values = numbers(result.seq_attr)
     width = float(np.clip(0.3 * len(values) + 1.5, 6.4, 40))

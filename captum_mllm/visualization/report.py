@@ -1,4 +1,4 @@
-"""A folder that a person can open: the picture, an overlay per word, text heat map, table, page."""
+"""A report as a folder: the picture, an overlay per word, text heat map, table and page."""
 
 import base64
 import io
@@ -13,6 +13,7 @@ from captum_mllm.visualization.overlays import colour_stops, overlay
 from captum_mllm.visualization.plots import plot_text_heatmap
 from captum_mllm.visualization.summary import (
     AnswerSummary,
+    ResultLike,
     answer_text,
     format_table,
     summarise,
@@ -21,8 +22,6 @@ from captum_mllm.visualization.text import text_heatmap_html
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from captum_mllm.result import MLLMAttributionResult
 
 FILE_SIDE = 1024
 """Longest side of the overlays written as files, at most, pixels."""
@@ -44,7 +43,7 @@ h1{font-size:1.5rem;margin:.25rem 0}h2{font-size:1.15rem;margin:2rem 0 .25rem}
 p{overflow-wrap:anywhere;margin:.3rem 0}.soft{color:var(--soft);font-size:.9rem}
 .top{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start;margin-top:1rem}
 .top img{width:16rem;max-width:100%;height:auto;border-radius:.4rem}
-.top div{flex:1 1 16rem;min-width:0}.top .said{font-size:1.2rem}
+.top div{flex:1 1 16rem;min-width:0}.top .answer{font-size:1.2rem}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.75rem;
 margin-top:.75rem}
 figure{margin:0}figure img{width:100%;height:auto;border-radius:.4rem;display:block}
@@ -61,7 +60,7 @@ background-color:#777}
 
 def write_report(
     folder: Path,
-    result: "MLLMAttributionResult",
+    result: ResultLike,
     picture: "Image",
     *,
     prompt: str = "",
@@ -70,7 +69,7 @@ def write_report(
 ) -> AnswerSummary:
     """Write picture, overlays, text heat map, table and page into a folder.
 
-    Files: ``index.html`` (holds everything, can be sent alone), ``picture.png``,
+    Files: ``index.html`` (self-contained), ``picture.png``,
     ``word-NN-TEXT.png`` per content word, ``text-heatmap.png``, ``text-heatmap.html``,
     ``table.txt`` and ``words.json``. All overlays share one colour scale.
 
@@ -78,8 +77,8 @@ def write_report(
         folder: an existing folder.
         result: what ``attribute`` returned, of one image or video.
         picture: the original picture; of a video, the frame.
-        prompt: the user's prompt, to be shown.
-        notes: sentences on model, method and assumptions, to be shown.
+        prompt: the user's prompt, shown on the page.
+        notes: sentences on model, method and assumptions, shown on the page.
         frame: which frame of a video the picture is, as the model was given them.
 
     Returns:
@@ -92,8 +91,8 @@ def write_report(
     grid = result.grids[0]
     if grid.steps and frame is None:
         raise ValueError(
-            f"result is of a video of {grid.frames} frames, but a report is of one picture: say "
-            f"which frame it is with frame=. result.plot_image_heatmap() and "
+            f"result is of a video of {grid.frames} frames, but a report shows one picture: "
+            f"name its frame with frame=. result.plot_image_heatmap() and "
             f"result.plot_time_profile() show the whole video."
         )
     picture = picture.convert("RGB")
@@ -106,15 +105,14 @@ def write_report(
     overlays = [_data_url(_overlay(summary, n, small)) for n in range(len(summary.words))]
     plot = _plot_png(result)
     (folder / "text-heatmap.png").write_bytes(plot)
-    alone = f"<h1>Which words led to which</h1>{text_heatmap_html(result, summary=summary)}"
-    _write(folder / "text-heatmap.html", _document(alone))
+    page = f"<h1>Which words support which</h1>{text_heatmap_html(result, summary=summary)}"
+    _write(folder / "text-heatmap.html", _document(page))
     body = "\n".join(
         [
             _head(result, _data_url(small), prompt, [*notes, *_assumptions(summary)]),
             "<h2>Word by word</h2>",
-            '<p class="soft">Choose a word of the answer: where in the picture it looked, and '
-            "which words led to it (orange). Blue: how strongly the word looked at the "
-            "picture.</p>",
+            '<p class="soft">Choose a word of the answer to see which image regions and which '
+            "words (orange) support it. Blue: how strongly image regions support the word.</p>",
             text_heatmap_html(result, overlays=overlays, summary=summary),
             _gallery(summary, overlays),
             _table(summary),
@@ -128,15 +126,15 @@ def write_report(
 
 
 def scale_caption(summary: AnswerSummary) -> str:
-    """What the colours of the overlays mean, as a sentence.
+    """The meaning of the overlays' colours, in sentences.
 
     Args:
         summary: an answer word by word.
     """
     return (
         f"One colour scale for all words: no heat is 0, the full colour is {summary.vmax:.3g} "
-        f"(units: {summary.units}), the largest value of any word. A word whose picture stays "
-        f"grey looked at nothing in particular."
+        f"(units: {summary.units}), the largest value of any word. If a word's picture stays grey, "
+        f"no image region supports the word."
     )
 
 
@@ -173,7 +171,7 @@ def _data_url(picture: "Image") -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def _plot_png(result: "MLLMAttributionResult") -> bytes:
+def _plot_png(result: ResultLike) -> bytes:
     drawn = plot_text_heatmap(result)
     stream = io.BytesIO()
     if drawn is not None:
@@ -192,7 +190,8 @@ def _document(body: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="generator" content="captum_mllm"><title>Where each word looked</title>'
+        '<meta name="generator" content="captum_mllm">'
+        "<title>Image regions and words that support each word</title>"
         f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
 
@@ -201,21 +200,21 @@ def _assumptions(summary: AnswerSummary) -> list[str]:
     if not summary.assumed:
         return []
     return [
-        "How the processor cuts and resizes pictures is not known: it is assumed that the model "
+        "How the processor crops and resizes pictures is not known: it is assumed that the model "
         "saw the whole picture, so heat may lie in the wrong place."
     ]
 
 
-def _head(result: "MLLMAttributionResult", source: str, prompt: str, notes: Sequence[str]) -> str:
+def _head(result: ResultLike, source: str, prompt: str, notes: Sequence[str]) -> str:
     answer = answer_text(result)
     scales = ", ".join(f"{scale:.3g}" for scale in result.scales)
-    asked = f'<p><span class="soft">Request:</span> {escape(prompt)}</p>' if prompt else ""
-    said = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
+    question = f'<p><span class="soft">Prompt:</span> {escape(prompt)}</p>' if prompt else ""
+    remarks = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
     return (
-        '<h1>Where each word looked, and which words led to it</h1><div class="top">'
-        f'<img src="{source}" alt="the picture that the model was given"><div>{asked}'
-        f'<p class="said"><span class="soft">Said:</span> {escape(answer)}</p>'
-        f'<p class="soft">Method: {escape(result.method)}; scales {scales}</p>{said}</div></div>'
+        '<h1>Which image regions and words support each word</h1><div class="top">'
+        f'<img src="{source}" alt="the picture that the model was given"><div>{question}'
+        f'<p class="answer"><span class="soft">Answer:</span> {escape(answer)}</p>'
+        f'<p class="soft">Method: {escape(result.method)}; scales {scales}</p>{remarks}</div></div>'
     )
 
 
@@ -250,7 +249,7 @@ def _table(summary: AnswerSummary) -> str:
         '<h2>Table</h2><div class="scroll"><table><thead><tr><th>word</th>'
         f'<th class="n">probability</th><th class="n">peak, {escape(summary.units)}</th>'
         f"<th>where (x, y in pixels)</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        '<p class="soft">A word that is split into tokens: the product of their probabilities, '
+        '<p class="soft">A word of several tokens has the product of their probabilities and '
         "the maximum of their maps. Function words (a fixed list) and punctuation in grey.</p>"
     )
 
@@ -258,7 +257,7 @@ def _table(summary: AnswerSummary) -> str:
 def _matrix(plot: bytes) -> str:
     source = f"data:image/png;base64,{base64.b64encode(plot).decode()}"
     return (
-        "<h2>Which words led to which</h2>"
+        "<h2>Which words support which</h2>"
         '<p class="soft">Down: words of the answer. Across: words before them.</p>'
         f'<div class="scroll"><img class="plot" src="{source}" '
         'alt="matrix of attributions between words"></div>'
@@ -267,7 +266,7 @@ def _matrix(plot: bytes) -> str:
 
 def _json(
     summary: AnswerSummary,
-    result: "MLLMAttributionResult",
+    result: ResultLike,
     prompt: str,
     names: dict[int, str],
 ) -> str:

@@ -1,14 +1,15 @@
-"""What a result says, word by word: probability, peak, where it lies; and the table of it."""
+"""A result read word by word: probability, peak and its place; and the table of them."""
 
 import unicodedata
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from captum_mllm.geometry import ImageGeometry, ImageGrid, maps_to_picture
+from captum_mllm.geometry import ImageGeometry, ImageGrid, Preprocessing, maps_to_picture
 from captum_mllm.words import (
     Peak,
     Word,
@@ -21,10 +22,99 @@ from captum_mllm.words import (
     word_probabilities,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
-    from captum_mllm.result import MLLMAttributionResult
+class ResultLike(Protocol):
+    """What the visualization reads of a result: ``MLLMAttributionResult`` has all of it."""
+
+    @property
+    def grid_attr(self) -> tuple[Tensor, ...]:
+        """Per image (targets, rows, cols), per video (targets, frames, rows, cols)."""
+        ...
+
+    @property
+    def token_attr(self) -> Tensor:
+        """(targets, text tokens)."""
+        ...
+
+    @property
+    def seq_attr(self) -> Tensor:
+        """(text tokens,)."""
+        ...
+
+    @property
+    def input_tokens(self) -> tuple[str, ...]:
+        """Labels of the text tokens: prompt, then answer."""
+        ...
+
+    @property
+    def output_tokens(self) -> tuple[str, ...]:
+        """Labels of the targets."""
+        ...
+
+    @property
+    def output_probs(self) -> Tensor:
+        """(targets,)."""
+        ...
+
+    @property
+    def grids(self) -> tuple[ImageGrid, ...]:
+        """One per image."""
+        ...
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How the processor crops and resizes a picture, or None."""
+        ...
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Scales of the input."""
+        ...
+
+    @property
+    def consistency(self) -> tuple[float, ...] | None:
+        """How well each scale still predicts the answer, or None."""
+        ...
+
+    @property
+    def relevance(self) -> Tensor | None:
+        """(targets, text tokens), or None."""
+        ...
+
+    @property
+    def units(self) -> str:
+        """Units of all values."""
+        ...
+
+    @property
+    def method(self) -> str:
+        """Name of the attributor."""
+        ...
+
+    def select(self, targets: Sequence[int]) -> "ResultLike":
+        """The result of some targets only.
+
+        Args:
+            targets: rows to keep.
+        """
+        ...
+
+    def geometry(self, i: int, size: tuple[int, int]) -> ImageGeometry:
+        """The box of the original picture that an image's canvas shows.
+
+        Args:
+            i: which image.
+            size: (height, width) of the picture, pixels.
+        """
+        ...
+
+    def time_profile(self, i: int = 0) -> Tensor:
+        """(targets, frames): the mean of each target's map over each frame of a video.
+
+        Args:
+            i: which image.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,13 +125,15 @@ class WordSummary:
         word: the word and its tokens.
         probability: product of its tokens' probabilities.
         peak: where its map is largest; None where the map is 0 all over the picture.
-        frame: of a video, the frame of map and peak: the first one where it looked hardest.
+        frame: of a video, the frame of map and peak: the first one that supports it most.
+        image: which image the peak is in, where several were compared; else None.
     """
 
     word: Word
     probability: float
     peak: Peak | None
     frame: int | None = None
+    image: int | None = None
 
     @property
     def where(self) -> str:
@@ -49,7 +141,8 @@ class WordSummary:
         if self.peak is None:
             return "nowhere"
         place = f"{self.peak.region} ({self.peak.x}, {self.peak.y})"
-        return place if self.frame is None else f"frame {self.frame}: {place}"
+        place = place if self.frame is None else f"frame {self.frame}: {place}"
+        return place if self.image is None else f"image {self.image}, {place}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +153,7 @@ class AnswerSummary:
         words: the words of the answer, in order.
         grid_maps: (words, rows, cols): their maps on the model's grid; of a video each word's map
             of its own frame.
-        context: the words of the text (prompt, then answer) that may have led to them.
+        context: the words of the text (prompt, then answer) that may support them.
         context_attr: (words, context): attribution of each context word, >= 0; a word's own
             column and those after it are 0.
         vmax: the largest value of any word's map: the one full colour for all words.
@@ -101,7 +194,7 @@ class AnswerSummary:
         return maps_to_picture(self.grid_maps[index : index + 1], ImageGeometry(box), size)[0]
 
 
-def answer_words(result: "MLLMAttributionResult") -> tuple[Word, ...]:
+def answer_words(result: ResultLike) -> tuple[Word, ...]:
     """The words of the answer.
 
     Args:
@@ -110,7 +203,7 @@ def answer_words(result: "MLLMAttributionResult") -> tuple[Word, ...]:
     return group_words(result.output_tokens, marks_spaces(result.input_tokens))
 
 
-def answer_text(result: "MLLMAttributionResult") -> str:
+def answer_text(result: ResultLike) -> str:
     """The answer as a text.
 
     Args:
@@ -123,7 +216,7 @@ def answer_text(result: "MLLMAttributionResult") -> str:
 
 
 def summarise(
-    result: "MLLMAttributionResult",
+    result: ResultLike,
     size: tuple[int, int],
     image: int = 0,
     frame: int | None = None,
@@ -134,8 +227,7 @@ def summarise(
         result: what ``attribute`` returned.
         size: (height, width) of the original picture, pixels.
         image: which image or video, default the first.
-        frame: which frame of a video; None (default) for the frame where each word looked
-            hardest.
+        frame: which frame of a video; None (default) for the frame that supports each word most.
 
     Returns:
         The answer's words with their maps, peaks and contexts.
@@ -167,6 +259,40 @@ def summarise(
     )
 
 
+def summarise_images(result: ResultLike) -> AnswerSummary:
+    """Read a result word by word, each word on the image that supports it most, at its own size.
+
+    Args:
+        result: what ``attribute`` returned.
+
+    Returns:
+        The answer's words; of several images or videos ``grid_maps``, ``geometry`` and ``size`` are
+        those of the first one.
+
+    Raises:
+        ValueError: a result without images.
+    """
+    if not result.grids:
+        raise ValueError("result has no image.")
+    summaries = [
+        summarise(result, (grid.height, grid.width), image)
+        for image, grid in enumerate(result.grids)
+    ]
+    if len(summaries) == 1:
+        return summaries[0]
+    words = []
+    for entries in zip(*(summary.words for summary in summaries), strict=True):
+        values = [entry.peak.value if entry.peak else 0.0 for entry in entries]
+        image = values.index(max(values))
+        words.append(replace(entries[image], image=image))
+    return replace(
+        summaries[0],
+        words=tuple(words),
+        vmax=max(summary.vmax for summary in summaries),
+        assumed=any(summary.assumed for summary in summaries),
+    )
+
+
 def checked_frame(grid: ImageGrid, frame: int | None) -> int | None:
     """The frame's index from the start of a video.
 
@@ -185,7 +311,7 @@ def checked_frame(grid: ImageGrid, frame: int | None) -> int | None:
 
 
 def _frame_maps(
-    maps: Float[Tensor, "targets frames _ _"], words: "Sequence[Word]", frame: int | None
+    maps: Float[Tensor, "targets frames _ _"], words: Sequence[Word], frame: int | None
 ) -> tuple[Tensor, list[int | None]]:
     """A map per word, of one frame of a video, and which frame that is."""
     if frame is not None:
@@ -199,9 +325,9 @@ def _frame_maps(
 
 
 def context_of(
-    result: "MLLMAttributionResult", words: "Sequence[Word]"
+    result: ResultLike, words: Sequence[Word]
 ) -> tuple[tuple[Word, ...], Float[Tensor, "words context"]]:
-    """The words of the text, and how much each led to each word of the answer.
+    """The words of the text, and how strongly each supports each word of the answer.
 
     Args:
         result: what ``attribute`` returned.
@@ -225,14 +351,12 @@ def context_of(
     prompt = group_words(labels[:start], spaced)
     context = prompt + answer
     attr = word_attributions(result.token_attr, words, context)
-    for row in range(len(words)):  # a word's later tokens owe something to its own first one
+    for row in range(len(words)):  # a word's later tokens are supported by its first one
         attr[row, len(prompt) + row :] = 0
     return context, attr
 
 
-def _geometry(
-    result: "MLLMAttributionResult", size: tuple[int, int], image: int
-) -> tuple[ImageGeometry, bool]:
+def _geometry(result: ResultLike, size: tuple[int, int], image: int) -> tuple[ImageGeometry, bool]:
     grid = result.grids[image]
     try:
         return result.geometry(image, size), False

@@ -1,28 +1,30 @@
-"""The text heat map as HTML: choose a word, see which words led to it. No scripts, no LaTeX."""
+"""The text heat map as HTML: choose a word, see which words support it. No scripts, no LaTeX."""
 
 import hashlib
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-from captum_mllm.visualization.summary import AnswerSummary, WordSummary, context_of, summarise
+from captum_mllm.visualization.summary import (
+    AnswerSummary,
+    ResultLike,
+    WordSummary,
+    context_of,
+    summarise_images,
+)
 from captum_mllm.words import Word
 
-if TYPE_CHECKING:
-    from captum_mllm.result import MLLMAttributionResult
-
-_LED_BY = 5  # so many context words are named with their numbers
+_NAMED_WORDS = 5  # so many context words are named with their numbers
 
 _STYLE = """
 .cmllm{--fg:#1b1f24;--bg:#fff;--soft:#5c6670;--line:#d5dae0;--chip:#f1f3f5;--mark:#1f5fbf;
---heat:240,130,20;--look:20,130,220;color:var(--fg);background:var(--bg);line-height:1.6;
+--heat:240,130,20;--image:20,130,220;color:var(--fg);background:var(--bg);line-height:1.6;
 font-family:system-ui,sans-serif;position:relative;padding:.25rem 0}
 @media(prefers-color-scheme:dark){.cmllm{--fg:#e8eaed;--bg:#16191d;--soft:#a3adb8;--line:#3a424c;
---chip:#242a31;--mark:#8ab8ff;--heat:205,95,0;--look:20,110,190}}
+--chip:#242a31;--mark:#8ab8ff;--heat:205,95,0;--image:20,110,190}}
 .cmllm>input{position:absolute;opacity:0;width:1px;height:1px}
 .cmllm .answer{margin:.25rem 0 .75rem;display:flex;flex-wrap:wrap;gap:.3rem}
 .cmllm label{cursor:pointer;padding:.1rem .5rem;border-radius:.4rem;border:2px solid transparent;
-background:linear-gradient(rgba(var(--look),var(--s)),rgba(var(--look),var(--s))),var(--chip)}
+background:linear-gradient(rgba(var(--image),var(--s)),rgba(var(--image),var(--s))),var(--chip)}
 .cmllm label:hover{border-color:var(--soft)}
 .cmllm .panel{display:none;grid-template-columns:minmax(0,1fr);gap:.75rem 1.25rem;
 border-top:1px solid var(--line);padding-top:.75rem}
@@ -43,12 +45,12 @@ margin-top:.35rem}
 
 
 def text_heatmap_html(
-    result: "MLLMAttributionResult",
+    result: ResultLike,
     *,
     overlays: Sequence[str] | None = None,
     summary: AnswerSummary | None = None,
 ) -> str:
-    """A piece of HTML in which each word of the answer shows which words led to it.
+    """A piece of HTML in which each word of the answer shows which words support it.
 
     Every word of the answer is a button (a radio button without a script: mouse, touch and arrow
     keys work). Its panel shows the text before it, coloured by attribution. One scale for all
@@ -57,18 +59,18 @@ def text_heatmap_html(
     Args:
         result: what ``attribute`` returned.
         overlays: per word of the answer, the ``src`` of a picture to show in its panel.
-        summary: the result read word by word, where peaks in a picture's pixels are wanted;
-            default those of the image as the model saw it.
+        summary: the result read word by word, for peaks in a picture's pixels; default those of
+            the image as the model saw it; of several, of the image that supports each word most.
 
     Returns:
         ASCII HTML with its style inside, no other resources; all text escaped. Show it in a
         notebook with ``IPython.display.HTML``, or put it in a page.
 
     Raises:
-        ValueError: another number of overlays than words.
+        ValueError: another number of overlays than words; no image and no ``summary``.
     """
     if summary is None:
-        summary = summarise(result, (result.grids[0].height, result.grids[0].width))
+        summary = summarise_images(result)
     if overlays is not None and len(overlays) != len(summary.words):
         raise ValueError(
             f"overlays must be one per word of the answer ({len(summary.words)}), got "
@@ -76,13 +78,13 @@ def text_heatmap_html(
         )
     context, _ = context_of(result, [entry.word for entry in summary.words])
     prompt_words = _prompt_length(context, result)
-    seen = (result.input_tokens, summary.grid_maps.tolist(), summary.context_attr.tolist())
-    name = "cmllm-" + hashlib.sha256(repr(seen).encode()).hexdigest()
+    shown = (result.input_tokens, summary.grid_maps.tolist(), summary.context_attr.tolist())
+    name = "cmllm-" + hashlib.sha256(repr(shown).encode()).hexdigest()
     html = _widget(summary, prompt_words, overlays, name[:16])
     return html.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
-def _prompt_length(context: Sequence[Word], result: "MLLMAttributionResult") -> int:
+def _prompt_length(context: Sequence[Word], result: ResultLike) -> int:
     """How many context words belong to the prompt."""
     start = len(result.input_tokens) - len(result.output_tokens)
     if start < 0 or result.input_tokens[start:] != result.output_tokens:
@@ -116,7 +118,7 @@ def _widget(
 
 
 def _interest(entry: WordSummary) -> tuple[bool, float]:
-    """What to show first: the content word that looked hardest."""
+    """What to show first: the content word with the strongest image support."""
     return entry.word.content, entry.peak.value if entry.peak else 0.0
 
 
@@ -125,33 +127,32 @@ def _panel(summary: AnswerSummary, n: int, prompt_words: int, overlay: str | Non
     text = escape(entry.word.text)
     picture, kind = "", "panel"
     if overlay is not None:
-        picture = (
-            f'<img src="{escape(overlay)}" alt="where the model looked for &quot;{text}&quot;">'
-        )
+        alt = f"which image regions support &quot;{text}&quot;"
+        picture = f'<img src="{escape(overlay)}" alt="{alt}">'
         kind = "panel pic"
     return (
         f'<div class="{kind} p{n}">{picture}<div><h4>{text}</h4><p>{_facts(entry)}</p>'
-        f'<p class="soft">{_led_by(summary, n)}</p>'
+        f'<p class="soft">{_supported_by(summary, n)}</p>'
         f'<p class="text">{_coloured(summary, n, prompt_words)}</p></div></div>'
     )
 
 
 def _facts(entry: WordSummary) -> str:
-    where = "it looked at no part of the picture"
+    support = "no image region supports it"
     if entry.peak is not None:
-        where = f"it looked hardest at {entry.where}, peak {entry.peak.value:.3g}"
-    return f"probability {entry.probability:.3f}; {where}"
+        support = f"strongest image support: {entry.where}, peak {entry.peak.value:.3g}"
+    return f"probability {entry.probability:.3f}; {support}"
 
 
-def _led_by(summary: AnswerSummary, n: int) -> str:
+def _supported_by(summary: AnswerSummary, n: int) -> str:
     row = summary.context_attr[n]
-    order = row.argsort(descending=True, stable=True)[:_LED_BY].tolist()
+    order = row.argsort(descending=True, stable=True)[:_NAMED_WORDS].tolist()
     named = [
         f"{escape(summary.context[index].text)} {float(row[index]):.3g}"
         for index in order
         if row[index] > 0
     ]
-    return f"led by: {', '.join(named)}" if named else "no word before it led to it"
+    return f"supported by: {', '.join(named)}" if named else "no earlier word supports it"
 
 
 def _coloured(summary: AnswerSummary, n: int, prompt_words: int) -> str:
@@ -176,5 +177,5 @@ def _coloured(summary: AnswerSummary, n: int, prompt_words: int) -> str:
 
 
 def _share(value: float, top: float) -> float:
-    """Opacity of a value: never so strong that the text on it can't be read."""
+    """Opacity of a value: never so strong that the text on it becomes illegible."""
     return 0.75 * max(0.0, min(1.0, value / top)) if top > 0 else 0.0

@@ -113,6 +113,20 @@ class Chosen:
     rounds: tuple[Round, ...]
 
 
+DEFAULTS: dict[str, Any] = {  # of MSEA and ARC: what came of the choice
+    "scales": (1.0, 2.0),
+    "aggregation": "mean",
+    "scale_norm": "none",
+    "scale_weights": "adaptive",
+    "mirrored": True,
+    "top_k": 50,
+    "rbo_p": 0.9,
+    "strength": 1.0,
+    "alpha_max": 0.25,
+    "rank_filter": False,
+    "upsampling": 2,
+    "calibration": 1.5,
+}
 LAST = (Round("calibration", CALIBRATIONS), Round("filter", FILTER))
 BOUND = (Round("bound of alpha", BOUNDS),)
 MULTI = (

@@ -26,6 +26,7 @@ from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import make_scene
 from captum_mllm.result import MLLMAttributionResult
 from studies.prompts import answer_words, default_inputs
+from studies.retired import rank_filtered
 
 SIDE = 112
 Reader = Callable[[TokenTrace], MLLMAttributionResult]
@@ -54,17 +55,18 @@ def methods(model: Any) -> list[Method]:
     """
     rows = []
     for suffix, filtered in (("", False), (" + filter", True)):
-        plain = JointNormalization(model, rank_filter=filtered).attribute_trace
-        tam = TokenActivationMap(model, rank_filter=filtered).attribute_trace
-        arc = ARC(model, preset="paper", rank_filter=filtered).attribute_trace
+        plain, arc = JointNormalization(model), ARC.paper(model)
+        if filtered:
+            plain, arc = rank_filtered(plain), rank_filtered(arc)
+        tam = TokenActivationMap(model, rank_filter=filtered)
         rows += [
-            Method(f"LogitLens{suffix}", False, plain),
-            Method("TAM" if filtered else "TAM without filter", False, tam),
-            Method(f"MSEA{suffix}", True, plain),
-            Method(f"ARC{suffix}", False, arc),
-            Method(f"MSEA+ARC{suffix}", True, arc),
+            Method(f"LogitLens{suffix}", False, plain.attribute_trace),
+            Method("TAM" if filtered else "TAM without filter", False, tam.attribute_trace),
+            Method(f"MSEA{suffix}", True, plain.attribute_trace),
+            Method(f"ARC{suffix}", False, arc.attribute_trace),
+            Method(f"MSEA+ARC{suffix}", True, arc.attribute_trace),
         ]
-    bounded = ARC(model, preset="paper", alpha_max=1.0).attribute_trace
+    bounded = ARC.paper(model, alpha_max=1.0).attribute_trace
     return [
         *rows,
         Method("ARC, alpha <= 1", False, bounded),
@@ -89,7 +91,7 @@ def compare(
         where the answer names none of its objects.
     """
     model, processor = load(folder=folder)
-    lens, msea = LogitLens(model, processor), MSEA(model, processor, preset="paper")
+    lens, msea = LogitLens(model, processor), MSEA.paper(model, processor)
     rows = methods(model)
     values: dict[str, dict[str, list[float]]] = {
         row.name: {"obj_iou": [], "average_precision": []} for row in rows

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivationMap
+from captum_mllm.attr import PostProcessor
 from captum_mllm.attr.base import TokenAttribution
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGeometry, maps_to_picture
@@ -34,6 +35,7 @@ from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import Example, make_example
 from captum_mllm.result import MLLMAttributionResult
 from studies.prompts import answer_ids, conversation_inputs, script_columns, whole_nouns
+from studies.retired import merged, rank_filtered
 
 SIDE, DEPTH = 112, 200
 HALF_CELLS = tuple((down, right) for down in (0, -1, 1) for right in (0, -1, 1))
@@ -87,7 +89,7 @@ class Evidence:
     def at(self, scales: Sequence[float], mirrored: bool) -> ScaleViews:
         """The views of some scales."""
         wanted = [(s, flip) for s in scales for flip in ((False, True) if mirrored else (False,))]
-        return self.views.only([self.asked.index(view) for view in wanted])
+        return self.views.select([self.asked.index(view) for view in wanted])
 
 
 def gather(
@@ -200,13 +202,13 @@ class Setting:
         scales: default: one.
         mirrored: see ``MSEA``.
         aggregation: see ``MSEA``.
-        scale_norm: see ``MSEA``.
+        scale_norm: see :mod:`studies.retired`.
         scale_weights: "equal", "adaptive" (agreement alone) or "adaptive, consistency".
         alpha_max: see ``ARC``.
         strength: of "arc".
         top_k: of "arc".
         rbo_p: of "arc".
-        rank_filter: see ``ARC``.
+        rank_filter: TAM's filter, on any method.
         upsampling: see ``ARC``.
         calibration: see ``ARC``.
         smoothing: standard deviation in cells of a Gaussian blur of the raw maps; 0 for none.
@@ -245,7 +247,7 @@ class Setting:
         weights, _, consistency = self.scale_weights.partition(", ")
         if not consistency:
             views = replace(views, consistency=None)
-        return views.merged(self.aggregation, self.scale_norm, weights)
+        return merged(views, self.aggregation, self.scale_norm, weights)
 
     def attributor(self, model: TokenAttribution) -> TokenAttribution:
         """What reads a trace as this setting says.
@@ -253,23 +255,22 @@ class Setting:
         Args:
             model: any attributor of the same model; run only where the one returned is.
         """
-        finish: dict[str, Any] = {
-            "rank_filter": self.rank_filter,
-            "upsampling": self.upsampling,
-            "calibration": self.calibration,
-        }
-        if self.method == "lens":
-            return JointNormalization(model, **finish)
+        finish: dict[str, Any] = {"upsampling": self.upsampling, "calibration": self.calibration}
         if self.method == "tam":
-            return TokenActivationMap(model, alpha_max=self.alpha_max, **finish)
-        return ARC(
-            model,
-            top_k=self.top_k,
-            rbo_p=self.rbo_p,
-            strength=self.strength,
-            alpha_max=self.alpha_max,
-            **finish,
-        )
+            return TokenActivationMap(
+                model, rank_filter=self.rank_filter, alpha_max=self.alpha_max, **finish
+            )
+        method: PostProcessor = JointNormalization(model, **finish)
+        if self.method == "arc":
+            method = ARC(
+                model,
+                top_k=self.top_k,
+                rbo_p=self.rbo_p,
+                strength=self.strength,
+                alpha_max=self.alpha_max,
+                **finish,
+            )
+        return rank_filtered(method) if self.rank_filter else method
 
     def read(self, trace: TokenTrace, model: TokenAttribution) -> MLLMAttributionResult:
         """What the method makes of it.

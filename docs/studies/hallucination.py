@@ -21,18 +21,16 @@ from torch import Tensor, nn
 
 from captum_mllm import MSEA, LogitLens
 from captum_mllm.adapters import find_adapter
-from captum_mllm.attr.presets import PRESETS
+from captum_mllm.data import CategoryTable, match_categories
 from captum_mllm.functional import lens_logits
 from captum_mllm.metrics import (
-    CategoryTable,
     HallucinationScores,
     hallucination_scores,
     log_normalizer,
     map_entropy,
     mass_area,
-    match_categories,
 )
-from captum_mllm.model.forward import captured_forward
+from captum_mllm.model.forward import captured_forward, evaluating
 from captum_mllm.model.inputs import cut, read_sample, rescaled_inputs
 from captum_mllm.model.scales import scaled_inputs
 from captum_mllm.model.trace import TokenTrace
@@ -56,6 +54,7 @@ MAPS = {  # rows of `compare.methods` -> names here
     "ARC": "ARC",
     "MSEA+ARC": "MSEA+ARC",
 }
+PAPER_SCALES = (1.0, 1.25, 1.5)
 TABLE = CategoryTable.of(CATEGORIES)
 
 
@@ -86,7 +85,7 @@ def decodability(
     processor: Any,
     inputs: Mapping[str, Any],
     ids: Tensor,
-    scales: Sequence[float] = PRESETS["paper"].scales,
+    scales: Sequence[float] = PAPER_SCALES,
 ) -> Float64[Tensor, "scales ids"]:
     """Max over the image's cells of the lens's log-probability, with the image at several scales.
 
@@ -95,7 +94,7 @@ def decodability(
         processor: its processor.
         inputs: the prompt.
         ids: (ids,): what is decoded.
-        scales: factors of the image's height and width, default those of the paper preset.
+        scales: factors of the image's height and width, default the published ones.
 
     Returns:
         Nats, a row per scale: at scale 1 what :func:`captum_mllm.metrics.hallucination_scores`
@@ -116,7 +115,7 @@ def decodability(
     rows = []
     for scale in scales:
         grids = tuple(adapter.scaled_grid(grid, scale) for grid in sample.grids)
-        with adapter.running():
+        with evaluating(adapter):
             pixels = scaled_inputs(adapter, processor, sample, grids, None)
             scaled = rescaled_inputs(tokens, sample, grids, pixels, adapter)
             captured = captured_forward(
@@ -231,7 +230,7 @@ def measure(model_name: str, examples: int, first: int = 0, split: str = "test")
         ['flower']
     """
     model, processor = load(model_name)
-    lens, msea = LogitLens(model, processor), MSEA(model, processor, preset="paper")
+    lens, msea = LogitLens(model, processor), MSEA.paper(model, processor)
     rows = [row for row in methods(model) if row.name in MAPS]
     parts: list[Columns] = []
     for number in range(first, first + examples):

@@ -95,8 +95,8 @@ def measure_case(
     """
     device = model.device
     prompt, forced, ids = make_inputs(family, case, device, answer)
-    lens, msea = LogitLens(model), MSEA(model, scales=case.scales, preset="paper")
-    arc = ARC(msea, preset="paper")
+    lens, msea = LogitLens(model), MSEA.paper(model, scales=case.scales)
+    arc = ARC.paper(msea)
 
     def generate(tokens: int = answer) -> Tensor:
         length = {"min_new_tokens": tokens, "max_new_tokens": tokens}

@@ -169,8 +169,8 @@ def erased(number: int = 4, noun: str = "rocket") -> "Figure":
     asked = (default_inputs(processor, picture), trace.text_ids[trace.n_prompt :])
     methods = {
         "logit lens": lens,
-        'preset="paper"': ARC(lens, preset="paper"),
-        "paper, alpha_max=0.25": ARC(lens, preset="paper", alpha_max=0.25),
+        "published settings": ARC.paper(lens),
+        "published, alpha_max=0.25": ARC.paper(lens, alpha_max=0.25),
     }
     items = [
         _panel_of(picture, masks[obj], name, method, asked, token)

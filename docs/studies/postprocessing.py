@@ -22,7 +22,7 @@ from captum_mllm.functional import (
     rank_gaussian_filter,
     upsample,
 )
-from captum_mllm.model.forward import captured_forward
+from captum_mllm.model.forward import captured_forward, evaluating
 from captum_mllm.model.inputs import cut, read_sample, rescaled_inputs
 from captum_mllm.reference import load, make_scene, render_pil
 from studies.prompts import default_inputs
@@ -115,7 +115,7 @@ def prefix_forward(side: int):
 
     def forward() -> float:
         start = time.perf_counter()
-        with runner.adapter.running():
+        with evaluating(runner.adapter):
             rows = prefix.prompt_ids[:0]
             captured_forward(runner.adapter, prefix.kwargs, prefix.grids, rows=rows)
         return time.perf_counter() - start

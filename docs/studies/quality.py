@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from captum_mllm.attr.presets import PRESETS
 from captum_mllm.files import nan_to_none, write_atomic
 from captum_mllm.methods import explain
 from captum_mllm.metrics import insertion_deletion
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import Example
-from studies.choose import weights_of
+from studies.choose import DEFAULTS, weights_of
 from studies.evidence import SIDE, Evidence, Setting, Values, examples, gather, lens_of, score
 from studies.prompts import answer_ids, conversation_inputs
 from studies.quality_bounds import mask_scores
@@ -217,13 +216,13 @@ def jobs(chosen: dict[str, Setting], args: argparse.Namespace) -> list[Job]:
 
 
 def chosen_settings(path: Path) -> dict[str, Setting]:
-    """The settings that `studies.choose` recorded; of MSEA+ARC the preset that came of it."""
+    """The settings that `studies.choose` recorded; of MSEA+ARC the defaults that came of it."""
     record = json.loads(path.read_text())
     found = {
         method["name"]: Setting(**method["chosen"] | {"scales": tuple(method["chosen"]["scales"])})
         for method in record["methods"]
     }
-    return found | {"MSEA+ARC": Setting("arc", **asdict(PRESETS["measured"]))}
+    return found | {"MSEA+ARC": Setting("arc", **DEFAULTS)}
 
 
 def measured_once(job: Job, folder: Path) -> list[Rows]:

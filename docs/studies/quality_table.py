@@ -258,7 +258,7 @@ README_ROWS = {
     "LogitLens, published": "LogitLens",
     "TAM, published": "TAM as published",
     "TAM, chosen": "TAM, tuned and calibrated as well",
-    "MSEA+ARC, published": 'MSEA+ARC, `preset="paper"`',
+    "MSEA+ARC, published": "MSEA+ARC, published settings",
     "MSEA, chosen": "MSEA, defaults, calibrated likewise",
     BEST: "MSEA+ARC, defaults",
     "chosen, single scale blurred by 0.75 cells": "control: ARC, one scale blurred",

@@ -27,13 +27,14 @@ def whole(setting: Setting, lens: LogitLens) -> TokenAttribution:
     Raises:
         ValueError: the setting reads what no attributor makes.
     """
-    if setting.smoothing or setting.shifted or "consistency" in setting.scale_weights:
+    if setting.smoothing or setting.shifted or setting.scale_norm != "none":
+        raise ValueError(f"setting must be an attributor's own options, got {setting}.")
+    if setting.aggregation == "geometric_mean" or "consistency" in setting.scale_weights:
         raise ValueError(f"setting must be an attributor's own options, got {setting}.")
     msea = MSEA(
         lens,
         scales=setting.scales,
         aggregation=setting.aggregation,
-        scale_norm=setting.scale_norm,
         scale_weights=setting.scale_weights,
         mirrored=setting.mirrored,
     )

@@ -25,7 +25,7 @@ from captum_mllm import LogitLens
 from captum_mllm.adapters import find_adapter
 from captum_mllm.functional import arc_subtract, context_weights, upsample
 from captum_mllm.metrics import average_precision, energy_in_mask
-from captum_mllm.model.forward import captured_forward, full_logits
+from captum_mllm.model.forward import captured_forward, evaluating, full_logits
 from captum_mllm.model.inputs import append_answer, read_sample
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.captions import Word as ScriptWord
@@ -63,7 +63,7 @@ def predictions(model: nn.Module, inputs: Mapping[str, Any], trace: TokenTrace) 
     sample = read_sample(inputs, adapter)
     full = append_answer(sample, trace.text_ids[trace.n_prompt :], adapter)
     rows = trace.text_positions - sample.padding - 1
-    with adapter.running():
+    with evaluating(adapter):
         captured = captured_forward(adapter, full, sample.grids, rows=rows)
         hidden = captured.final_hidden[rows]
         return [hidden, full_logits(adapter, hidden)]

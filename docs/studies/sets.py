@@ -22,8 +22,7 @@ import transformers
 from tqdm import tqdm
 
 from captum_mllm import LogitLens
-from captum_mllm.attr.joint_normalization import unit_result
-from captum_mllm.functional import context_weights, eci_subtract, upsample
+from captum_mllm.functional import context_weights, eci_subtract, joint_min_max, upsample
 from captum_mllm.metrics import average_precision, func_iou, is_function_word, obj_iou
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.captions import named_objects
@@ -69,7 +68,9 @@ def measure(trace: TokenTrace, example: Example, masks: torch.Tensor) -> Row:
         estimated causal inference takes off as the context's), or per function word
         (``func_iou``).
     """
-    maps = unit_result(trace, "LogitLens").grid_attr[0]
+    raw = trace.cells[trace.text_class[trace.targets]]
+    unit, _ = joint_min_max(raw, trace.text_scores, trace.is_earlier)
+    maps = trace.unpack_cells(unit)[0]
     start = trace.n_prompt
     words = [
         (word, [column - start for column in columns])

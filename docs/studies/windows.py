@@ -28,6 +28,7 @@ from captum_mllm.functional import Box, joint_min_max, upsample
 from captum_mllm.geometry import ImageGeometry, ImageGrid, maps_to_picture
 from captum_mllm.metrics import average_precision, obj_iou, paired_bootstrap
 from captum_mllm.model.runner import Runner
+from captum_mllm.model.scales import maps_at
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.models import load, model_path
 from captum_mllm.reference.render import render_pil
@@ -112,7 +113,7 @@ def shifted_trace(runner: Runner, inputs: Mapping[str, Any], answer: Tensor | No
     size = (2 * grid.rows, 2 * grid.cols)
     for down, right in HALF_CELLS:
         moved = replace(runner, adapter=ShiftedLlava(runner.adapter.model, (down, right)))
-        maps = moved.rescaled(run, (grid,))[0] if down or right else run.trace.maps
+        maps = maps_at(moved, run, (grid,))[0] if down or right else run.trace.maps
         box = float(-right), float(-down), float(size[1] - right), float(size[0] - down)
         both = torch.cat([maps[0], torch.ones_like(maps[0][:1])])  # the maps and what they cover
         placed.append(maps_to_picture(both, ImageGeometry(box), size))
@@ -125,9 +126,9 @@ def variants(model: nn.Module, processor: Any) -> dict[str, tuple[int, Tracer]]:
     lens, fixed = LogitLens(model, processor), FixedSizeLens(model, processor)
     return {
         BASE: (1, lens.trace),
-        NATIVE: (3, MSEA(lens, preset="paper").trace),
-        "MSEA, windows": (9, MSEA(fixed, preset="paper").trace),
-        "MSEA, windows (1, 1.5)": (5, MSEA(fixed, scales=(1.0, 1.5), preset="paper").trace),
+        NATIVE: (3, MSEA.paper(lens).trace),
+        "MSEA, windows": (9, MSEA.paper(fixed).trace),
+        "MSEA, windows (1, 1.5)": (5, MSEA.paper(fixed, scales=(1.0, 1.5)).trace),
         SHIFTS: (9, lambda inputs, answer: shifted_trace(lens.runner, inputs, answer)),
     }
 

@@ -1,8 +1,8 @@
-"""What the presets hold, and the options beyond the plain published methods, on real models."""
+"""The literal defaults, and the options beyond the plain published methods, on real models."""
 
+import inspect
 import json
 import re
-from dataclasses import asdict, fields
 
 import pytest
 import torch
@@ -12,93 +12,106 @@ from torch.testing import assert_close
 from captum_mllm import (
     ARC,
     MSEA,
-    PRESETS,
     JointNormalization,
     LogitLens,
     MultiScaleAttribution,
+    RankCorrelationDenoiser,
     TokenActivationMap,
 )
 from captum_mllm.adapters import find_adapter
-from captum_mllm.attr import Preset
 from captum_mllm.functional import aggregate, calibrate, rank_correlation, upsample
 from captum_mllm.metrics import otsu_threshold
 from captum_mllm.model.inputs import read_sample
 from captum_mllm.model.scales import ScaleViews
+from studies.choose import DEFAULTS
 from studies.quality import RECORDS
 from tests.oracle import families
 from tests.oracle.comparing import with_two_images
 
 
 def maps_of(model, inputs, answer, **options):
-    return MSEA(model, **options).attribute(inputs, answer).grid_attr[0]
+    return MSEA.paper(model, **options).attribute(inputs, answer).grid_attr[0]
 
 
-def plain(**options):
-    return {"preset": "paper", **options}
+# ---- defaults ---------------------------------------------------------------------------------
+
+PUBLISHED = {  # MSEA.paper and ARC.paper
+    MSEA: {"scales": (1.0, 1.25, 1.5), "scale_weights": "equal", "mirrored": False},
+    ARC: {"alpha_max": None, "upsampling": 1, "calibration": None},
+}
 
 
-# ---- presets ----------------------------------------------------------------------------------
+def defaults_of(kind):
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-def test_every_option_comes_from_the_preset_unless_given(model):
-    for name, preset in PRESETS.items():
-        msea, arc = MSEA(model, preset=name), ARC(model, preset=name)
-        for field in ("scales", "aggregation", "scale_norm", "scale_weights", "mirrored"):
-            assert getattr(msea, field) == getattr(preset, field), field
-        for field in ("top_k", "rbo_p", "strength", "alpha_max"):
-            assert getattr(arc, field) == getattr(preset, field), field
-        for field in ("rank_filter", "upsampling", "calibration"):
-            assert getattr(arc.finishing, field) == getattr(preset, field), field
-    assert MSEA(model).scales == PRESETS["measured"].scales
-    arc = ARC(model, preset="paper", top_k=7, alpha_max=0.5, calibration=2.0)
-    assert (arc.top_k, arc.alpha_max, arc.finishing.calibration) == (7, 0.5, 2.0)
-    assert (arc.rbo_p, arc.finishing.upsampling) == (0.9, 1)
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_every_option_is_kept_as_given_or_by_its_literal_default(model, kind):
+    literal = defaults_of(kind)
+    names = literal.keys() - {"processor", "layer"}
+    measured, paper = kind(model), kind.paper(model)
+    for name in names:
+        assert getattr(measured, name) == literal[name], name
+        assert getattr(paper, name) == PUBLISHED[kind].get(name, literal[name]), name
+
+
+def test_an_option_replaces_the_published_setting(model):
+    arc = ARC.paper(model, top_k=7, alpha_max=0.5, calibration=2.0)
+    assert (arc.top_k, arc.alpha_max, arc.calibration) == (7, 0.5, 2.0)
+    assert (arc.rbo_p, arc.upsampling) == (0.9, 1)
+    assert MSEA.paper(model, scales=(1.0, 3.0)).scales == (1.0, 3.0)
     assert ARC(model, alpha_max=None, calibration=None).alpha_max is None
+    denoiser = RankCorrelationDenoiser.paper(None, 10, strength=0.5)
+    assert (denoiser.top_k, denoiser.strength, denoiser.calibration) == (10, 0.5, None)
 
 
-def test_paper_is_the_plain_published_idea():
-    paper = PRESETS["paper"]
-    assert (paper.aggregation, paper.top_k, paper.strength) == ("mean", 50, 1.0)
-    assert (paper.scale_norm, paper.scale_weights, paper.mirrored) == ("none", "equal", False)
-    assert (paper.alpha_max, paper.rank_filter, paper.upsampling) == (None, False, 1)
-    assert paper.calibration is None
-
-
-def test_measured_is_what_the_record_chose():
+def test_defaults_are_what_the_record_chose():
     record = json.loads((RECORDS / "choose.json").read_text())
     chosen = next(m for m in record["methods"] if m["name"] == "MSEA+ARC")["chosen"]
-    measured = asdict(PRESETS["measured"])
-    names = {field.name for field in fields(Preset)} - {"scale_weights"}
-    assert {n: measured[n] for n in names} == {
+    literal = defaults_of(MSEA) | defaults_of(ARC)
+    names = literal.keys() & chosen.keys() - {"scale_weights"}
+    assert {"scales", "aggregation", "mirrored", "alpha_max", "upsampling", "calibration"} <= names
+    assert {n: literal[n] for n in names} == {
         n: tuple(chosen[n]) if n == "scales" else chosen[n] for n in names
     }
+    assert {n: DEFAULTS[n] for n in literal.keys() & DEFAULTS.keys()} == {
+        n: literal[n] for n in literal.keys() & DEFAULTS.keys()
+    }
+    # What was retired was not chosen.
+    assert (chosen["scale_norm"], chosen["rank_filter"]) == ("none", False)
     # Weights tie there; the ones that suit models of one size too are taken.
     rounds = next(m for m in record["methods"] if m["name"] == "MSEA+ARC")["rounds"]
     tried = next(one for one in rounds if one["option"] == "scale weights")["tried"]
     f1 = {row["options"]["scale_weights"]: row["f1_iou"] for row in tried}
-    assert measured["scale_weights"] == "adaptive"
+    assert literal["scale_weights"] == "adaptive"
     assert f1["adaptive"] >= max(f1.values()) - record["tie"]
 
 
 def test_other_attributors_keep_the_published_scales(model):
     wrapped = MultiScaleAttribution(Saliency(model))
-    assert (wrapped.scales, wrapped.aggregation) == (PRESETS["paper"].scales, "mean")
+    assert (wrapped.scales, wrapped.aggregation) == (PUBLISHED[MSEA]["scales"], "mean")
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda m: MSEA(m, preset="best"), "preset must be one of paper, measured, got 'best'"),
-        (lambda m: ARC(m, preset="best"), "preset must be one of paper, measured, got 'best'"),
-        (lambda m: MSEA(m, scale_norm="sum"), "scale_norm must be one of none, max, std"),
         (lambda m: MSEA(m, scale_weights="own"), "scale_weights must be one of equal, adaptive"),
         (
-            lambda m: MSEA(m, aggregation="median", scale_weights="adaptive"),
-            "scale_weights 'adaptive' needs an aggregation that takes weights",
+            lambda m: MSEA(m, aggregation="geometric_mean"),
+            "aggregation must be one of mean, median",
         ),
         (
-            lambda m: MSEA(Saliency(m), mirrored=True),
-            "mirrored is for token attributions, and Saliency is none",
+            lambda m: MSEA(ARC(m)),
+            "ARC gives maps in [0, 1], and MSEA aggregates logits. Aggregate "
+            "first: write ARC(MSEA(...))",
+        ),
+        (lambda m: MSEA(TokenActivationMap(m)), "write TokenActivationMap(MSEA(...))"),
+        (lambda m: MultiScaleAttribution(ARC(m)), "write ARC(MSEA(...))"),
+        (lambda m: MSEA(MSEA(m)), "multi-scale already"),
+        (
+            lambda m: MultiScaleAttribution(LogitLens(m), resize="density"),
+            "resize='density' is for tensors, and LogitLens is a token attribution",
         ),
         (lambda m: ARC(m, calibration=0.0), "calibration must lie in 0 .. inf, got 0.0"),
         (lambda m: TokenActivationMap(m, upsampling=0), "upsampling must lie in 1 .. 64"),
@@ -107,12 +120,47 @@ def test_other_attributors_keep_the_published_scales(model):
             lambda m: TokenActivationMap(m, parity=True, calibration=1.0),
             "calibration are not the released code's",
         ),
-        (lambda m: ARC(JointNormalization(m)), "ARC needs raw maps"),
+        (
+            lambda m: ARC(JointNormalization(m)),
+            "ARC needs logits, but JointNormalization gives maps in [0, 1]",
+        ),
     ],
 )
 def test_mistakes(model, make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make(model)
+
+
+def test_msea_over_a_tensor_attributor_names_the_class_for_tensors(model):
+    with pytest.raises(TypeError, match=re.escape("write MultiScaleAttribution(Saliency(...))")):
+        MSEA(Saliency(model))
+
+
+@pytest.mark.parametrize("name", ["preset", "scale_norm", "rank_filter"])
+def test_retired_options_are_errors(model, name):
+    for kind in (MSEA, ARC, JointNormalization):
+        with pytest.raises(TypeError, match=name):
+            kind(model, **{name: "max"})
+
+
+def test_over_a_token_attribution_it_is_msea(tiny_subject):
+    s = tiny_subject
+    lens = LogitLens(s.model, s.processor)
+    one = MultiScaleAttribution(lens)
+    assert type(one) is MSEA
+    assert one.scales == MSEA(s.model).scales
+    two = MultiScaleAttribution(lens, (1.0, 1.5), aggregation="median")
+    assert (two.scales, two.aggregation, two.mirrored) == ((1.0, 1.5), "median", True)
+    got, expected = (m.attribute(s.inputs, s.answer) for m in (one, MSEA(s.model, s.processor)))
+    assert torch.equal(got.grid_attr[0], expected.grid_attr[0])
+    assert ARC(one).name == "ARC(MSEA(LogitLens))"
+
+
+def test_run_options_are_checked(tiny_subject):
+    s = tiny_subject
+    for method in (LogitLens(s.model), MSEA(s.model), ARC(s.model)):
+        with pytest.raises(TypeError, match=r"does not take 'explains'; its options are explain,"):
+            method.attribute(s.inputs, s.answer, explains="all")
 
 
 def test_the_median_takes_equal_weights_by_itself(model):
@@ -126,11 +174,11 @@ def test_mirrored_views_equal_runs_on_flipped_pixels(subject):
     """The mean of the maps as seen, and of those of the mirrored picture, mirrored back."""
     model, inputs, answer = subject.model, subject.inputs, subject.answer
     flipped = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
-    options = plain(scales=(1.0, 1.5))
+    options = {"scales": (1.0, 1.5)}
     size = maps_of(model, inputs, answer, **options).shape[-2:]
     views = []
     for scale in (1.0, 1.5):
-        one = plain(scales=(scale,))
+        one = {"scales": (scale,)}
         views.append(upsample(maps_of(model, inputs, answer, **one), size))
         views.append(upsample(maps_of(model, flipped, answer, **one).flip(-1), size))
     got = maps_of(model, inputs, answer, mirrored=True, **options)
@@ -145,21 +193,21 @@ def test_mirrored_views_of_a_mirrored_picture_are_mirrored(name):
     adapter = find_adapter(s.model)
     sample = read_sample(s.inputs, adapter)
     turned = {**s.inputs, **adapter.mirrored(sample.kwargs, sample.grids)}
-    options = plain(scales=(1.0, 1.5), mirrored=True)
+    options = {"scales": (1.0, 1.5), "mirrored": True}
     one = maps_of(s.model, s.inputs, s.answer, **options)
     two = maps_of(s.model, turned, s.answer, **options)
     assert_close(two, one.flip(-1), rtol=1e-3, atol=1e-3 * float(one.max()))
-    alone = plain(scales=(1.0, 1.5))
+    alone = {"scales": (1.0, 1.5)}
     there = maps_of(s.model, turned, s.answer, **alone).flip(-1)
     assert not torch.allclose(there, maps_of(s.model, s.inputs, s.answer, **alone), rtol=1e-3)
 
 
 def test_mirrored_views_of_two_images(tiny_subject):
     s, (inputs, _) = tiny_subject, with_two_images(tiny_subject)
-    both = MSEA(s.model, **plain(mirrored=True)).attribute(inputs, s.answer)
+    both = MSEA.paper(s.model, mirrored=True).attribute(inputs, s.answer)
     assert len(both.grid_attr) == 2
     turned = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
-    again = MSEA(s.model, **plain(mirrored=True)).attribute(turned, s.answer)
+    again = MSEA.paper(s.model, mirrored=True).attribute(turned, s.answer)
     for one, two in zip(both.grid_attr, again.grid_attr, strict=True):
         assert_close(two, one.flip(-1), rtol=1e-3, atol=1e-4)
 
@@ -171,7 +219,7 @@ def test_adaptive_weights_equal_a_loop(subject):
     """Per token: weight of a scale is its squared rank correlation with scale 1, at least .0001."""
     model, inputs, answer = subject.model, subject.inputs, subject.answer
     scales = (1.0, 1.5, 0.5)
-    each = [maps_of(model, inputs, answer, **plain(scales=(s,))) for s in scales]
+    each = [maps_of(model, inputs, answer, scales=(s,)) for s in scales]
     size = each[1].shape[-2:]
     expected = torch.zeros(len(answer), *size)
     total = torch.zeros(len(answer))
@@ -181,14 +229,14 @@ def test_adaptive_weights_equal_a_loop(subject):
         weight = (rho.clamp(min=0.01) ** 2).float()
         expected += weight[:, None, None] * upsample(own, size)
         total += weight
-    got = maps_of(model, inputs, answer, **plain(scales=scales, scale_weights="adaptive"))
+    got = maps_of(model, inputs, answer, scales=scales, scale_weights="adaptive")
     assert_close(got, expected / total[:, None, None], rtol=1e-4, atol=1e-5)
 
 
 def test_consistency_weighs_scales_in_adaptive_ones_alone(tiny_subject):
     s = tiny_subject
-    options = plain(scales=(1.0, 1.5))
-    views = MSEA(s.model, consistency=True, **options).views(s.inputs, s.answer)
+    options = {"scales": (1.0, 1.5)}
+    views = MSEA.paper(s.model, consistency=True, **options).views(s.inputs, s.answer)
     assert views.consistency[1] < 1
     rho = views.agreement()
     weights = rho.clamp(min=0.01) ** 2 * torch.tensor(views.consistency).double()[:, None]
@@ -200,7 +248,7 @@ def test_consistency_weighs_scales_in_adaptive_ones_alone(tiny_subject):
 
 def test_a_mirrored_view_counts_as_its_scale_does(tiny_subject):
     s = tiny_subject
-    msea = MSEA(s.model, consistency=True, **plain(scales=(1.0, 1.5), mirrored=True))
+    msea = MSEA.paper(s.model, consistency=True, scales=(1.0, 1.5), mirrored=True)
     views = msea.views(s.inputs, s.answer)
     assert views.mirrored == (False, True, False, True)
     assert views.scales[::2] == views.scales[1::2]
@@ -213,26 +261,12 @@ def test_a_mirrored_view_counts_as_its_scale_does(tiny_subject):
     assert views.merged().scales == (views.scales[0], views.scales[2])
 
 
-@pytest.mark.parametrize("how", ["max", "std"])
-def test_levels_of_scales(tiny_subject, how):
-    s = tiny_subject
-    options = plain(scales=(1.0, 1.5))
-    views = MSEA(s.model, **options).views(s.inputs, s.answer)
-    level = {"max": lambda m: m.amax((1, 2)), "std": lambda m: m.flatten(1).std(1, correction=0)}
-    one, two = (view[0] for view in views.maps)
-    ratio = level[how](one) / level[how](two).clamp(min=1e-12)
-    ratio = torch.where(level[how](two) > 0, ratio, 1.0)
-    size = tuple(two.shape[-2:])
-    expected = (upsample(one, size) + ratio[:, None, None] * two) / 2
-    assert_close(views.merged(scale_norm=how).maps[0], expected, rtol=1e-4, atol=1e-5)
-
-
 def test_some_views_alone(tiny_subject):
     s = tiny_subject
-    views = MSEA(s.model, **plain(scales=(1.0, 1.5, 0.5))).views(s.inputs, s.answer)
+    views = MSEA.paper(s.model, scales=(1.0, 1.5, 0.5)).views(s.inputs, s.answer)
     assert isinstance(views, ScaleViews)
-    some = views.only([0, 2])
-    direct = MSEA(s.model, **plain(scales=(1.0, 0.5))).trace(s.inputs, s.answer)
+    some = views.select([0, 2])
+    direct = MSEA.paper(s.model, scales=(1.0, 0.5)).trace(s.inputs, s.answer)
     assert torch.equal(some.merged().maps[0], direct.maps[0])
     assert some.merged().scales == direct.scales
 
@@ -246,7 +280,7 @@ def test_upsampling_and_calibration_come_last(subject, kind):
     make = {
         "lens": lambda **o: JointNormalization(s.model, **o),
         "tam": lambda **o: TokenActivationMap(s.model, **o),
-        "arc": lambda **o: ARC(s.model, preset="paper", **o),
+        "arc": lambda **o: ARC.paper(s.model, **o),
     }[kind]
     trace = LogitLens(s.model).trace(s.inputs, s.answer, top_k=50)
     before = make().attribute_trace(trace)

@@ -19,7 +19,7 @@ WRAPPERS = {"lens": lambda a: a, "tam": TokenActivationMap, "arc": ARC}
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("aggregation", ["mean", "median", "geometric_mean"])
+@pytest.mark.parametrize("aggregation", ["mean", "median"])
 def test_scale_one_alone_is_the_base(subject, wrapper, aggregation):
     base = LogitLens(subject.model, subject.processor)
     wrap = WRAPPERS[wrapper]
@@ -46,8 +46,7 @@ def test_maps_equal_a_loop_over_full_forwards(subject, scales):
     assert got.image_attr[0].shape[1:] == subject.inputs["pixel_values"].shape[2:]
 
 
-@pytest.mark.parametrize("aggregation", ["median", "geometric_mean"])
-def test_other_aggregations(tiny_subject, aggregation):
+def test_the_median_of_the_scales(tiny_subject):
     s = tiny_subject
     single = [
         MSEA(s.model, scales=(scale,)).attribute(s.inputs, s.answer).grid_attr[0]
@@ -55,14 +54,14 @@ def test_other_aggregations(tiny_subject, aggregation):
     ]
     size = single[-1].shape[1:]
     stack = torch.stack([captum_mllm.functional.upsample(m, size) for m in single])
-    expected = stack.median(0).values if aggregation == "median" else stack.prod(0) ** (1 / 3)
-    got = MSEA(s.model, scales=SCALES, aggregation=aggregation).attribute(s.inputs, s.answer)
+    expected = stack.median(0).values
+    got = MSEA(s.model, scales=SCALES, aggregation="median").attribute(s.inputs, s.answer)
     close(got.grid_attr[0], expected)
 
 
-@pytest.mark.parametrize("name", ["tam", "tam-unfiltered", "arc", "arc-filtered", "arc-half"])
+@pytest.mark.parametrize("name", ["tam", "tam-unfiltered", "arc", "arc-half"])
 @pytest.mark.parametrize("scales", [None, (1.0, 1.5)], ids=["lens", "msea"])
-def test_cleaned_maps_equal_slow_twins(subject, name, scales):
+def test_cleaned_maps_equal_reference_implementations(subject, name, scales):
     s = subject
     run = forwards.plain(s.model, s.inputs, s.answer, special=special_ids(s))
     targets = answer_positions(run)
@@ -75,7 +74,6 @@ def test_cleaned_maps_equal_slow_twins(subject, name, scales):
         expected = forwards.tam(run, targets, maps, rank_filter=name == "tam")
     else:
         options = {"strength": 0.5 if name == "arc-half" else 1.0}
-        options["rank_filter"] = name == "arc-filtered"
         method = ARC(base, top_k=30, rbo_p=0.8, **options)
         expected = forwards.arc(run, targets, maps, k=30, p=0.8, **options)
     got = method.attribute(s.inputs, s.answer)
@@ -145,12 +143,6 @@ def test_wrappers_spell_the_same_thing(tiny_subject):
     same(ARC(s.model).attribute(*args), ARC(LogitLens(s.model)).attribute(*args))
     one = MSEA(s.model, scales=SCALES).attribute(*args)
     same(one, MultiScaleAttribution(LogitLens(s.model), SCALES).attribute(*args))
-    # Scales first or cleaning first: maps are averaged raw either way.
-    same(ARC(MSEA(s.model)).attribute(*args), MSEA(ARC(s.model)).attribute(*args))
-    same(
-        TokenActivationMap(MSEA(s.model)).attribute(*args),
-        MSEA(TokenActivationMap(s.model)).attribute(*args),
-    )
 
 
 def test_scales_that_collapse_are_dropped_with_a_warning(tiny_subject):

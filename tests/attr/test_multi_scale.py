@@ -24,7 +24,7 @@ from torch.testing import assert_close
 
 from captum_mllm.functional import resize_attributions
 from tests.oracle import formulas as reference
-from tests.oracle.published import MSEA, MultiScaleAttribution
+from tests.oracle.published import MultiScaleAttribution
 
 SCALES = (1.0, 0.5, 1.5)
 pytestmark = [  # captum says so of every tensor without requires_grad, and of its own hooks
@@ -464,8 +464,8 @@ def test_inputs_that_are_no_images(net, bad):
 
 
 def test_a_mapping_around_a_pixel_attributor(net):
-    with pytest.raises(TypeError, match=r"inputs is a mapping, but Saliency traces no tokens"):
-        MSEA(Saliency(net)).attribute({"pixel_values": 1}, target=3)
+    with pytest.raises(TypeError, match=r"inputs is a mapping, but Saliency does not trace"):
+        MultiScaleAttribution(Saliency(net)).attribute({"pixel_values": 1}, target=3)
 
 
 def test_a_scale_below_one_pixel(net, x):

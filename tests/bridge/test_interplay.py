@@ -10,9 +10,8 @@ from captum.metrics import infidelity, sensitivity_max
 from torch.testing import assert_close
 
 from captum_mllm import LogitLens, TokenLogProb
-from captum_mllm.bridge import cell_mask
 from captum_mllm.functional import resize_attributions, upsample
-from captum_mllm.geometry import ImageGeometry
+from captum_mllm.geometry import ImageGeometry, cell_mask
 from captum_mllm.reference import load, make_scene, render_pil
 from captum_mllm.reference.models import MODELS
 from studies.prompts import default_inputs

@@ -88,7 +88,7 @@ def test_the_second_of_two_pictures(kin):
 
 
 def test_captums_default_without_the_wrapper_is_zero(kin):
-    """Fails when captum (or transformers) mends it: then the docs and the warning may go."""
+    """Fails when captum (or transformers) fixes it: then the docs and the warning may go."""
     mask = segments(kin.wide_picture)
     inp = image_input(kin.wide_picture, mask, kin.prompt, kin.processor)
     plain = attribution(kin.model, kin)

@@ -280,7 +280,7 @@ def test_frames_of_another_size_run_on_the_grids_of_that_size(kin, case, scale):
     grown = [frame.clone().requires_grad_() for frame in frames]
     f(*grown).sum().backward()
     assert all(float(frame.grad.abs().max()) > 0 for frame in grown)
-    with pytest.raises(ValueError, match="hand over one of the two"):
+    with pytest.raises(ValueError, match="pass one of the two"):
         f(*frames, f.embeddings)
 
 
@@ -383,8 +383,8 @@ def test_maps_become_attributions_of_the_frame_with_their_sum(kin):
     ("given", "error", "message"),
     [
         (lambda _: ("pixels",), TypeError, "inputs must be tensors"),
-        (lambda f: (f.pixels, f.pixels), ValueError, "one frame per image"),
-        (lambda f: (f.pixels[:, :1],), ValueError, "one frame per image"),
+        (lambda f: (f.pixels, f.pixels), ValueError, "one canvas per image"),
+        (lambda f: (f.pixels[:, :1],), ValueError, "one canvas per image"),
         (lambda f: (f.embeddings, f.embeddings), ValueError, "embeddings \\(N, "),
         (lambda f: (f.embeddings[:, :-1],), ValueError, "embeddings \\(N, "),
         (lambda f: (f.embeddings[0],), ValueError, "embeddings \\(N, "),

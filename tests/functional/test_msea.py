@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from captum_mllm.functional import adaptive_weights, aggregate, match_levels, rank_correlation
+from captum_mllm.functional import adaptive_weights, aggregate, rank_correlation
 from tests.functional.cases import TIGHT, over_seeds, rand, randn, sparse
 from tests.oracle import formulas
 
@@ -24,8 +24,6 @@ unchecked = inspect.unwrap  # users run without the tests' type checks
         ("mean", False),
         ("mean", True),
         ("median", False),
-        ("geometric_mean", False),
-        ("geometric_mean", True),
     ],
 )
 def test_aggregate_equals_the_reference(seed, n_scales, how, weighted):
@@ -37,13 +35,13 @@ def test_aggregate_equals_the_reference(seed, n_scales, how, weighted):
     assert_close(single, expected.float(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["mean", "median", "geometric_mean"])
+@pytest.mark.parametrize("how", ["mean", "median"])
 def test_aggregate_of_a_single_scale_is_that_scale_bit_for_bit(how):
     stack = rand(1, 5, 5, dtype=torch.float32)
     assert torch.equal(aggregate(stack, how), stack[0])
 
 
-@pytest.mark.parametrize("how", ["mean", "median", "geometric_mean"])
+@pytest.mark.parametrize("how", ["mean", "median"])
 def test_aggregate_does_not_see_the_order_of_scales_and_keeps_agreement(how):
     stack = rand(5, 3, 3)
     order = torch.tensor([3, 1, 4, 0, 2])
@@ -57,31 +55,21 @@ def test_aggregate_values_by_hand():
     stack = torch.tensor([[1.0], [2.0], [6.0], [108.0]], dtype=torch.float64)
     assert aggregate(stack, "mean").item() == 29.25
     assert aggregate(stack, "median").item() == 4.0
-    assert aggregate(stack, "geometric_mean").item() == pytest.approx(6.0)  # 1296^(1/4)
     weights = torch.tensor([0.0, 1.0, 3.0, 0.0], dtype=torch.float64)
     assert aggregate(stack, "mean", weights).item() == 5.0
 
 
-@pytest.mark.parametrize("how", ["mean", "geometric_mean"])
-def test_aggregate_sees_only_the_ratios_of_weights(how):
+def test_aggregate_sees_only_the_ratios_of_weights():
     stack, weights = rand(3, 4), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    assert_close(aggregate(stack, how, 9 * weights), aggregate(stack, how, weights), **TIGHT)
+    assert_close(aggregate(stack, "mean", 9 * weights), aggregate(stack, "mean", weights), **TIGHT)
     ones = torch.ones(3, dtype=torch.float64)
-    assert_close(aggregate(stack, how, ones), aggregate(stack, how), **TIGHT)
+    assert_close(aggregate(stack, "mean", ones), aggregate(stack, "mean"), **TIGHT)
 
 
-@pytest.mark.parametrize("how", ["mean", "geometric_mean"])
-def test_aggregate_weight_0_drops_a_scale_even_where_it_is_0(how):
+def test_aggregate_weight_0_drops_a_scale_even_where_it_is_0():
     stack = torch.tensor([[0.0, 5.0], [2.0, 3.0]])
-    dropped = aggregate(stack, how, torch.tensor([0.0, 1.0]))
+    dropped = aggregate(stack, "mean", torch.tensor([0.0, 1.0]))
     assert_close(dropped, torch.tensor([2.0, 3.0]))
-
-
-def test_aggregate_geometric_mean_is_0_where_one_scale_is_0_and_nan_stays_visible():
-    stack = torch.tensor([[0.0, torch.nan], [2.0, 3.0]])
-    result = aggregate(stack, "geometric_mean")
-    assert result[0] == 0
-    assert result[1].isnan()
 
 
 def test_aggregate_keeps_the_type_of_the_maps():
@@ -93,12 +81,11 @@ def test_aggregate_keeps_the_type_of_the_maps():
 @pytest.mark.parametrize(
     ("how", "weights", "message"),
     [
-        ("max", None, "aggregation must be one of mean, median, geometric_mean, got 'max'"),
+        ("max", None, "aggregation must be one of mean, median, got 'max'"),
         ("median", [1.0, 1.0], "takes no weights"),
         ("mean", [1.0], r"one value per scale \(2\), or .* got \(1,\)"),
         ("mean", [1.0, -1.0], ">= 0 and not all 0"),
         ("mean", [0.0, 0.0], ">= 0 and not all 0"),
-        ("geometric_mean", None, "needs values >= 0"),
     ],
 )
 def test_aggregate_errors_say_what_is_wrong(how, weights, message):
@@ -108,11 +95,10 @@ def test_aggregate_errors_say_what_is_wrong(how, weights, message):
 
 
 @over_seeds
-@pytest.mark.parametrize("how", ["mean", "geometric_mean"])
-def test_weights_per_map_equal_one_map_at_a_time(seed, how):
+def test_weights_per_map_equal_one_map_at_a_time(seed):
     stack, weights = sparse(3, 4, 5, 6, seed=seed), sparse(3, 4, seed=seed + 1) + 0.1
-    each = [formulas.aggregate(stack[:, i], how, weights[:, i]) for i in range(4)]
-    assert_close(aggregate(stack, how, weights), torch.stack(each), **TIGHT)
+    each = [formulas.aggregate(stack[:, i], "mean", weights[:, i]) for i in range(4)]
+    assert_close(aggregate(stack, "mean", weights), torch.stack(each), **TIGHT)
 
 
 def test_weights_of_a_map_must_not_all_be_zero():
@@ -123,24 +109,7 @@ def test_weights_of_a_map_must_not_all_be_zero():
         aggregate(sparse(2, 2, 3, 3), "mean", weights[:, :1])
 
 
-# ---- match_levels ------------------------------------------------------------------------------
-
-
-@over_seeds
-@pytest.mark.parametrize("how", ["none", "max", "std"])
-def test_levels_equal_the_reference(seed, how):
-    maps, base = sparse(4, 9, seed=seed), sparse(4, 16, seed=seed + 50)
-    maps[1], base[2] = 0, 0
-    assert_close(match_levels(maps, base, how), formulas.match_levels(maps, base, how), **TIGHT)
-
-
-def test_levels_refuse_other_ways():
-    unchecked = inspect.unwrap(match_levels)  # users run without the tests' type checks
-    with pytest.raises(ValueError, match=r"scale_norm must be one of none, max, std, got 'sum'"):
-        unchecked(sparse(1, 4), sparse(1, 4), "sum")
-
-
-# ---- rank_correlation and adaptive_weights -----------------------------------------------------
+# ---- agreement of scales -------------------------------------------------------------------------
 
 
 @over_seeds

@@ -222,7 +222,7 @@ def tam(run: Plain, targets, maps=None, rank_filter=True):
     return _filtered(_split(unit, get(run.ids[targets[0]])), rank_filter), unit_scores
 
 
-def arc(run: Plain, targets, maps=None, *, k=50, p=0.9, strength=1.0, rank_filter=False):
+def arc(run: Plain, targets, maps=None, *, k=50, p=0.9, strength=1.0):
     """ARC's image side, text side and relevance."""
     get = run.raw_maps if maps is None else maps.__getitem__
     scores, relevance = run.scores(targets), run.relevance(targets, k, p)
@@ -232,8 +232,7 @@ def arc(run: Plain, targets, maps=None, *, k=50, p=0.9, strength=1.0, rank_filte
     cleaned = reference.arc_subtract(own, contexts, weights, relevance, strength)
     unit, unit_scores = reference.joint_min_max(cleaned, scores, run.earlier(targets))
     kept = (1 - strength * (1 - relevance)).clamp(min=0)
-    grids = _filtered(_split(unit, get(run.ids[targets[0]])), rank_filter)
-    return grids, unit_scores * kept, relevance
+    return _split(unit, get(run.ids[targets[0]])), unit_scores * kept, relevance
 
 
 def parity_tam(run: Plain, targets, template_tail=0, rank_filter=True):

@@ -1,13 +1,18 @@
 """The attributors with the plain published settings, for tests of the formulas themselves.
 
-What is chosen by measurement is tested on its own (test_presets.py).
+What was chosen by measurement is tested on its own (tests/attr/test_defaults.py).
 """
-
-from functools import partial
 
 import captum_mllm
 
-ARC = partial(captum_mllm.ARC, preset="paper")
-MSEA = partial(captum_mllm.MSEA, preset="paper")
-MultiScaleAttribution = partial(captum_mllm.MultiScaleAttribution, preset="paper")
-RankCorrelationDenoiser = partial(captum_mllm.RankCorrelationDenoiser, preset="paper")
+ARC = captum_mllm.ARC.paper
+MSEA = captum_mllm.MSEA.paper
+RankCorrelationDenoiser = captum_mllm.RankCorrelationDenoiser.paper
+
+
+def MultiScaleAttribution(method, *args, **options):  # noqa: N802
+    """Over a token attribution ``MSEA.paper``; otherwise the class itself."""
+    if not isinstance(method, captum_mllm.attr.TokenAttribution):
+        return captum_mllm.MultiScaleAttribution(method, *args, **options)
+    names = ("scales", "aggregation")
+    return MSEA(method, **dict(zip(names, args, strict=False)), **options)

@@ -29,6 +29,7 @@ from studies.evidence import (
     training_path,
 )
 from studies.prompts import answer_ids, conversation_inputs
+from studies.retired import merged
 from studies.windows import shifted_trace
 
 SCALES = (1.0, 1.5, 2.0)
@@ -47,6 +48,18 @@ def case():
     return lens, example, evidence, inputs, answer_ids(processor, example.talk)
 
 
+class Retired(MSEA):
+    """MSEA with the options that were retired, by the studies' own functions on its views."""
+
+    def __init__(self, base, *, aggregation="mean", scale_norm="none", **options):
+        super().__init__(base, **options)
+        self.retired = aggregation, scale_norm
+
+    def trace(self, inputs, target=None, *, top_k=None, **options):
+        views = self.views(inputs, target, top_k=top_k, **options)
+        return merged(views, *self.retired, self.scale_weights)
+
+
 # ---- evidence ---------------------------------------------------------------------------------
 
 
@@ -61,38 +74,27 @@ def case():
         ),
         (
             Setting("arc", top_k=20, rbo_p=0.7),
-            lambda m: ARC(m, top_k=20, rbo_p=0.7, preset="paper"),
+            lambda m: ARC.paper(m, top_k=20, rbo_p=0.7),
         ),
         (
             Setting("arc", scales=(1.0, 2.0), mirrored=True, scale_norm="std", calibration=1.0),
-            lambda m: ARC(
-                MSEA(m, scales=(1.0, 2.0), mirrored=True, scale_norm="std", preset="paper"),
-                preset="paper",
+            lambda m: ARC.paper(
+                Retired.paper(m, scales=(1.0, 2.0), mirrored=True, scale_norm="std"),
                 calibration=1.0,
             ),
         ),
         (
             Setting("lens", scales=SCALES, aggregation="geometric_mean", scale_weights="adaptive"),
             lambda m: JointNormalization(
-                MSEA(
-                    m,
-                    scales=SCALES,
-                    aggregation="geometric_mean",
-                    scale_weights="adaptive",
-                    preset="paper",
+                Retired.paper(
+                    m, scales=SCALES, aggregation="geometric_mean", scale_weights="adaptive"
                 )
             ),
         ),
         (
             Setting("lens", scales=(1.0, 1.5), scale_weights="adaptive, consistency"),
             lambda m: JointNormalization(
-                MSEA(
-                    m,
-                    scales=(1.0, 1.5),
-                    scale_weights="adaptive",
-                    consistency=True,
-                    preset="paper",
-                )
+                MSEA.paper(m, scales=(1.0, 1.5), scale_weights="adaptive", consistency=True)
             ),
         ),
     ],
@@ -103,7 +105,8 @@ def test_a_setting_reads_evidence_as_the_attributor_would(case, setting, make):
     got = setting.read(setting.trace(evidence), lens)
     assert_close(got.grid_attr[0], direct.grid_attr[0], rtol=1e-4, atol=1e-5)
     assert_close(got.token_attr, direct.token_attr, rtol=1e-4, atol=1e-5)
-    if "consistency" in setting.scale_weights:
+    retired = setting.scale_norm != "none" or setting.aggregation == "geometric_mean"
+    if retired or "consistency" in setting.scale_weights:
         with pytest.raises(ValueError, match="an attributor's own options"):
             quality_time.whole(setting, lens)
         return

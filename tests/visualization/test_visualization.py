@@ -155,10 +155,10 @@ def test_unknown_geometry_is_assumed_and_said():
     assert not summarise(hand_made(preprocessing=None), (16, 16)).assumed
 
 
-def test_a_word_does_not_lead_to_itself(result):
+def test_a_word_does_not_support_itself(result):
     summary = summarise(result, (16, 16))
     assert [word.text for word in summary.context[:5]] == ["what", "costs", "<b>$5</b>", "?", "a"]
-    assert summary.context_attr[1, 5] == 0  # "ra" owes something to "zeb", the word not to itself
+    assert summary.context_attr[1, 5] == 0  # "zeb" supports "ra", the word not itself
     assert summary.context_attr[1, 4] == result.token_attr[1:3, 5].max()
 
 
@@ -448,7 +448,7 @@ def test_import_of_visualization_modules_draws_nothing():
 
 
 def of_video(steps=3, each=2, **changes):
-    """Tokens that look at one cell each; " zeb" and "ra" at different times."""
+    """Tokens that one cell each supports; " zeb" and "ra" at different times."""
     maps = torch.zeros(5, steps, 2, 4)
     maps[1, 0, 0, 0], maps[2, steps - 1, 1, 3], maps[3, steps // 2, 0, 3] = 0.5, 0.8, 0.4
     grid = ImageGrid(2, 4, 16, 32, steps=steps, frames=steps * each)
@@ -612,7 +612,7 @@ def test_show_of_a_video_leaves_nothing(monkeypatch):
 
 
 def test_labels_of_a_video_fit_into_the_figure():
-    """The colour bar's label is the longest text beside a low figure."""
+    """The colour bar's label is the longest text next to a low figure."""
     for fig, _ in (of_video(2).plot_image_heatmap(), of_video().plot_time_profile()):
         drawn(fig)
         label = fig.axes[-1].yaxis.label.get_window_extent()
@@ -620,7 +620,7 @@ def test_labels_of_a_video_fit_into_the_figure():
         assert label.y1 <= fig.bbox.y1
 
 
-def test_summary_of_a_video_takes_each_word_where_it_looked_hardest():
+def test_summary_of_a_video_takes_the_frame_that_supports_each_word_most():
     summary = summarise(of_video(), (32, 64))
     frames = [(entry.word.text, entry.frame, entry.peak and entry.peak.value) for entry in
               summary.words]  # fmt: skip
