@@ -133,20 +133,3 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ArgumentError(name, f"must be one of {', '.join(choices)}, got {value!r}.")
     return value
-
-
-class ArgumentError(ValueError):
-    """An argument with a wrong value; the message begins with the argument's name.
-
-    Args:
-        argument: the argument's name.
-        problem: what is wrong with it and how to fix it, as the rest of the sentence.
-
-    Example:
-        >>> str(ArgumentError("scales", "must be distinct, got (1.0, 1.0)."))
-        'scales must be distinct, got (1.0, 1.0).'
-    """
-
-    def __init__(self, argument: str, problem: str) -> None:
-        super().__init__(f"{argument} {problem}")
-        self.argument = argument

@@ -18,15 +18,13 @@ _WITHOUT_VIDEO = (
 )
 
 
-def load_model(
-    name: str | None = None, dtype: str = "auto", device: str | None = None
-) -> tuple[Any, Any, str]:
+def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any, str]:
     """Load a model and its processor.
 
     A class that is not supported is refused before the weights are read.
 
     Args:
-        name: hub id or folder; None (default) for the shipped model.
+        name: hub id or folder.
         dtype: name of a torch floating point dtype; "auto" (default) for the checkpoint's own.
         device: name of a torch device; None (default) for "cuda" if there is one, else "cpu".
 
@@ -36,10 +34,10 @@ def load_model(
 
     Raises:
         ArgumentError: ``name`` can't be loaded, ``dtype`` is unknown, or ``device`` can't be used.
-        FileNotFoundError: the shipped model's files are missing.
 
     Example:
-        >>> model, processor, note = load_model(device="cpu")
+        >>> from captum_mllm.reference import model_path
+        >>> model, processor, note = load_model(str(model_path()), device="cpu")
         >>> type(model).__name__, note
         ('LlavaForConditionalGeneration', '')
     """
@@ -51,13 +49,6 @@ def load_model(
             "dtype", f"must be 'auto' or a torch floating point dtype's name, got {dtype!r}."
         )
     place = _device(device)
-    if name is None:
-        from captum_mllm.reference.models import load
-
-        model, processor = load()
-        if dtype != "auto":
-            model = model.to(kind)
-        return model.to(place), processor, ""
     try:
         _check_class(name)
         processor, note = _load_processor(name)
