@@ -84,13 +84,28 @@ def test_every_way_to_name_the_data(base, exported, tmp_path):
     assert found[0] == found[1] == found[2]
 
 
+# The command, but that the model's first call after the second line never ends.
+STALLED = """
+import runpy, sys, time, torch
+from pathlib import Path
+
+path = Path(sys.argv.pop(1))
+
+def wait(*_):
+    if path.exists() and path.read_bytes().count(b"\\n") == 2:
+        time.sleep(600)
+
+torch.nn.modules.module.register_module_forward_pre_hook(wait)
+runpy.run_module("captum_mllm", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_and_resumed(number, base, tmp_path, capfd):
     """Nothing is lost or computed twice, and the figures are those of a run in one go."""
-    base |= {"--metrics": "obj_iou,func_iou,f1_iou,insertion", "--steps": "16"}  # a second each
     path = tmp_path / "out/samples.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "-m", "captum_mllm", *command(base)],
+        [sys.executable, "-c", STALLED, str(path), *command(base)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -60,10 +60,14 @@ def blocks(name: str, language: str) -> list[str]:
 # ---- code ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PAGES + NOTEBOOKS)
-def test_blocks_name_a_language_that_is_tested(name):
-    infos = {token.info.strip() for token in tokens(name) if token.type == "fence"}
-    assert {info for info in infos if not info.startswith("{")} <= FENCES
+def test_blocks_name_a_language_that_is_tested():
+    infos = {
+        (name, token.info.strip())
+        for name in PAGES + NOTEBOOKS
+        for token in tokens(name)
+        if token.type == "fence"
+    }
+    assert [at for at in infos if not at[1].startswith("{") and at[1] not in FENCES] == []
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if blocks(name, "python")])
@@ -135,20 +139,36 @@ def check_program(rest: list[str]) -> None:
         assert {option for option in options if f'"{option}"' not in source} == set(), path
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_shell_blocks_name_what_there_is(name):
-    for text in blocks(name, "sh"):
-        for words in commands(text):
-            check_command(words, whole=True)
+def wrong_command(words: list[str], whole: bool) -> str:
+    """Why a command can't be run, or ""."""
+    try:
+        check_command(words, whole)
+    except (AssertionError, SystemExit, FileNotFoundError) as error:
+        return repr(error)
+    return ""
 
 
-@pytest.mark.parametrize("name", PAGES + NOTEBOOKS + CARDS)
-def test_commands_in_the_text_name_what_there_is(name):
-    for token in tokens(name):
-        if token.type == "code_inline" and re.match(
-            r"(captum-mllm|make|python -m captum_mllm\S*|python \S+\.py)( |$)", token.content
-        ):
-            check_command(shlex.split(token.content), whole=False)
+def test_shell_blocks_name_what_there_is():
+    found = [
+        (name, words, wrong_command(words, whole=True))
+        for name in PAGES
+        for text in blocks(name, "sh")
+        for words in commands(text)
+    ]
+    assert found
+    assert [command for command in found if command[2]] == []
+
+
+def test_commands_in_the_text_name_what_there_is():
+    inline = r"(captum-mllm|make|python -m captum_mllm\S*|python \S+\.py)( |$)"
+    found = [
+        (name, token.content, wrong_command(shlex.split(token.content), whole=False))
+        for name in PAGES + NOTEBOOKS + CARDS
+        for token in tokens(name)
+        if token.type == "code_inline" and re.match(inline, token.content)
+    ]
+    assert found
+    assert [command for command in found if command[2]] == []
 
 
 @pytest.mark.parametrize(
@@ -164,8 +184,7 @@ def test_commands_in_the_text_name_what_there_is(name):
     ],
 )
 def test_wrong_commands_are_found(wrong):
-    with pytest.raises((AssertionError, SystemExit, FileNotFoundError)):
-        check_command(shlex.split(wrong), whole=True)
+    assert wrong_command(shlex.split(wrong), whole=True)
 
 
 # ---- links --------------------------------------------------------------------------------------
@@ -209,9 +228,10 @@ def wrong(name: str, link: str) -> str:
     return "an anchor of a file that has none" if parts.fragment else ""
 
 
-@pytest.mark.parametrize("name", PAGES + NOTEBOOKS + CARDS)
-def test_links_lead_somewhere(name):
-    assert {link: why for link in links(name) if (why := wrong(name, link))} == {}
+def test_links_lead_somewhere():
+    found = [(name, link) for name in PAGES + NOTEBOOKS + CARDS for link in links(name)]
+    assert found
+    assert {at: why for at in found if (why := wrong(*at))} == {}
 
 
 @pytest.mark.parametrize(
@@ -255,9 +275,9 @@ def test_the_check_of_the_built_pages_finds_what_is_wrong(tmp_path):
 # ---- text ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PAGES + NOTEBOOKS)
-def test_nothing_is_left_to_fill_in(name):
-    assert not re.findall(r"[A-Z]+_PLACE|@[A-Z0-9_]+@|TODO|FIXME|XXX", markdown(name))
+def test_nothing_is_left_to_fill_in():
+    gap = re.compile(r"[A-Z]+_PLACE|@[A-Z0-9_]+@|TODO|FIXME|XXX")
+    assert {n: gaps for n in PAGES + NOTEBOOKS if (gaps := gap.findall(markdown(n)))} == {}
 
 
 def test_table_of_sets_is_the_recorded_one():
@@ -277,6 +297,7 @@ def test_table_of_sets_is_the_recorded_one():
                 assert float(value) == pytest.approx(mean, abs=0.51 * 10**-digits), (name, metric)
 
 
+@pytest.mark.slow
 def test_readme_table_of_results_is_made_of_the_record():
     from studies.quality import RECORDS
     from studies.quality_table import readme_table
