@@ -1,4 +1,8 @@
-"""Where the model's image frame lies in the user's picture, and how to bring maps back to it."""
+"""Where the model's canvas lies in the user's picture, and how to place maps in that picture.
+
+The *picture* is the user's file, the *image* is what the model saw of it, and the *canvas* is the
+image's extent in pixels.
+"""
 
 from dataclasses import asdict, dataclass
 from math import ceil, isfinite, prod
@@ -12,20 +16,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """One image or video as the model saw it: its grid of cells and its frame in pixels.
+    """One image or video as the model saw it: its grid of cells and its canvas in pixels.
 
     Args:
-        rows: cells along the height; with tiles, of all tiles put together.
+        rows: cells along the height; with tiles, of all tiles joined.
         cols: cells along the width.
-        height: height of the image as the model saw it, pixels.
-        width: width of the image as the model saw it, pixels.
-        tiles: tiles down and across that the frame is cut into, default (1, 1).
-        steps: cells along the time of a video; 0 (default) for a still image.
+        height: height of the canvas, pixels.
+        width: width of the canvas, pixels.
+        tiles: (down, across), the tiles that the canvas is cut into, default (1, 1).
+        steps: cells along the time axis of a video; 0 (default) for a still image.
         frames: frames of the video as the model saw it, a multiple of ``steps`` (processors may
             sample frames and repeat the last one); 0 for a still image.
-        picture: (height, width) of the original picture where the inputs tell it, or None.
-        box: the part of that picture that the frame shows, as in :class:`ImageGeometry`, where
-            the inputs tell it, or None.
+        picture: (height, width) of the original picture where the inputs tell it, else None
+            (default).
+        box: the part of that picture that the canvas shows, as in :class:`ImageGeometry`, where
+            the inputs tell it, else None (default).
     """
 
     rows: int
@@ -40,7 +45,7 @@ class ImageGrid:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(rows, cols), or (steps, rows, cols) of a video."""
+        """(rows, cols); (steps, rows, cols) for a video."""
         return (self.steps, self.rows, self.cols) if self.steps else (self.rows, self.cols)
 
     @property
@@ -54,7 +59,7 @@ class ImageGrid:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ImageGrid":
-        """Inverse of :meth:`to_dict`, also after a JSON file made lists of the tuples.
+        """Inverse of :meth:`to_dict`, even if a JSON file turned tuples into lists.
 
         Args:
             data: from :meth:`to_dict`.
@@ -67,7 +72,7 @@ class ImageGrid:
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """The part of the original picture that the model's frame shows.
+    """The part of the original picture that the model's canvas shows.
 
     Args:
         box: (left, upper, right, lower) in pixels of the original picture, PIL's order; parts
@@ -97,38 +102,35 @@ class ImageGeometry:
 
     @classmethod
     def stretched(cls, height: int, width: int) -> "ImageGeometry":
-        """The frame shows the whole picture, stretched: no crop, no padding.
+        """The canvas shows the whole picture, stretched: no crop, no padding.
 
         Args:
-            height: of the original picture, pixels.
-            width: of the original picture, pixels.
+            height: height of the original picture, pixels.
+            width: width of the original picture, pixels.
 
         Returns:
-            The geometry whose box is the picture.
+            The geometry whose box is the whole picture.
         """
         return cls((0.0, 0.0, float(width), float(height)))
 
 
-# Image processors by the first part of their class name (backends append Pil or Fast).
-_STRETCHES_FREELY = ("GotOcr2ImageProcessor", "Idefics3ImageProcessor", "SmolVLMImageProcessor")
-_STRETCHES_TO_BLOCKS = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
-_TELLS_ITSELF = ("LlavaNextImageProcessor",)
-
-
 @dataclass(frozen=True)
 class Preprocessing:
-    """What an image processor does to a picture's frame: pad to square, resize, centre crop.
+    """What an image processor does to a picture: pad to a square, resize, centre crop.
 
-    Most families stretch the whole picture into a frame of the model's choice: ``whole``.
+    Most families stretch the whole picture to a canvas of the model's choice: ``whole``.
 
     Args:
-        pad_to_square: the picture is first padded to a square, centred.
-        shortest_edge: the shorter side is resized to this many pixels, aspect kept; or None.
-        resize: the picture is stretched to (height, width); or None.
-        crop: the centre (height, width) is cut out (zero-padded where smaller); or None.
-        whole: the frame shows the whole picture whatever its size; the settings above are unused.
-        keeps_aspect: with ``whole``, each side of the frame is the picture's times one factor,
-            rounded by at most this many pixels; None where the frame may have any aspect.
+        pad_to_square: whether the picture is first padded to a square, centred; default False.
+        shortest_edge: the shorter side is resized to this many pixels and the aspect is kept; or
+            None (default).
+        resize: the picture is stretched to (height, width); or None (default).
+        crop: the centre (height, width) is cropped (zero-padded where smaller); or None (default).
+        whole: whether the canvas shows the whole picture whatever its size, default False; the
+            settings above are then unused.
+        keeps_aspect: with ``whole``, each side of the canvas is the picture's times one factor,
+            rounded by at most this many pixels; None (default) where the canvas may have any
+            aspect.
     """
 
     pad_to_square: bool = False
@@ -138,67 +140,16 @@ class Preprocessing:
     whole: bool = False
     keeps_aspect: int | None = None
 
-    @classmethod
-    def of(cls, processor: Any) -> "Preprocessing":
-        """Read the settings of a processor (or image processor).
-
-        Args:
-            processor: a transformers processor with ``image_processor``, or that itself.
-
-        Returns:
-            What it does to a picture's frame.
-
-        Raises:
-            ValueError: the settings are of a kind that is not known here.
-        """
-        settings = getattr(processor, "image_processor", processor)
-        name = type(settings).__name__
-        if not hasattr(settings, "do_resize"):
-            raise ValueError(
-                f"processor must have an image processor, got {name}; pass geometry= instead."
-            )
-        if name.startswith(_STRETCHES_FREELY):
-            return cls(whole=True)
-        if name.startswith(_STRETCHES_TO_BLOCKS):
-            return cls(whole=True, keeps_aspect=settings.patch_size * settings.merge_size)
-        if name.startswith(_TELLS_ITSELF):
-            raise ValueError(
-                f"processor {name} pads each picture in its own way; the box is known from the "
-                f"inputs' image_sizes. Pass geometry= instead."
-            )
-        if getattr(settings, "do_pan_and_scan", False):
-            raise ValueError(
-                f"processor {name} has do_pan_and_scan=True: it adds crops of a picture as images "
-                f"of their own, and nothing tells which part each shows. Pass geometry= instead."
-            )
-        shortest_edge = resize = crop = None
-        if settings.do_resize:
-            size = dict(settings.size)
-            shortest_edge = size.get("shortest_edge")
-            if size.get("height") and size.get("width"):
-                resize = (size["height"], size["width"])
-            if not (shortest_edge or resize) or size.get("longest_edge"):
-                raise ValueError(
-                    f"processor {name} resizes by {size}, which to_image can't undo; it knows "
-                    f"shortest_edge, or height and width. Pass geometry= instead."
-                )
-        if getattr(settings, "do_center_crop", False):
-            size = dict(settings.crop_size)
-            crop = (size["height"], size["width"])
-        # Only LLaVA's own image processor pads *before* it resizes.
-        square = name.startswith("LlavaImageProcessor") and bool(getattr(settings, "do_pad", False))
-        return cls(square, shortest_edge, resize, crop)
-
     def check(self, height: int, width: int, grid: ImageGrid) -> None:
-        """Compare a picture's size with the frame that the model saw.
+        """Compare a picture's size with the canvas that the model saw.
 
         Args:
             height: height of the original picture, pixels.
             width: width of the original picture, pixels.
-            grid: the frame.
+            grid: the image as the model saw it.
 
         Raises:
-            ValueError: no picture of that size gives that frame.
+            ValueError: no picture of that size gives that canvas.
         """
         if self.whole:
             fits = self.keeps_aspect is None or _one_factor(
@@ -206,8 +157,8 @@ class Preprocessing:
             )
             gives = "another aspect"
         else:
-            fits = self.frame(height, width) == (grid.height, grid.width)
-            gives = f"a frame of {self.frame(height, width)}"
+            fits = self.canvas(height, width) == (grid.height, grid.width)
+            gives = f"a canvas of {self.canvas(height, width)}"
         if not fits:
             raise ValueError(
                 f"size {(height, width)} through the processor's settings gives {gives}, but the "
@@ -215,12 +166,12 @@ class Preprocessing:
                 f"other settings, or is size not (height, width)? Pass geometry=ImageGeometry(box)."
             )
 
-    def frame(self, height: int, width: int) -> tuple[int, int]:
-        """Size (height, width) of the frame for a picture of that size, where not ``whole``.
+    def canvas(self, height: int, width: int) -> tuple[int, int]:
+        """Size (height, width) of the canvas for a picture of that size, unless ``whole``.
 
         Args:
-            height: of the original picture, pixels.
-            width: of the original picture, pixels.
+            height: height of the original picture, pixels.
+            width: width of the original picture, pixels.
 
         Returns:
             (height, width) in pixels as the model sees it.
@@ -228,14 +179,14 @@ class Preprocessing:
         return self.crop or self._resized(height, width)
 
     def geometry(self, height: int, width: int) -> ImageGeometry:
-        """The box of the picture that the model's frame shows.
+        """The box of the picture that the model's canvas shows.
 
         Args:
             height: height of the original picture, pixels.
             width: width of the original picture, pixels.
 
         Returns:
-            Where the frame lies in the picture, in its pixels.
+            Where the canvas lies in the picture, in the picture's pixels.
 
         Example:
             >>> Preprocessing(shortest_edge=100, crop=(100, 100)).geometry(200, 600)
@@ -265,7 +216,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Preprocessing":
-        """Inverse of :meth:`to_dict`, also after a JSON file made lists of the tuples.
+        """Inverse of :meth:`to_dict`, even if a JSON file turned tuples into lists.
 
         Args:
             data: from :meth:`to_dict`.
@@ -295,10 +246,11 @@ def _tuples(data: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
 
 
-def _one_factor(size: tuple[int, int], frame: tuple[int, int], rounding: int) -> bool:
-    """Whether one factor takes both sides to the frame's, each to within ``rounding`` pixels."""
-    least = max((side - rounding) / given for given, side in zip(size, frame, strict=True))
-    most = min((side + rounding) / given for given, side in zip(size, frame, strict=True))
+def _one_factor(size: tuple[int, int], canvas: tuple[int, int], rounding: int) -> bool:
+    """Whether one factor scales both sides to the canvas's, each to within ``rounding`` pixels."""
+    pairs = list(zip(size, canvas, strict=True))
+    least = max((scaled - rounding) / side for side, scaled in pairs)
+    most = min((scaled + rounding) / side for side, scaled in pairs)
     return least <= most
 
 
@@ -310,15 +262,15 @@ def _crop_start(size: int, crop: int) -> int:
 def picture_geometry(
     grid: ImageGrid, size: tuple[int, int], rule: Preprocessing | None
 ) -> ImageGeometry:
-    """The box of the original picture that a frame shows.
+    """The box of the original picture that a canvas shows.
 
     Args:
-        grid: the frame.
+        grid: the image as the model saw it.
         size: (height, width) of the original picture, pixels.
-        rule: what the processor did to it; needed where the inputs don't tell the box.
+        rule: what the processor did to the picture; needed where the inputs don't tell the box.
 
     Raises:
-        ValueError: it is not known, or ``size`` does not give the frame that the model saw.
+        ValueError: the box is not known, or ``size`` does not give the canvas that the model saw.
     """
     if grid.box is not None:
         if grid.picture not in (None, size):
@@ -339,15 +291,15 @@ def picture_geometry(
 def maps_to_picture(
     maps: Float[Tensor, "targets *time rows cols"], geometry: ImageGeometry, size: tuple[int, int]
 ) -> Float[Tensor, "targets *time height width"]:
-    """Place maps of the model's frame into the original picture, bilinear.
+    """Place maps of the model's canvas in the original picture, bilinear.
 
     Args:
-        maps: maps over the model's frame, on any grid; of a video with a time axis.
-        geometry: the box of the picture that the frame shows.
+        maps: maps over the model's canvas, on any grid; with a time axis for a video.
+        geometry: the box of the picture that the canvas shows.
         size: (height, width) of the picture, pixels.
 
     Returns:
-        Maps in pixels of the picture, 0 where the model saw nothing of it.
+        Maps over the pixels of the picture, 0 where the model did not see it.
 
     Example:
         >>> half = ImageGeometry((0.0, 0.0, 2.0, 1.0))  # the model saw the left half only

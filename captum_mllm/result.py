@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from typing_extensions import override
 
+from captum_mllm.adapters.processors import read_preprocessing
 from captum_mllm.files import read_tensors, write_tensors
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import (
@@ -177,7 +178,7 @@ class MLLMAttributionResult:
             return geometry
         rule = self.preprocessing
         if processor is not None and grid.box is None:
-            rule = Preprocessing.of(processor)
+            rule = read_preprocessing(processor)
         return picture_geometry(grid, size, rule)
 
     def time_profile(self, i: int = 0) -> Float[Tensor, "targets frames"]:

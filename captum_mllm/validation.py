@@ -1,4 +1,4 @@
-"""Checks of arguments that several classes share."""
+"""Checks of arguments, and the error that they raise."""
 
 from collections.abc import Callable
 from math import isfinite
@@ -6,18 +6,42 @@ from numbers import Real
 from typing import Any
 
 
+class ArgumentError(ValueError):
+    """An argument with a wrong value; the message begins with the argument's name.
+
+    Args:
+        argument: the argument's name, also the attribute ``argument``.
+        problem: the rest of the message: what is wrong, what was given, how to fix it.
+
+    Example:
+        >>> error = ArgumentError("scales", "must be distinct, got (1.0, 1.0).")
+        >>> str(error), error.argument
+        ('scales must be distinct, got (1.0, 1.0).', 'scales')
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(argument, problem)  # the arguments as they are: it can be pickled
+        self.argument = argument
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
+
+
 def check_number(name: str, value: Any, wanted: str, valid: Callable[[float], bool]) -> float:
-    """A number in its range.
+    """Check that an argument is a number in its range.
 
     Args:
         name: the argument's name.
-        value: what came.
-        wanted: what it must be, for the message.
+        value: the value given for it.
+        wanted: the range, for the message.
         valid: whether a number is in range; NaN must not be.
 
+    Returns:
+        The value as a float.
+
     Raises:
-        TypeError: no number.
-        ValueError: out of range.
+        TypeError: the value is not a number.
+        ArgumentError: the number is out of range.
 
     Example:
         >>> check_number("rbo_p", 0.9, "strictly between 0 and 1", lambda p: 0 < p < 1)
@@ -31,21 +55,24 @@ def check_number(name: str, value: Any, wanted: str, valid: Callable[[float], bo
 
 
 def check_alpha_max(value: Any) -> float | None:
-    """Bound of the fitted alpha: None, or a number > 0."""
+    """Check the upper bound of the fitted alpha: None, or a number > 0."""
     if value is None:
         return None
     return check_number("alpha_max", value, "above 0 (or be None)", lambda a: a > 0)
 
 
 def picture_size(size: Any) -> tuple[int, int]:
-    """(height, width) as given, or of a PIL picture.
+    """Read (height, width) from a pair of numbers or a PIL picture.
 
     Args:
         size: (height, width) in pixels, or the picture.
 
+    Returns:
+        (height, width) in pixels.
+
     Raises:
-        TypeError: neither of them.
-        ValueError: no whole numbers of pixels.
+        TypeError: ``size`` is neither of them.
+        ArgumentError: the sides are not whole numbers of pixels.
     """
     if hasattr(size, "height") and hasattr(size, "width"):
         size = (size.height, size.width)
@@ -106,20 +133,3 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ArgumentError(name, f"must be one of {', '.join(choices)}, got {value!r}.")
     return value
-
-
-class ArgumentError(ValueError):
-    """An argument with a wrong value; the message begins with the argument's name.
-
-    Args:
-        argument: the argument's name.
-        problem: what is wrong with it and how to fix it, as the rest of the sentence.
-
-    Example:
-        >>> str(ArgumentError("scales", "must be distinct, got (1.0, 1.0)."))
-        'scales must be distinct, got (1.0, 1.0).'
-    """
-
-    def __init__(self, argument: str, problem: str) -> None:
-        super().__init__(f"{argument} {problem}")
-        self.argument = argument

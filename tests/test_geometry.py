@@ -1,4 +1,4 @@
-"""Where the frame lies in the picture: against the real processors, and through to_image."""
+"""Where the canvas lies in the picture: against the real processors, and through to_image."""
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from captum_mllm import ImageGeometry, LogitLens
+from captum_mllm.adapters.processors import read_preprocessing
 from captum_mllm.functional import find_layout, join_tiles, patches_to_frames
 from captum_mllm.geometry import ImageGrid, Preprocessing, maps_to_picture
 from captum_mllm.result import MLLMAttributionResult
@@ -82,15 +83,15 @@ def ramp(height, width):
 def test_geometry_is_what_the_processor_does(by_name, name, size):
     """Coordinates read off a ramp picture are those of the box, within rounding of a pixel."""
     processor, (height, width) = by_name[name], size
-    rule = Preprocessing.of(processor)
+    rule = read_preprocessing(processor)
     pixels = seen(processor, ramp(height, width))
-    assert pixels.shape[1:] == rule.frame(height, width)
-    rule.check(height, width, ImageGrid(1, 1, *rule.frame(height, width)))
+    assert pixels.shape[1:] == rule.canvas(height, width)
+    rule.check(height, width, ImageGrid(1, 1, *rule.canvas(height, width)))
     assert_ramp_lies_in(pixels, rule.geometry(height, width).box, size)
 
 
 def assert_ramp_lies_in(pixels, box, size):
-    """Where a ramp picture of that size lies in the frame, read off its colours (0 to 250)."""
+    """Where a ramp picture of that size lies on the canvas, read off its colours (0 to 250)."""
     (height, width), (left, upper, right, lower) = size, box
     rows, cols = pixels.shape[1:]
     x = left + (torch.arange(cols) + 0.5) * (right - left) / cols
@@ -118,7 +119,7 @@ def disc(height, width, centre, radius):
     return (y + 0.5 - centre[0]) ** 2 + (x + 0.5 - centre[1]) ** 2 <= radius**2
 
 
-def result_of(grid_map, frame, preprocessing):
+def result_of(grid_map, canvas, preprocessing):
     rows, cols = grid_map.shape
     one = torch.zeros(1, 1)
     return MLLMAttributionResult(
@@ -129,7 +130,7 @@ def result_of(grid_map, frame, preprocessing):
         output_ids=torch.tensor([5]),
         output_probs=torch.ones(1),
         units="logits",
-        grids=(ImageGrid(rows, cols, *frame),),
+        grids=(ImageGrid(rows, cols, *canvas),),
         preprocessing=preprocessing,
     )
 
@@ -166,7 +167,7 @@ def test_a_disc_lands_on_itself(by_name, name, shape):
     if name == "crop only":
         centre, radius = (size[0] / 2 + 7, size[1] / 2 - 5), 16
     mask = disc(*size, centre, radius)
-    result = disc_result(processor, mask, Preprocessing.of(processor))
+    result = disc_result(processor, mask, read_preprocessing(processor))
     placed = result.to_image(0, size)[0]
     assert placed.shape == size
     found = centroid(placed)
@@ -182,16 +183,16 @@ def test_a_disc_lands_on_itself(by_name, name, shape):
 
 def test_nothing_outside_what_the_model_saw(by_name):
     size = (120, 360)
-    placed = result_of(torch.ones(28, 28), (112, 112), Preprocessing.of(by_name["crop"])).to_image(
-        0, size
-    )[0]
+    placed = result_of(
+        torch.ones(28, 28), (112, 112), read_preprocessing(by_name["crop"])
+    ).to_image(0, size)[0]
     torch.testing.assert_close(placed[:, 120:240], torch.ones(120, 120))
     assert not placed[:, :120].any()
     assert not placed[:, 240:].any()
 
 
 def test_size_as_a_picture(by_name):
-    result = result_of(torch.rand(28, 28), (112, 112), Preprocessing.of(by_name["crop"]))
+    result = result_of(torch.rand(28, 28), (112, 112), read_preprocessing(by_name["crop"]))
     picture = Image.new("RGB", (360, 120))
     assert torch.equal(result.to_image(0, picture), result.to_image(0, (120, 360)))
     assert result.to_image(-1, [120, 360]).shape == (1, 120, 360)
@@ -244,7 +245,7 @@ def test_per_call_overrides_need_a_geometry(model, answer, crop, size):
         size={"height": 16, "width": 48},
     )  # fmt: skip
     result = LogitLens(model, processor).attribute(wide, answer)
-    with pytest.raises(ValueError, match=r"(?s)size .*frame of.*\(16, 48\).*geometry="):
+    with pytest.raises(ValueError, match=r"(?s)size .*canvas of.*\(16, 48\).*geometry="):
         result.to_image(0, picture)
     geometry = ImageGeometry.stretched(picture.height, picture.width)
     placed = result.to_image(0, picture, geometry=geometry)
@@ -290,18 +291,18 @@ def test_empty_boxes(box):
 
 def test_processors_that_cannot_be_undone():
     with pytest.raises(ValueError, match=r"which to_image can't undo.*geometry="):
-        Preprocessing.of(
+        read_preprocessing(
             CLIPImageProcessor(size={"shortest_edge": 10, "longest_edge": 20}, do_center_crop=False)
         )
     with pytest.raises(ValueError, match=r"must have an image processor, got object"):
-        Preprocessing.of(object())
+        read_preprocessing(object())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_survive_json(by_name, name):
     import json
 
-    rule = Preprocessing.of(by_name[name])
+    rule = read_preprocessing(by_name[name])
     assert Preprocessing.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
 
 
@@ -314,8 +315,8 @@ QWEN = {
 }
 
 
-def frame_of(processor, size):
-    """The frame that Qwen's processor makes of a picture (height, width), as a grid."""
+def canvas_of(processor, size):
+    """The canvas that Qwen's processor makes of a picture (height, width), as a grid."""
     cell = processor.patch_size * processor.merge_size
     least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
     height, width = smart_resize(*size, cell, least, most)
@@ -340,20 +341,20 @@ def random_sizes(count):
 @pytest.mark.parametrize("settings", QWEN.values(), ids=QWEN)
 def test_check_takes_every_size_that_qwen_resizes(settings):
     processor = Qwen2VLImageProcessorPil(**settings)
-    rule = Preprocessing.of(processor)
+    rule = read_preprocessing(processor)
     sizes = random_sizes(3000)
     assert len(sizes) > 2000
-    assert [size for size in sizes if not fits(rule, size, frame_of(processor, size))] == []
+    assert [size for size in sizes if not fits(rule, size, canvas_of(processor, size))] == []
 
 
 @pytest.mark.parametrize("settings", QWEN.values(), ids=QWEN)
 def test_check_refuses_width_for_height(settings):
-    """Where the two sides differ by a factor of 2, if the frame has cells enough to tell."""
+    """Where the two sides differ by a factor of 2, if the canvas has cells enough to tell."""
     processor = Qwen2VLImageProcessorPil(**settings)
-    rule = Preprocessing.of(processor)
+    rule = read_preprocessing(processor)
     told = 0
     for height, width in random_sizes(3000):
-        grid = frame_of(processor, (height, width))
+        grid = canvas_of(processor, (height, width))
         if max(height, width) >= 2 * min(height, width) and max(grid.shape) > 2:
             told += 1
             assert not fits(rule, (width, height), grid), (height, width, grid)
@@ -361,16 +362,16 @@ def test_check_refuses_width_for_height(settings):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (50, 41), (24, 56), (200, 120), (30, 200)], ids=str)
-def test_qwens_frame_is_the_whole_picture_in_the_real_processor(size):
+def test_qwens_canvas_is_the_whole_picture_in_the_real_processor(size):
     processor = Qwen2VLImageProcessorPil(**QWEN["tiny"], do_normalize=False)
     made = processor(images=Image.fromarray(ramp(*size)), return_tensors="pt", do_rescale=False)
-    grid = frame_of(processor, size)
+    grid = canvas_of(processor, size)
     shape = (1, 2 * grid.rows, 2 * grid.cols)
     assert made["image_grid_thw"].tolist() == [list(shape)]
     frames = patches_to_frames(
         made["pixel_values"].float(), shape, channels=3, patch=4, temporal=2, merge=2
     )
-    rule = Preprocessing.of(processor)
+    rule = read_preprocessing(processor)
     assert rule == Preprocessing(whole=True, keeps_aspect=8)
     assert_ramp_lies_in(frames[0].float(), rule.geometry(*size).box, size)
 
@@ -388,41 +389,41 @@ def test_tiles_put_together_are_the_whole_picture(name, size):
     }[name]()
     tiles = processor(images=Image.fromarray(ramp(*size)), return_tensors="pt")["pixel_values"]
     tiles = (tiles[0] if tiles.ndim == 5 else tiles).float()
-    frame = tiles[0]
+    canvas = tiles[0]
     if len(tiles) > 1:
         layout, certain = find_layout(tiles[:-1], tiles[-1])
         assert certain
-        frame = join_tiles(tiles[:-1], layout)
-    rule = Preprocessing.of(processor)
+        canvas = join_tiles(tiles[:-1], layout)
+    rule = read_preprocessing(processor)
     assert rule == Preprocessing(whole=True)
     box = rule.geometry(*size).box
-    assert_ramp_lies_in(frame, box, size)
+    assert_ramp_lies_in(canvas, box, size)
     assert_ramp_lies_in(tiles[-1], box, size)  # the overview
-    rule.check(*size, ImageGrid(1, 1, *frame.shape[1:]))  # tiles allow any aspect
+    rule.check(*size, ImageGrid(1, 1, *canvas.shape[1:]))  # tiles allow any aspect
 
 
 @pytest.mark.parametrize("cls", [SiglipImageProcessorPil, Gemma3ImageProcessorPil])
-def test_one_frame_of_a_fixed_size(cls):
-    rule = Preprocessing.of(cls(size={"height": 32, "width": 48}))
+def test_one_canvas_of_a_fixed_size(cls):
+    rule = read_preprocessing(cls(size={"height": 32, "width": 48}))
     assert rule == Preprocessing(resize=(32, 48))
     rule.check(10, 500, ImageGrid(4, 4, 32, 48))
-    with pytest.raises(ValueError, match=r"(?s)gives a frame of \(32, 48\).*saw \(48, 32\)"):
+    with pytest.raises(ValueError, match=r"(?s)gives a canvas of \(32, 48\).*saw \(48, 32\)"):
         rule.check(10, 500, ImageGrid(4, 4, 48, 32))
 
 
 def test_crops_of_pan_and_scan_are_not_the_whole_picture():
     square = {"height": 32, "width": 32}
     with pytest.raises(ValueError, match=r"do_pan_and_scan.*geometry="):
-        Preprocessing.of(Gemma3ImageProcessorPil(size=square, do_pan_and_scan=True))
+        read_preprocessing(Gemma3ImageProcessorPil(size=square, do_pan_and_scan=True))
 
 
 def test_llava_next_tells_the_box_itself():
     with pytest.raises(ValueError, match=r"(?s)image_sizes.*geometry="):
-        Preprocessing.of(LlavaNextImageProcessorPil())
+        read_preprocessing(LlavaNextImageProcessorPil())
 
 
 def test_a_box_in_the_grid_that_sticks_out_of_the_picture():
-    """A frame that begins 6 pixels above the picture and ends 4 below it; of rows 8 px high."""
+    """A canvas that begins 6 pixels above the picture and ends 4 below it; of rows 8 px high."""
     box = (0.0, -6.0, 40.0, 34.0)
     grid = ImageGrid(5, 4, 20, 16, picture=(30, 40), box=box)
     cells = torch.arange(20.0).reshape(5, 4)

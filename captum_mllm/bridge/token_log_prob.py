@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
+from captum_mllm.adapters.processors import read_preprocessing
 from captum_mllm.bridge.canvases import (
     canvas_sizes,
     sample_at_size,
@@ -17,7 +18,7 @@ from captum_mllm.bridge.canvases import (
     to_picture,
 )
 from captum_mllm.functional import top_k_rankings
-from captum_mllm.geometry import ImageGeometry, Preprocessing
+from captum_mllm.geometry import ImageGeometry
 from captum_mllm.model.forward import evaluating, forward_logits, replaced
 from captum_mllm.model.generation import generate_answer
 from captum_mllm.model.inputs import Sample, append_answer, read_sample
@@ -303,7 +304,7 @@ class TokenLogProb(nn.Module):
         self.layer(image)  # raises on an image that is not there
         rule = None
         if self._processor is not None and self._sample.grids[image].box is None:
-            rule = Preprocessing.of(self._processor)
+            rule = read_preprocessing(self._processor)
         return to_picture(attribution, self._sample.grids[image], size, rule, geometry)
 
     def from_maps(

@@ -154,8 +154,14 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str]:
     from captum_mllm.model.loading import load_model
 
     print_progress(f"loading {args.model or SHIPPED} ...")
+    name, dtype = args.model, args.dtype
+    if name is None:
+        from captum_mllm.reference import model_path
+
+        name = str(model_path())
+        dtype = "float32" if dtype == "auto" else dtype  # its weights are stored as float16
     try:
-        return load_model(args.model, args.dtype, args.device)
+        return load_model(name, dtype, args.device)
     except (ValueError, OSError) as error:
         raise usage_error(error, ("--model", "--dtype", "--device"), "--model") from error
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from captum_mllm.adapters.processors import image_token, lacks_video_part, placeholder_pattern
 from captum_mllm.validation import ArgumentError
 
 if TYPE_CHECKING:
@@ -12,30 +13,18 @@ if TYPE_CHECKING:
 PROMPT = "describe the picture."  # of a benchmark, unless another one is given
 
 
-# The text that stands for one picture in a prompt without a chat template, by the processor's
-# class; for all other classes it is the image token and a line break.
-_BEFORE = {
-    "Qwen2VLProcessor": "<|vision_start|>{token}<|vision_end|>",
-    "Qwen2_5_VLProcessor": "<|vision_start|>{token}<|vision_end|>",
-    "Qwen3VLProcessor": "<|vision_start|>{token}<|vision_end|>",
-    "PaliGemmaProcessor": "{token}",  # its start token follows the last picture directly
-}
-
-
 _WITHOUT_VIDEO = (
     "The processor was loaded without its video part because torchvision is not installed."
 )
 
 
-def load_model(
-    name: str | None = None, dtype: str = "auto", device: str | None = None
-) -> tuple[Any, Any, str]:
+def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any, str]:
     """Load a model and its processor.
 
     A class that is not supported is refused before the weights are read.
 
     Args:
-        name: hub id or folder; None (default) for the shipped model.
+        name: hub id or folder.
         dtype: name of a torch floating point dtype; "auto" (default) for the checkpoint's own.
         device: name of a torch device; None (default) for "cuda" if there is one, else "cpu".
 
@@ -45,10 +34,10 @@ def load_model(
 
     Raises:
         ArgumentError: ``name`` can't be loaded, ``dtype`` is unknown, or ``device`` can't be used.
-        FileNotFoundError: the shipped model's files are missing.
 
     Example:
-        >>> model, processor, note = load_model(device="cpu")
+        >>> from captum_mllm.reference import model_path
+        >>> model, processor, note = load_model(str(model_path()), device="cpu")
         >>> type(model).__name__, note
         ('LlavaForConditionalGeneration', '')
     """
@@ -60,13 +49,6 @@ def load_model(
             "dtype", f"must be 'auto' or a torch floating point dtype's name, got {dtype!r}."
         )
     place = _device(device)
-    if name is None:
-        from captum_mllm.reference.models import load
-
-        model, processor = load()
-        if dtype != "auto":
-            model = model.to(kind)
-        return model.to(place), processor, ""
     try:
         _check_class(name)
         processor, note = _load_processor(name)
@@ -121,7 +103,7 @@ def _load_processor(name: str) -> tuple[Any, str]:
         if is_torchvision_available():
             raise ValueError(f"its processor fails: {error}") from error
         processor = _without_torchvision(name, error)
-        note = _WITHOUT_VIDEO if type(processor).__name__.startswith("ImageOnly") else ""
+        note = _WITHOUT_VIDEO if lacks_video_part(processor) else ""
     if getattr(processor, "image_processor", None) is None:
         raise ValueError("it has no image processor (preprocessor_config.json is missing)")
     return processor, note
@@ -197,8 +179,7 @@ def prepare_inputs(processor: Any, pictures: "Sequence[Image]", prompt: str) -> 
 
 def _full_prompt(processor: Any, count: int, prompt: str) -> tuple[str, str]:
     """The prompt with a placeholder for each of ``count`` pictures, and what was assumed."""
-    # In Gemma 3's prompts a picture is its begin-of-image token.
-    token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    token = image_token(processor)
     if token and token in prompt:
         if prompt.count(token) != count:
             raise ArgumentError(
@@ -221,7 +202,5 @@ def _full_prompt(processor: Any, count: int, prompt: str) -> tuple[str, str]:
             "can't be completed: the processor has no chat template and no image token; write the "
             "whole prompt with its image token.",
         )
-    names = (cls.__name__ for cls in type(processor).__mro__)
-    pattern = next((_BEFORE[name] for name in names if name in _BEFORE), "{token}\n")
-    before = pattern.format(token=token) * count
+    before = placeholder_pattern(processor).format(token=token) * count
     return before + prompt, f"Assumed: {before!r} before the prompt (no chat template)."

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from captum_mllm.adapters import Adapter, refuse_compiled
+from captum_mllm.adapters.processors import read_preprocessing
 from captum_mllm.functional import (
     lens_logits,
     merge_views,
@@ -232,6 +233,6 @@ class Runner:
         if not hasattr(self.processor, "image_processor"):
             return None
         try:
-            return Preprocessing.of(self.processor)
+            return read_preprocessing(self.processor)
         except ValueError:
             return None  # to_image says so when it is called

@@ -15,7 +15,7 @@ import transformers
 
 from captum_mllm import LogitLens
 from captum_mllm.adapters import find_adapter
-from captum_mllm.geometry import Preprocessing
+from captum_mllm.adapters.processors import read_preprocessing
 from captum_mllm.model import loading as cli_model
 from tests.oracle.families import NAMES, PATCH, family, without_mixing
 from tests.oracle.published import MSEA
@@ -223,7 +223,7 @@ def test_default_backends_give_the_same_grids_and_geometry(name, shape):
     assert error < 0.1 * expected["pixel_values"].std()
 
     if name != "LlavaNext":  # its box is told by the inputs
-        assert Preprocessing.of(images) == Preprocessing.of(own)
+        assert read_preprocessing(images) == read_preprocessing(own)
     lens = LogitLens(kin.model, processor).attribute(inputs, kin.answer)
     on_picture = lens.to_image(0, picture)
     assert on_picture.shape == (5, picture.height, picture.width)
