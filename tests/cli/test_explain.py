@@ -164,7 +164,7 @@ def test_chat_template_is_used_with_one_start_token(start, picture):
         ("--scales", "-1", "positive numbers"),
         ("--scales", "0.01", "smaller than one"),
         ("--scales", "1,1", "distinct"),
-        ("--layer", "7", "layer must be"),
+        ("--layer", "7", "must be an int in"),
         ("--device", "toaster", "toaster"),
         ("--dtype", "int8", "'float32'"),
         ("--max-new-tokens", "0", "at least 1"),
