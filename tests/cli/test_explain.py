@@ -20,7 +20,7 @@ from captum_mllm.data.pictures import open_picture
 from captum_mllm.model import loading as cli_model
 from captum_mllm.model.loading import prepare_inputs
 from tests.adapters.test_families import as_full_processor
-from tests.oracle.families import NAMES, PLACEHOLDER, family
+from tests.oracle.families import NAMES, PLACEHOLDER, above, family
 
 MADE_BY = {  # method: name and number of scales in its result
     "lens": ("LogitLens", 1),
@@ -322,7 +322,7 @@ def template(name):
     return TEMPLATE.replace("PICTURE", repr(PLACEHOLDER.get(name, "<image>")))
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=above())
 def kin(request):
     return kin_of(request.param)
 
