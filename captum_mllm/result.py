@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,6 @@ from captum_mllm.geometry import (
     picture_geometry,
 )
 from captum_mllm.validation import picture_size
-from captum_mllm.words import join_tokens, marks_spaces
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 LOGITS, UNIT = "logits", "[0, 1]"
-
-_SHOWN_TEXT, _SHOWN_ITEMS = 60, 3  # characters of a text, members of a list in ``repr``
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -313,54 +309,15 @@ class MLLMAttributionResult:
 
     @override
     def __repr__(self) -> str:
-        count, images = len(self.output_tokens), len(self.grids)
-        text = join_tokens(self.output_tokens, marks_spaces(self.input_tokens))
-        tokens = f"{count} token{'' if count == 1 else 's'} explained: {_cut(repr(text))}"
-        grids = _listed(
-            [_grid_text(*pair) for pair in zip(self.grids, self.grid_attr, strict=True)]
-        )
-        facts = [f"scale{'s' * (len(self.scales) != 1)} {_numbers(self.scales)}"]
-        if self.consistency is not None:
-            facts.append(f"consistency {_numbers(self.consistency)}")
-        facts.append(f"{'without' if self.relevance is None else 'with'} relevance")
-        return "\n".join(
-            [
-                f"MLLMAttributionResult of {_cut(_plain(self.method)) or 'an unnamed method'}, "
-                f"units: {_cut(_plain(self.units))}",
-                f"  {tokens}",
-                f"  {len(self.input_tokens)} text tokens; {images} image{'s' * (images != 1)}"
-                f"{': ' * bool(images)}{grids}",
-                f"  {'; '.join(facts)}",
-                f"  next: {self._next_calls()}",
-            ]
-        )
+        from captum_mllm.visualization.representation import result_text
 
-    def _next_calls(self) -> str:
-        """The calls that show more of this result."""
-        calls = ["plot_token_attr()", "save(path)"]
-        if self.grids:
-            placed = self.preprocessing is not None or self.grids[0].box is not None
-            options = ["picture=picture"] if placed and not self.grids[0].steps else []
-            options += ["image=1"] if len(self.grids) > 1 else []
-            calls.insert(0, f"plot_image_heatmap({', '.join(options)})")
-        if any(grid.steps for grid in self.grids):
-            calls.insert(1, "plot_time_profile()")
-        return ", ".join(f".{call}" for call in calls)
+        return result_text(self)
 
     def _repr_html_(self) -> str:
         """The text heat map, which IPython shows for a cell's last value."""
-        from captum_mllm.visualization import text_heatmap_html
+        from captum_mllm.visualization.representation import result_html
 
-        caption = (
-            f"<p><small>{escape(self.method)}; units: {escape(self.units)}. Choose a word. Orange: "
-            f"words that support it. Blue: how strongly image regions support a word.</small></p>"
-        )
-        try:
-            return caption.encode("ascii", "xmlcharrefreplace").decode() + text_heatmap_html(self)
-        except (ValueError, IndexError, RuntimeError) as error:
-            lines = f"The text heat map can't be drawn: {error}\n{self!r}"
-            text = escape(lines).encode("ascii", "xmlcharrefreplace").decode()
-            return f"<pre>{text}</pre>"
+        return result_html(self)
 
     # ---- plots ------------------------------------------------------------------------------
 
@@ -526,30 +483,3 @@ class MLLMAttributionResult:
         values = torch.cat([maps.flatten(1), maps.new_zeros(len(maps), 1)], 1)
         # Cells smaller than a pixel may have none: captum has only those that are in the mask.
         return ImageMaskInput(picture.convert("RGB"), mask), values[:, mask.unique()]
-
-
-# ---- the lines of ``repr`` ----------------------------------------------------------------------
-
-
-def _plain(text: str) -> str:
-    """A text on one line, without control characters."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN_TEXT else f"{text[: _SHOWN_TEXT - 3]}..."
-
-
-def _listed(items: Sequence[str]) -> str:
-    """The first items of a list, and how many more there are."""
-    more = len(items) - _SHOWN_ITEMS
-    return ", ".join([*items[:_SHOWN_ITEMS], *([f"{more} more"] if more > 0 else [])])
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return _listed([f"{value:.3g}" for value in values])
-
-
-def _grid_text(grid: ImageGrid, maps: Tensor) -> str:
-    cells = f"{maps.shape[-2]} x {maps.shape[-1]} cells"
-    return f"video of {grid.frames} frames, {cells} each" if grid.steps else cells

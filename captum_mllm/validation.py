@@ -26,7 +26,7 @@ def check_number(name: str, value: Any, wanted: str, valid: Callable[[float], bo
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number {wanted}, got {value!r}.")
     if not valid(float(value)):
-        raise ValueError(f"{name} must lie {wanted}, got {value!r}.")
+        raise ArgumentError(name, f"must lie {wanted}, got {value!r}.")
     return float(value)
 
 
@@ -52,7 +52,7 @@ def picture_size(size: Any) -> tuple[int, int]:
     if not isinstance(size, tuple | list):
         raise TypeError(f"size must be (height, width) in pixels or a PIL picture, got {size!r}.")
     if len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size):
-        raise ValueError(f"size must be (height, width), whole pixels >= 1, got {size!r}.")
+        raise ArgumentError("size", f"must be (height, width), whole pixels >= 1, got {size!r}.")
     return size[0], size[1]
 
 
@@ -80,11 +80,11 @@ def check_scales(scales: Any) -> tuple[float, ...]:
     except (TypeError, ValueError) as error:
         raise TypeError(f"scales must be a sequence of numbers, got {scales!r}.") from error
     if not values:
-        raise ValueError("scales is empty: give at least one factor, e.g. (1.0, 1.25, 1.5).")
+        raise ArgumentError("scales", "is empty: give at least one factor, e.g. (1.0, 1.25, 1.5).")
     if any(not isfinite(s) or s <= 0 for s in values):
-        raise ValueError(f"scales must be finite numbers > 0, got {values}.")
+        raise ArgumentError("scales", f"must be finite numbers > 0, got {values}.")
     if len(set(values)) < len(values):
-        raise ValueError(f"scales must be distinct, got {values}.")
+        raise ArgumentError("scales", f"must be distinct, got {values}.")
     return values
 
 
@@ -104,5 +104,22 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
         'mean'
     """
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+        raise ArgumentError(name, f"must be one of {', '.join(choices)}, got {value!r}.")
     return value
+
+
+class ArgumentError(ValueError):
+    """An argument with a wrong value; the message begins with the argument's name.
+
+    Args:
+        argument: the argument's name.
+        problem: what is wrong with it and how to fix it, as the rest of the sentence.
+
+    Example:
+        >>> str(ArgumentError("scales", "must be distinct, got (1.0, 1.0)."))
+        'scales must be distinct, got (1.0, 1.0).'
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(f"{argument} {problem}")
+        self.argument = argument

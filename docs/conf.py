@@ -25,6 +25,7 @@ extensions = [
     "sphinx_copybutton",
     "cli_options",
     "mathml",
+    "method_table",
     "names_as_links",
     "public_names",
     "repository_pages",

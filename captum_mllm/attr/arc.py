@@ -248,7 +248,7 @@ class ARC(RankCorrelationDenoiser):
     Args:
         model_or_attribution: a transformers model, or a token attribution such as
             ``MSEA(model)``.
-        processor: the model's processor, default None; with an attribution, give it to that.
+        processor: see :class:`LogitLens`, default None; with an attribution, give it to that.
         layer: as for ``LogitLens``, default -1.
         top_k: see :class:`RankCorrelationDenoiser`; default 50.
         rbo_p: see :class:`RankCorrelationDenoiser`; default 0.9.

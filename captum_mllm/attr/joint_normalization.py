@@ -22,7 +22,7 @@ class JointNormalization(PostProcessor):
     Args:
         model_or_attribution: a transformers model, or a token attribution that gives logits
             (``LogitLens(model)``, ``MSEA(model)``).
-        processor: the model's processor, default None; with an attribution, give it to that.
+        processor: see :class:`LogitLens`, default None; with an attribution, give it to that.
         layer: as for ``LogitLens``, default -1.
         upsampling: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default 1.
         calibration: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default None.

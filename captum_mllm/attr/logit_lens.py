@@ -12,6 +12,7 @@ from captum_mllm.attr.base import TokenAttribution, raw_result
 from captum_mllm.model.runner import Runner, RunOptions
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import MLLMAttributionResult
+from captum_mllm.validation import ArgumentError
 from captum_mllm.words import tokenizer_of
 
 
@@ -67,9 +68,9 @@ class LogitLens(TokenAttribution):
         super().__init__(model)
         depth = len(adapter.layers)
         if not isinstance(layer, int) or isinstance(layer, bool) or not -depth <= layer < depth:
-            raise ValueError(f"layer must be an int in {-depth}..{depth - 1}, got {layer!r}.")
+            raise ArgumentError("layer", f"must be an int in {-depth}..{depth - 1}, got {layer!r}.")
         if context not in ("after_image", "all"):
-            raise ValueError(f"context must be 'after_image' or 'all', got {context!r}.")
+            raise ArgumentError("context", f"must be 'after_image' or 'all', got {context!r}.")
         layer = -1 if layer % depth == depth - 1 else layer % depth
         tokenizer_of(processor)  # raises where there is none
         self._runner = Runner(adapter, processor, layer, context)

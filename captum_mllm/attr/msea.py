@@ -28,7 +28,7 @@ class MSEA(TokenAttribution):
     Args:
         model_or_attribution: a transformers model, or a token attribution that gives logits
             (``LogitLens(model)``).
-        processor: the model's processor, default None; with an attribution, give it to that.
+        processor: see :class:`LogitLens`, default None; with an attribution, give it to that.
         layer: as for ``LogitLens``, default -1.
         scales: factors of the images' height and width, default (1.0, 2.0).
         aggregation: "mean" (default, the paper's) or "median".

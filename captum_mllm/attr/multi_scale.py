@@ -35,9 +35,9 @@ class MultiScaleAttribution(Attribution):
 
     Args:
         attribution_method: a captum attributor.
-        scales: factors of the input's height and width; default None: (1.0, 1.25, 1.5) for
-            tensors, and MSEA's own default over a token attribution.
-        aggregation: "mean" (default, the paper's) or "median".
+        scales: see :class:`MSEA`; default None: (1.0, 1.25, 1.5) for tensors, and MSEA's default
+            over a token attribution.
+        aggregation: see :class:`MSEA`; default "mean".
         resize: "mass" (default) keeps the sum of each scale's attributions, "density" their level
             (Grad-CAM and other maps that sum to nothing); for tensors only.
 

@@ -50,7 +50,11 @@ class PostProcessor(TokenAttribution):
 
     @property
     def base(self) -> TokenAttribution:
-        """The inner attribution, which must trace tokens."""
+        """The inner attribution, which must trace tokens.
+
+        Raises:
+            TypeError: it does not trace tokens.
+        """
         if isinstance(self.attribution_method, TokenAttribution):
             return self.attribution_method
         raise TypeError(

@@ -28,14 +28,14 @@ class TokenActivationMap(PostProcessor):
     Args:
         model: a transformers model, or a token attribution that gives the raw maps
             (``TokenActivationMap(MSEA(model))``).
-        processor: the model's processor, default None.
+        processor: see :class:`LogitLens`, default None; with an attribution, give it to that.
         parity: True reproduces the released code's deviations: the first answer token shows the map
             of the first prompt token with its argmax class; context maps of those two tokens are
             of other classes than their own; maps are truncated to 256 levels; the chat
             template's tail is no context. Default False: the formulas.
         layer: as for ``LogitLens``, default -1.
         rank_filter: apply the filter, default True.
-        alpha_max: bound of ECI's alpha, default None (none, as TAM).
+        alpha_max: see :class:`RankCorrelationDenoiser`; default None (no bound), as TAM.
         upsampling: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default 1, as TAM.
         calibration: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default
             None, as TAM.

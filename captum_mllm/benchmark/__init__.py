@@ -1,7 +1,7 @@
-"""Score methods on annotated pictures: any model, any method, any metric, in runs that go on.
+"""Score methods on annotated pictures: any model, any method, any metric, in resumable runs.
 
 ``run_benchmark(model, processor, data, out, settings)`` explains one answer per picture with every
-method, scores the maps and writes each result before the next is begun.
+method, scores the maps and writes each result before the next is computed.
 """
 
 from captum_mllm.benchmark.run import Benchmark, run_benchmark

@@ -20,8 +20,8 @@ def figures(records: Records, pictures: int, settings: Settings) -> dict[str, An
 
     A mean is over all values of all pictures (words, or tokens), as TAM's are: a picture with more
     words weighs more. Intervals come from resampled pictures, for which the means are computed
-    anew. A method's mean is over the pictures that it did; a difference is over the values that
-    both methods have.
+    again. A method's mean is over the pictures that it finished; a difference is over the values
+    that both methods have.
 
     Args:
         records: the lines of the run, by picture and method.
@@ -29,7 +29,7 @@ def figures(records: Records, pictures: int, settings: Settings) -> dict[str, An
         settings: the run's.
 
     Returns:
-        Per method: "pictures" done, "failed", mean "seconds" per picture, "metrics" (per metric
+        Per method: "pictures" finished, "failed", mean "seconds" per picture, "metrics" (per metric
         "mean", "low", "high", "values": how many) and, unless it is the reference, "difference"
         (the same, minus the reference).
 
@@ -40,21 +40,21 @@ def figures(records: Records, pictures: int, settings: Settings) -> dict[str, An
         method: [records.get((n, method), {}) for n in range(pictures)]
         for method in settings.methods
     }
-    found: dict[str, Any] = {}
-    for method, own in lines.items():
-        done = [line for line in own if "values" in line]
-        found[method] = {
+    values: dict[str, Any] = {}
+    for method, of_method in lines.items():
+        done = [line for line in of_method if "values" in line]
+        values[method] = {
             "pictures": len(done),
-            "failed": sum("error" in line for line in own),
+            "failed": sum("error" in line for line in of_method),
             "seconds": float(np.mean([line["seconds"] for line in done])) if done else None,
-            "metrics": {name: _entry(own, None, name, settings) for name in settings.metrics},
+            "metrics": {name: _entry(of_method, None, name, settings) for name in settings.metrics},
         }
         if method != settings.reference:
             against = lines[settings.reference]
-            found[method]["difference"] = {
-                name: _entry(own, against, name, settings) for name in settings.metrics
+            values[method]["difference"] = {
+                name: _entry(of_method, against, name, settings) for name in settings.metrics
             }
-    return found
+    return values
 
 
 def _entry(
@@ -66,7 +66,7 @@ def _entry(
     seed = settings.bootstrap_seed
     names = ("obj_iou", "func_iou") if metric == "f1_iou" else (metric,)
     tables = [table_of_values(lines, against, name) for name in names]
-    count = sum(int((~np.isnan(own + other)).sum()) for own, other in tables)
+    count = sum(int((~np.isnan(first + second)).sum()) for first, second in tables)
     if metric == "f1_iou":
         (obj, other_obj), (func, other_func) = tables
         b = None if against is None else (other_obj, other_func)
@@ -86,8 +86,8 @@ def table_of_values(
 
     Args:
         lines: a method's lines, one per picture; a picture without values has none.
-        against: another method's, or None for the same again.
-        metric: whose values.
+        against: another method's, or None for the same lines.
+        metric: its name.
 
     Example:
         >>> lines = [{"values": {"auc": [0.5, None]}}, {}]
@@ -97,16 +97,16 @@ def table_of_values(
     rows = [
         [line.get("values", {}).get(metric, []) for line in of] for of in (lines, against or lines)
     ]
-    width = max((len(row) for own in rows for row in own), default=0)
+    width = max((len(row) for method in rows for row in method), default=0)
     full = np.full((2, len(lines), width), np.nan)
-    for which, own in enumerate(rows):
-        for n, row in enumerate(own):
+    for which, method in enumerate(rows):
+        for n, row in enumerate(method):
             full[which, n, : len(row)] = [np.nan if value is None else value for value in row]
     return full[0], full[1]
 
 
 def failures(records: Records, pictures: int, settings: Settings) -> dict[str, int]:
-    """How often a sample failed for which reason, the commonest first.
+    """How many samples failed for each reason, the most common first.
 
     Args:
         records: the lines of the run, by picture and method.
@@ -118,28 +118,28 @@ def failures(records: Records, pictures: int, settings: Settings) -> dict[str, i
     return dict(Counter(f"{error['type']}: {error['text']}" for error in errors).most_common())
 
 
-def markdown(found: Mapping[str, Any], settings: Settings, about: Sequence[str]) -> str:
-    """The figures as Markdown: a table of means and, of several methods, one of differences.
+def markdown(values: Mapping[str, Any], settings: Settings, about: Sequence[str]) -> str:
+    """The figures as Markdown: a table of means and, for several methods, one of differences.
 
     Args:
-        found: what :func:`figures` gives.
+        values: returned by :func:`figures`.
         settings: the run's.
         about: sentences above the tables.
     """
     arrows = {name: "lower" if name in LOWER_IS_BETTER else "higher" for name in settings.metrics}
     heads = [f"{name} ({arrows[name]} is better)" for name in settings.metrics]
     lines = [*about, "", *_head(["method", *heads, "pictures", "failed", "s per picture"])]
-    for method, own in found.items():
-        cells = [_cell(own["metrics"][name], "") for name in settings.metrics]
-        seconds = "-" if own["seconds"] is None else f"{own['seconds']:.2f}"
-        row = [method, *cells, str(own["pictures"]), str(own["failed"]), seconds]
+    for method, entry in values.items():
+        cells = [_cell(entry["metrics"][name], "") for name in settings.metrics]
+        seconds = "-" if entry["seconds"] is None else f"{entry['seconds']:.2f}"
+        row = [method, *cells, str(entry["pictures"]), str(entry["failed"]), seconds]
         lines.append(f"| {' | '.join(row)} |")
-    others = {method: own for method, own in found.items() if "difference" in own}
+    others = {method: entry for method, entry in values.items() if "difference" in entry}
     if others:
         lines += ["", f"Minus {settings.reference}, where both have a value:", ""]
         lines += _head(["method", *settings.metrics])
-        for method, own in others.items():
-            cells = [_cell(own["difference"][name], "+") for name in settings.metrics]
+        for method, entry in others.items():
+            cells = [_cell(entry["difference"][name], "+") for name in settings.metrics]
             lines.append(f"| {' | '.join([method, *cells])} |")
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""The file to which a run writes what is done: whole lines only, whatever ends the process."""
+"""The file to which a run writes its results: whole lines only, however the process ends."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Key = tuple[int, str]
 
 
 class SampleLog:
-    r"""One JSON object a line; what was begun but not ended is taken away when it is opened.
+    r"""One JSON object per line; an unfinished last line is removed when the file is opened.
 
     Args:
-        path: the file; made if missing.
+        path: the file; created if it is missing.
 
     Raises:
-        ValueError: a line, other than a torn last one, is none of ours.
+        ValueError: a line, other than an unfinished last one, is not a benchmark's.
 
     Example:
         >>> import tempfile
@@ -39,8 +39,8 @@ class SampleLog:
             record = _read(line)
             if record is None:
                 raise ValueError(
-                    f"{path}: line {number} is no line of a benchmark; delete it to have its "
-                    "sample done again, or name another folder."
+                    f"{path}: line {number} is not a line of a benchmark; delete it to compute its "
+                    "sample again, or name another folder."
                 )
             self.records[record["sample"], record["method"]] = record  # a later line replaces
         if whole < len(data):
@@ -48,7 +48,7 @@ class SampleLog:
                 file.truncate(whole)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write a line, and don't return before it is on the disk.
+        """Write a line, and don't return before it is on disk.
 
         Args:
             record: plain data with "sample" and "method".
@@ -56,7 +56,7 @@ class SampleLog:
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         with self.path.open("ab", buffering=0) as file:
             if file.write(line) != len(line):
-                raise OSError(f"{self.path}: no room for another line; make some and run again.")
+                raise OSError(f"{self.path}: no space left; free some and run again.")
             os.fsync(file.fileno())
         self.records[record["sample"], record["method"]] = dict(record)
 

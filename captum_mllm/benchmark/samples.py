@@ -1,9 +1,9 @@
-"""One picture of a benchmark: its question, its answer, and what a method's maps of it score."""
+"""One picture of a benchmark: its prompt, its answer, and the scores of a method's maps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,23 +12,19 @@ from torch import Tensor
 
 from captum_mllm.attr import LogitLens
 from captum_mllm.benchmark.settings import PERTURBATION, Settings
-from captum_mllm.data.coco import CocoSample
-from captum_mllm.methods import METHODS, explain
-from captum_mllm.metrics import (
-    MASK_METRICS,
-    CategoryTable,
-    insertion_deletion,
-    match_categories,
-    score_words,
-)
+from captum_mllm.data import CategoryTable, CocoSample, match_categories
+from captum_mllm.methods import METHODS
+from captum_mllm.methods.registry import run_method
+from captum_mllm.methods.request import Request, SharedTraces
+from captum_mllm.metrics import MASK_METRICS, insertion_deletion, score_words
 from captum_mllm.model.loading import prepare_inputs
 from captum_mllm.result import MLLMAttributionResult
 from captum_mllm.words import group_words, marks_spaces
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
-    """What all methods are asked about one picture.
+class BenchmarkSample:
+    """One picture, one answer about it, and what the maps of all methods are scored against.
 
     Args:
         number: of the picture in the data.
@@ -36,8 +32,9 @@ class Request:
         answer: (tokens,) ids of the answer that is explained.
         text: the answer.
         table: the categories that its words may name.
-        masks: per annotated category, everything of it, bool (height, width).
+        masks: per annotated category one mask of all its objects, bool (height, width).
         labels: per token of the answer the category that its word names, or None.
+        shared: the traces that several methods share.
     """
 
     number: int
@@ -47,9 +44,10 @@ class Request:
     table: CategoryTable
     masks: dict[str, np.ndarray]
     labels: tuple[str | None, ...]
+    shared: SharedTraces = field(default_factory=SharedTraces)
 
 
-def ask(
+def prepare_sample(
     model: Any,
     processor: Any,
     sample: CocoSample,
@@ -57,8 +55,8 @@ def ask(
     settings: Settings,
     table: CategoryTable,
     answer: Sequence[int] | None = None,
-) -> Request:
-    """Put the question about a picture and take the model's answer, or the picture's caption.
+) -> BenchmarkSample:
+    """Prompt the model about a picture and take its answer, or the picture's caption.
 
     Args:
         model: the model.
@@ -67,30 +65,30 @@ def ask(
         number: of the picture in the data.
         settings: the run's.
         table: the categories that words may name.
-        answer: ids of the answer, where it is known from an earlier run.
+        answer: ids of the answer, if it is known from an earlier run.
 
     Raises:
-        ValueError: the picture can't be read, has no caption though one is to be explained, or the
-            model says nothing.
+        ValueError: the picture can't be read, has no caption although captions are to be
+            explained, or the model generates nothing.
     """
-    made, _ = prepare_inputs(processor, [sample.image], settings.prompt)
-    inputs = made.to(model.device, model.dtype)
+    inputs, _ = prepare_inputs(processor, [sample.image], settings.prompt)
+    inputs = inputs.to(model.device, model.dtype)
     target: Any = None if answer is None else torch.tensor(answer)
     if target is None and settings.answers == "captions":
         if not sample.captions:
-            raise ValueError(f"image {sample.image_id} has no caption to be explained.")
+            raise ValueError(f"image {sample.image_id} has no caption to explain.")
         target = sample.captions[0]
     trace = LogitLens(model, processor).trace(
         inputs, target, gen_args={"max_new_tokens": settings.max_new_tokens}
     )
     ids = trace.text_ids[trace.n_prompt :].cpu()
     words = group_words(trace.labels[trace.n_prompt :], spaced=marks_spaces(trace.labels))
-    found = match_categories([word.text for word in words], table, parity=settings.parity)
+    categories = match_categories([word.text for word in words], table, parity=settings.parity)
     labels: list[str | None] = [None] * len(ids)
-    for word, label in zip(words, found, strict=True):
+    for word, label in zip(words, categories, strict=True):
         for token in word.tokens:
             labels[token] = label
-    return Request(
+    return BenchmarkSample(
         number=number,
         inputs=inputs,
         answer=ids,
@@ -102,7 +100,7 @@ def ask(
 
 
 def _masks(sample: CocoSample) -> dict[str, np.ndarray]:
-    """Everything of each category in one mask; what no pixel shows is not annotated."""
+    """One mask of all objects of each category; an object without a pixel is not annotated."""
     masks: dict[str, np.ndarray] = {}
     for thing in sample.objects:
         before = masks.get(thing.category)
@@ -110,30 +108,39 @@ def _masks(sample: CocoSample) -> dict[str, np.ndarray]:
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
-def explained(
-    model: Any, processor: Any, request: Request, method: str, settings: Settings
+def explain_sample(
+    model: Any, processor: Any, sample: BenchmarkSample, method: str, settings: Settings
 ) -> MLLMAttributionResult:
     """A method's maps of the answer.
 
     Args:
         model: the model.
         processor: its processor.
-        request: the question.
+        sample: the picture and the answer about it.
         method: a name of :data:`captum_mllm.methods.METHODS`.
         settings: the run's.
     """
     masks = None
     if METHODS[method].needs == "masks":
-        masks = {t: request.masks[x] for t, x in enumerate(request.labels) if x in request.masks}
-    options: dict[str, Any] = {"seed": settings.seed + request.number}
-    options |= settings.options.get(method, {})
-    return explain(method, model, processor, request.inputs, request.answer, masks=masks, **options)
+        masks = {t: sample.masks[x] for t, x in enumerate(sample.labels) if x in sample.masks}
+    options = dict(settings.options.get(method, {}))
+    request = Request(
+        model,
+        processor,
+        sample.inputs,
+        sample.answer,
+        masks=masks,
+        seed=settings.seed + sample.number,
+        shared=sample.shared,
+        **{name: options.pop(name) for name in ("steps",) if name in options},
+    )
+    return run_method(method, request, **options)
 
 
-def scores(
+def score_sample(
     model: Any,
     processor: Any,
-    request: Request,
+    sample: BenchmarkSample,
     result: MLLMAttributionResult,
     size: tuple[int, int],
     settings: Settings,
@@ -141,28 +148,29 @@ def scores(
     """All metrics of one answer's maps.
 
     Args:
-        model: the model, which only insertion and its like run.
+        model: the model, which only insertion, deletion and the like run.
         processor: its processor.
-        request: the question.
+        sample: the picture and the answer about it.
         result: a method's maps.
         size: (height, width) of the picture.
         settings: the run's.
 
     Returns:
         Per metric one value per mention of an annotated category ("obj_iou" and other metrics of
-        masks), per function word ("func_iou") or per scored token (insertion and its like); NaN
-        where there is none. "f1_iou" is made of the two others when all pictures are known.
+        masks), per function word ("func_iou") or per scored token (insertion, deletion and the
+        like); NaN where there is none. "f1_iou" is computed from the two others once all pictures
+        are done.
     """
-    if not request.table.names:
+    if not sample.table.names:
         return {name: [] for name in settings.metrics if name != "f1_iou"}
-    masks: dict[str, Any] = dict(request.masks)
-    if not masks:  # nothing to find, but function words are still scored, at the picture's size
-        masks = {request.table.names[0]: np.zeros(size, bool)}
+    masks: dict[str, Any] = dict(sample.masks)
+    if not masks:  # no object, but function words are still scored, at the picture's size
+        masks = {sample.table.names[0]: np.zeros(size, bool)}
     further = [name for name in settings.metrics if name in MASK_METRICS and name != "obj_iou"]
-    found = score_words(result, masks, table=request.table, parity=settings.parity, metrics=further)
-    values = {"obj_iou": found.obj, "func_iou": found.func, **found.more}
+    words = score_words(result, masks, table=sample.table, parity=settings.parity, metrics=further)
+    values = {"obj_iou": words.obj, "func_iou": words.func, **words.more}
     if any(name in PERTURBATION for name in settings.metrics):
-        values |= _perturbation_scores(model, processor, request, result, settings)
+        values |= _perturbation_scores(model, processor, sample, result, settings)
     wanted = [name for name in values if name in settings.metrics]
     if "f1_iou" in settings.metrics:
         wanted = list(dict.fromkeys([*wanted, "obj_iou", "func_iou"]))
@@ -170,18 +178,22 @@ def scores(
 
 
 def _perturbation_scores(
-    model: Any, processor: Any, request: Request, result: MLLMAttributionResult, settings: Settings
+    model: Any,
+    processor: Any,
+    sample: BenchmarkSample,
+    result: MLLMAttributionResult,
+    settings: Settings,
 ) -> dict[str, np.ndarray]:
     """Per scored token; comprehensiveness and sufficiency as means over the shares of area."""
-    tokens = range(len(request.answer))
+    tokens = range(len(sample.answer))
     if settings.scored_tokens == "objects":
-        tokens = [t for t in tokens if request.labels[t] is not None]
+        tokens = [t for t in tokens if sample.labels[t] is not None]
     if not tokens:
         return {name: np.zeros(0) for name in PERTURBATION}
-    found = insertion_deletion(
+    curves = insertion_deletion(
         model,
-        request.inputs,
-        request.answer,
+        sample.inputs,
+        sample.answer,
         result,
         processor=processor,
         tokens=list(tokens),
@@ -189,13 +201,13 @@ def _perturbation_scores(
         steps=settings.steps,
         perturbations_per_eval=settings.perturbations_per_eval,
     )
-    kept = found.difference.masked_fill(~found.sensitive, float("nan"))
+    kept = curves.difference.masked_fill(~curves.sensitive, float("nan"))
     values = {
-        "insertion": found.insertion_auc,
-        "deletion": found.deletion_auc,
-        "difference": found.difference,
+        "insertion": curves.insertion_auc,
+        "deletion": curves.deletion_auc,
+        "difference": curves.difference,
         "difference_sensitive": kept,
-        "comprehensiveness": torch.stack(list(found.comprehensiveness.values())).mean(0),
-        "sufficiency": torch.stack(list(found.sufficiency.values())).mean(0),
+        "comprehensiveness": torch.stack(list(curves.comprehensiveness.values())).mean(0),
+        "sufficiency": torch.stack(list(curves.sufficiency.values())).mean(0),
     }
     return {name: tensor.numpy() for name, tensor in values.items()}

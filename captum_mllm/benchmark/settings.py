@@ -1,4 +1,4 @@
-"""What a benchmark run is asked to do, and what must be the same for it to go on later."""
+"""The settings of a benchmark run, and what must stay the same for a run to be resumed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import captum_mllm
-from captum_mllm.data.coco import CocoSample
-from captum_mllm.data.label_maps import LabelMapDataset
+from captum_mllm.data import COCO_NAMES, CategoryTable, CocoSample, LabelMapDataset
 from captum_mllm.methods import METHODS
-from captum_mllm.metrics import COCO_NAMES, MASK_METRICS, CategoryTable
+from captum_mllm.methods.registry import check_options
+from captum_mllm.metrics import MASK_METRICS
 from captum_mllm.model.loading import PROMPT
+from captum_mllm.validation import ArgumentError
 
 PERTURBATION = (
     "insertion",
@@ -29,46 +30,46 @@ METRICS: tuple[str, ...] = ("obj_iou", "func_iou", "f1_iou", *list(MASK_METRICS)
 """Names of all metrics of the benchmark, for :class:`Settings`."""
 
 LOWER_IS_BETTER = frozenset({"deletion", "sufficiency"})
-# Of what may change between two runs into one folder: no line of samples.jsonl depends on it.
+# What may change between two runs into one folder: no line of samples.jsonl depends on it.
 _FREE = frozenset({"methods", "limit", "against", "perturbations_per_eval", "bootstrap_seed"})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, of what, and how.
+    """What is measured, on what, and how.
 
     Args:
         methods: names of :data:`captum_mllm.methods.METHODS`.
         metrics: names of :data:`METRICS`. Default: Obj-IoU, Func-IoU and F1-IoU.
-        prompt: what the model is asked about every picture, without its chat template.
+        prompt: the prompt about every picture, without the model's chat template.
         answers: "own" (default) explains the model's own greedy answer, as TAM's evaluation does;
             "captions" the picture's first caption, teacher-forced.
-        max_new_tokens: longest answer of the model's own, default 128.
+        max_new_tokens: length of the generated answers at most, default 128.
         categories: what words may name. "coco": COCO's 80 categories with synonyms; "data": the
-            data's names; "picture": each picture's own names, where the data tells them
-            (:class:`~captum_mllm.data.label_maps.LabelMapDataset`). "auto" (default): "coco" where
+            data's names; "picture": each picture's own names, where the data has them
+            (:class:`~captum_mllm.data.LabelMapDataset`). "auto" (default): "coco" where
             all of the data's names are COCO's, else "picture" where there are such, else "data".
         parity: reproduce known defects of TAM's evaluation, see
             :func:`captum_mllm.metrics.score_words`. Default: no.
         steps: steps of area of insertion and deletion, default 64.
-        baseline: what removed pixels show: "black" (default), "mean" or "blur".
-        scored_tokens: of which tokens insertion and its like are taken: "objects" (default: of the
-            words that name a category, annotated or not) or "all".
-        perturbations_per_eval: changed pictures in one forward, default 1.
+        baseline: what replaces removed pixels: "black" (default), "mean" or "blur".
+        scored_tokens: the tokens that insertion, deletion and the like score: "objects" (default:
+            those of the words that name a category, annotated or not) or "all".
+        perturbations_per_eval: perturbed images in one forward, default 1.
         options: per method, options of :func:`captum_mllm.methods.explain`.
-        seed: of the methods that draw; the picture's number is added to it. Default: 0.
+        seed: of the random methods; the picture's number is added to it. Default: 0.
         limit: number of pictures, from the first; None (default) for all.
-        against: the method whose figures are subtracted from the others'; default: the first.
+        against: the method that the others are compared with; default: the first.
         bootstrap_seed: of the intervals. Default: 0.
 
     Reference:
         TAM's evaluation explains the model's own answers, of at most 256 tokens, to prompts for
         about one sentence (COCO), two (GranDf) or three (OpenPSG), and takes each GranDf and
-        OpenPSG picture's own names; captions rate the answer's text there, which is not done here.
+        OpenPSG picture's own names; it also rates the answer's text by the captions, which is not
+        done here.
 
     Raises:
-        ValueError: an unknown or repeated name, a number out of range; the message begins with
-            the argument's name.
+        ArgumentError: an unknown or repeated name, a number out of range.
 
     Example:
         >>> Settings(methods=("lens", "tam")).reference
@@ -102,12 +103,12 @@ class Settings:
         for name in ("max_new_tokens", "steps", "perturbations_per_eval", "limit"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+                raise ArgumentError(name, f"must be a whole number of at least 1, got {value!r}.")
         if not self.prompt.strip():
-            raise ValueError("prompt is empty.")
+            raise ArgumentError("prompt", "is empty.")
         if self.against is not None and self.against not in self.methods:
-            raise ValueError(
-                f"against={self.against!r} is not among methods ({', '.join(self.methods)})."
+            raise ArgumentError(
+                "against", f"must be one of {', '.join(self.methods)}, got {self.against!r}."
             )
         _check_options(self.options, self.methods)
 
@@ -121,34 +122,37 @@ class Settings:
         return {**asdict(self), "methods": list(self.methods), "metrics": list(self.metrics)}
 
 
-def _check_names(name: str, given: Sequence[str], known: Any) -> None:
-    if isinstance(given, str) or not given:
-        raise ValueError(f"{name} must be a sequence of at least one name, got {given!r}.")
-    unknown = [one for one in given if one not in known]
+def _check_names(argument: str, names: Sequence[str], known: Any) -> None:
+    if isinstance(names, str) or not names:
+        raise ArgumentError(argument, f"must be a sequence of at least one name, got {names!r}.")
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"{name}: no {', '.join(unknown)}; there are {', '.join(known)}.")
-    if len(set(given)) < len(given):
-        raise ValueError(f"{name} names one of them twice: {', '.join(given)}.")
+        raise ArgumentError(
+            argument, f"must be among {', '.join(known)}; unknown: {', '.join(unknown)}."
+        )
+    if len(set(names)) < len(names):
+        raise ArgumentError(argument, f"must be distinct, got {', '.join(names)}.")
 
 
-def _check_choice(name: str, given: Any, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}.")
+def _check_choice(argument: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ArgumentError(argument, f"must be one of {', '.join(known)}, got {value!r}.")
 
 
 def _check_options(options: Mapping[str, Mapping[str, Any]], methods: Sequence[str]) -> None:
-    for method, own in options.items():
+    for method, of_method in options.items():
         if method not in methods:
-            raise ValueError(f"options: {method!r} is not among methods ({', '.join(methods)}).")
-        takes = METHODS[method].options
-        unknown = [] if takes is None else sorted(own.keys() - takes - {"steps"})
-        if unknown:
-            known = ", ".join(sorted({*(takes or ()), "steps"}))
-            raise ValueError(f"options: {method} takes no {', '.join(unknown)}; it takes {known}.")
+            raise ArgumentError(
+                "options", f"must be for one of {', '.join(methods)}, got some for {method!r}."
+            )
+        try:
+            check_options(method, of_method, always=("steps",))
+        except TypeError as error:
+            raise ArgumentError("options", f"must be those of their method: {error}") from error
     try:
         json.dumps(dict(options), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"options must be plain data that JSON can hold: {error}.") from error
+        raise ArgumentError("options", f"must be plain data for JSON: {error}.") from error
 
 
 def fixed_part(settings: Settings, model: Any, data: Any) -> dict[str, Any]:
@@ -163,7 +167,7 @@ def fixed_part(settings: Settings, model: Any, data: Any) -> dict[str, Any]:
         Plain data; two runs may share a folder if it is equal.
     """
     kept = {name: value for name, value in settings.to_dict().items() if name not in _FREE}
-    kept["options"] = {name: dict(own) for name, own in sorted(settings.options.items())}
+    kept["options"] = {name: dict(chosen) for name, chosen in sorted(settings.options.items())}
     return {
         **kept,
         "categories": resolved_categories(settings, data),
@@ -183,15 +187,15 @@ def fixed_part(settings: Settings, model: Any, data: Any) -> dict[str, Any]:
 
 
 def weights_of(model: Any) -> str:
-    """What tells a model's weights from others.
+    """What identifies a model's weights.
 
     Args:
         model: a transformers model.
 
     Returns:
         "sha256:..." of the weights' files where it was loaded from a folder, "commit:..." of a
-        hub's repository, else "sha256:..." of the weights in memory. What was done to a loaded
-        model since is not seen.
+        hub's repository, else "sha256:..." of the weights in memory. Later changes to a loaded
+        model go unnoticed.
     """
     folder = Path(getattr(model.config, "_name_or_path", "") or "/nowhere")
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if folder.is_dir() else []
@@ -207,7 +211,7 @@ def weights_of(model: Any) -> str:
 
 
 def _hash(files: Sequence[Path]) -> str:
-    """Of one file what ``sha256sum`` prints, of several the hash of their hashes."""
+    """For one file what ``sha256sum`` prints, for several the hash of their hashes."""
     digests = []
     for path in files:
         with path.open("rb") as file:
@@ -239,29 +243,29 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 
 def resolved_categories(settings: Settings, data: Any) -> str:
-    """What "auto" comes to for this data.
+    """What "auto" means for this data.
 
     Args:
         settings: the run's.
         data: the data set.
 
     Raises:
-        ValueError: "coco" although the data has other names, or "picture" where a picture has none
-            of its own.
+        ArgumentError: "coco" although the data has other names, or "picture" where the data has no
+            names per picture.
     """
     others = sorted(set(data.categories) - set(COCO_NAMES))
-    own = isinstance(data, LabelMapDataset)
+    per_picture = isinstance(data, LabelMapDataset)
     if settings.categories == "coco" and others:
-        raise ValueError(
-            f"categories is 'coco', but the data has {', '.join(others[:3])} too; use 'data'."
+        raise ArgumentError(
+            "categories", f"is 'coco', but the data has {', '.join(others[:3])} too; use 'data'."
         )
-    if settings.categories == "picture" and not own:
-        raise ValueError(
-            "categories is 'picture', but this data names none per picture; use 'data'."
+    if settings.categories == "picture" and not per_picture:
+        raise ArgumentError(
+            "categories", "is 'picture', but this data has no names per picture; use 'data'."
         )
     if settings.categories != "auto":
         return settings.categories
-    return "coco" if not others else "picture" if own else "data"
+    return "coco" if not others else "picture" if per_picture else "data"
 
 
 def table_of(kind: str, data: Any, sample: CocoSample) -> CategoryTable:

@@ -240,13 +240,13 @@ def _log_probs_per_token(attribution: LLMAttribution) -> Iterator[None]:
         attribution.attr_target, attribution.include_per_token_attr = before
 
 
-def _scores(model: TeacherForced, inputs: Any, target: Tensor) -> Tensor:
+def _scores(forced: TeacherForced, inputs: Any, target: Tensor) -> Tensor:
     """The log-probability of each token of the answer in one teacher-forced forward."""
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    ids = inputs.pop("input_ids").to(model.device)
+    ids = inputs.pop("input_ids").to(forced.device)
     inputs.pop("attention_mask", None)
-    target = target.to(model.device)
-    logits = model(torch.cat([ids, target[None]], 1), **inputs).logits[0, ids.shape[1] - 1 : -1]
+    target = target.to(forced.device)
+    logits = forced(torch.cat([ids, target[None]], 1), **inputs).logits[0, ids.shape[1] - 1 : -1]
     scores = logits.float().log_softmax(-1).gather(1, target[:, None].to(logits.device))
     return scores[:, 0].cpu()
 

@@ -1,41 +1,102 @@
-"""What the commands share: arguments of the model, kinds of arguments, and how things are said."""
+"""What the commands share: arguments of the model and methods, printing, and mistakes of users."""
 
 import argparse
+import ast
 import sys
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-SHIPPED = "the small model that comes with captum_mllm (it knows synthetic scenes only)"
+SHIPPED = "the small model shipped with captum_mllm (it knows synthetic scenes only)"
+
+
+# The flag of each argument of the library whose name differs from the flag's.
+_FLAGS = {
+    "name": "--model",
+    "pictures": "--image",
+    "input_ids": "--prompt",
+    "options": "--option",
+    "gen_args": "--max-new-tokens",
+}
+
+
+class UsageError(Exception):
+    """A mistake of the user, as one line that names the flag."""
+
+
+def usage_error(error: Exception, flags: Sequence[str], otherwise: str) -> UsageError:
+    """A library's error as a mistake of the user.
+
+    Args:
+        error: the library's; its ``argument``, if it has one, tells the flag.
+        flags: the command's flags.
+        otherwise: the flags that may be to blame if the error names no argument.
+    """
+    argument = getattr(error, "argument", None)
+    if argument is None:
+        return UsageError(f"argument {otherwise}: {error}")
+    flag = _FLAGS.get(argument, f"--{argument.replace('_', '-')}")
+    if flag not in flags:
+        return UsageError(f"argument --option: {error}")
+    return UsageError(f"argument {flag}: {str(error).removeprefix(argument).lstrip()}")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say which model runs, where, and for how long.
+    """Add the arguments that choose the model, its device and the length of its answers.
 
     Args:
-        parser: of the command.
+        parser: the command's parser.
     """
     add = parser.add_argument
     add("--model", metavar="ID_OR_PATH", help=f"hub id or folder; default: {SHIPPED}")
-    add("--max-new-tokens", type=positive_int, default=128, metavar="N", help="default: 128")
+    add("--max-new-tokens", type=positive_int, default=128, metavar="N",
+        help="length of the generated answer at most; default: 128")  # fmt: skip
     add("--dtype", choices=DTYPES, default="auto", help="default: auto, the checkpoint's own")
     add("--device", metavar="NAME", help="e.g. cpu, cuda:1; default: cuda if there is one")
 
 
-def text(given: str) -> str:
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names the folder to write.
+
+    Args:
+        parser: the command's parser.
+    """
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR",
+        help="folder to write; created if it is missing",
+    )  # fmt: skip
+
+
+def option(text: str) -> tuple[str, str, Any]:
+    """Method ("" if it is left out), name and value of ``METHOD.NAME=VALUE``.
+
+    A value that is not a Python literal is taken as text.
+
+    Args:
+        text: the argument.
+    """
+    place, equals, value = text.partition("=")
+    method, dot, name = place.rpartition(".")
+    if not (equals and name and value) or (dot and not method):
+        raise argparse.ArgumentTypeError(f"must be METHOD.NAME=VALUE, got {text!r}")
+    try:
+        return method, name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return method, name, value
+
+
+def text(value: str) -> str:
     """A text that is not empty.
 
     Args:
-        given: the argument.
+        value: the argument.
     """
-    if not given.strip():
+    if not value.strip():
         raise argparse.ArgumentTypeError("is empty")
-    return given
+    return value
 
 
 def positive_int(text: str) -> int:
@@ -64,13 +125,48 @@ def positive(text: str) -> float:
     return value
 
 
-def say(text: str) -> None:
-    """A line on stderr.
+def check_out(folder: Path) -> None:
+    """Raise unless a folder can be written.
 
     Args:
-        text: what to say.
+        folder: the argument ``--out``.
+
+    Raises:
+        UsageError: it can't.
     """
-    print(printable(f"captum-mllm: {text}", sys.stderr), file=sys.stderr, flush=True)
+    from captum_mllm.files import check_folder
+
+    try:
+        check_folder(folder)
+    except OSError as error:
+        raise UsageError(f"argument --out: {error}; choose another folder") from error
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any, str]:
+    """The model and processor that the arguments name, and a note on how they were loaded, or "".
+
+    Args:
+        args: with those of :func:`add_model`.
+
+    Raises:
+        UsageError: they can't be loaded.
+    """
+    from captum_mllm.model.loading import load_model
+
+    print_progress(f"loading {args.model or SHIPPED} ...")
+    try:
+        return load_model(args.model, args.dtype, args.device)
+    except (ValueError, OSError) as error:
+        raise usage_error(error, ("--model", "--dtype", "--device"), "--model") from error
+
+
+def print_progress(line: str) -> None:
+    """Print a line on stderr.
+
+    Args:
+        line: the line.
+    """
+    print(printable(f"captum-mllm: {line}", sys.stderr), file=sys.stderr, flush=True)
 
 
 def printable(text: str, stream: Any) -> str:
@@ -82,7 +178,3 @@ def printable(text: str, stream: Any) -> str:
     """
     encoding = getattr(stream, "encoding", None) or "ascii"
     return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-class UsageError(Exception):
-    """A mistake of the user, as one line."""

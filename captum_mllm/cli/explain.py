@@ -1,15 +1,264 @@
 """``captum-mllm explain``: one answer about a picture, explained word by word in a folder."""
 
-from typing import TYPE_CHECKING
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from captum_mllm.cli.arguments import (
+    SHIPPED,
+    UsageError,
+    add_model,
+    add_out,
+    check_out,
+    load,
+    option,
+    positive,
+    print_progress,
+    printable,
+    text,
+    usage_error,
+)
 
 if TYPE_CHECKING:
-    pass
+    from PIL.Image import Image
 
-
-METHODS = ("lens", "tam", "msea", "arc", "msea+arc")
-
-
-PRESET_NAMES = ("measured", "paper")
+    from captum_mllm.result import MLLMAttributionResult
 
 
 DEMO_SCENE = 23  # three objects, among them a noun of two words; fixed before training
+
+
+_SHORT = ("scales", "layer", "alpha_max")  # options with a flag of their own
+
+
+_ALWAYS = ("seed", "steps")  # arguments of methods.explain that any method accepts
+
+
+_FLAGS = (
+    *("--image", "--prompt", "--target", "--model", "--dtype", "--device", "--max-new-tokens"),
+    *("--method", "--scales", "--layer", "--alpha-max", "--option"),
+)
+
+
+def add_explain(commands: Any) -> None:
+    """Add the command to the parser.
+
+    Args:
+        commands: returned by ``add_subparsers``.
+    """
+    parser = commands.add_parser(
+        "explain",
+        help="show which image regions support each word of an answer, and which words led to it",
+        description="Ask a multimodal model about a picture and write, for every word of its "
+        "answer, which image regions support it and which words led to it. Writes index.html, an "
+        "overlay per content word (PNG), a text heat map (HTML, PNG) and a table; prints the "
+        "table.",
+    )
+    parser.set_defaults(run=run)
+    _add_inputs(parser)
+    _add_method(parser)
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--image", type=Path, metavar="FILE", nargs="+", action="extend",
+        help="the picture, or several")  # fmt: skip
+    add("--prompt", type=text, metavar="TEXT",
+        help="what to ask; the model's chat template is applied to it")  # fmt: skip
+    add("--demo", action="store_true",
+        help="explain a held-out scene of the shipped model; takes no --image")  # fmt: skip
+    add_out(parser)
+    add("--target", type=text, metavar="TEXT",
+        help="explain this answer instead of the model's own")  # fmt: skip
+    add_model(parser)
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--method", default="msea+arc", metavar="NAME",
+        help="default: msea+arc; a wrong name lists all")  # fmt: skip
+    add("--scales", type=_scales, metavar="S,S,...",
+        help="short form of an option: image sizes to aggregate over, e.g. 1,1.5")  # fmt: skip
+    add("--layer", type=int, metavar="N",
+        help="short form of an option: the language model's layer to read, e.g. -1")  # fmt: skip
+    add("--alpha-max", type=positive, metavar="A",
+        help="short form of an option: bound on how strongly context is subtracted")  # fmt: skip
+    add("--option", type=option, action="append", default=[], metavar="NAME=VALUE",
+        help="an option of the method, e.g. top_k=20 (or msea+arc.top_k=20, as for benchmark); "
+        "may be repeated; a wrong name lists all")  # fmt: skip
+    add("--save-result", action="store_true", help="also write result.safetensors")
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(f"must be positive numbers like 1,1.25,1.5, got {text!r}")
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"must be distinct, got {text!r}")
+    return values
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Args:
+        args: of the command line.
+
+    Raises:
+        UsageError: a mistake of the user.
+    """
+    from captum_mllm.model.loading import prepare_inputs
+
+    if args.demo and (args.image or args.prompt or args.model):
+        raise UsageError("argument --demo: brings its own picture, prompt and model; leave it out")
+    if not args.demo and not (args.image and args.prompt):
+        raise UsageError("arguments --image and --prompt are both needed (or --demo alone)")
+    options = _options(args)
+    check_out(args.out)
+    if args.demo:
+        picture, prompt = demo_scene()
+        pictures = [picture]
+    else:
+        pictures, prompt = [_picture(path) for path in args.image], args.prompt
+    model, processor, note = load(args)
+    try:
+        inputs, assumed = prepare_inputs(processor, pictures, prompt)
+    except ValueError as error:
+        raise usage_error(error, _FLAGS, "--prompt") from error
+    notes = [line for line in (note, assumed) if line]
+    for line in notes:
+        print_progress(line)
+    result = _attribute(args, model, processor, inputs, options)
+    _write(args, result, pictures, prompt, [f"Model: {args.model or SHIPPED}.", *notes])
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The method's options, each checked to be one that it takes."""
+    from captum_mllm.methods.registry import check_options, find_method
+
+    try:
+        needs = find_method(args.method).needs
+    except ValueError as error:
+        raise usage_error(error, _FLAGS, "--method") from error
+    if needs is not None:
+        raise UsageError(
+            f"argument --method: {args.method} needs {needs}, which only annotated pictures have; "
+            f"use captum-mllm benchmark, or another method"
+        )
+    options: dict[str, Any] = {}
+    short = {name: getattr(args, name) for name in _SHORT if getattr(args, name) is not None}
+    flags = [(f"--{name.replace('_', '-')}", "", name, value) for name, value in short.items()]
+    flags += [("--option", *one) for one in args.option]
+    for flag, method, name, value in flags:
+        if method not in ("", args.method):
+            raise UsageError(
+                f"argument {flag}: {method}.{name} is not an option of --method {args.method}"
+            )
+        if name in options:
+            raise UsageError(f"argument {flag}: {name} is given twice")
+        try:
+            check_options(args.method, [name], always=_ALWAYS)
+        except TypeError as error:
+            raise UsageError(f"argument {flag}: {error}") from error
+        options[name] = value
+    return options
+
+
+def _attribute(
+    args: argparse.Namespace, model: Any, processor: Any, inputs: Any, options: dict[str, Any]
+) -> "MLLMAttributionResult":
+    from captum_mllm.methods import explain
+
+    print_progress(f"explaining with {args.method} ...")
+    # A wrong option may be of a wrong type; without options a TypeError is not the user's.
+    errors = (ValueError, TypeError) if options else ValueError
+    try:
+        return explain(
+            args.method,
+            model,
+            processor,
+            inputs.to(model.device, model.dtype),
+            args.target,
+            gen_args={"max_new_tokens": args.max_new_tokens},
+            show_progress=True,
+            **options,
+        )
+    except errors as error:
+        raise usage_error(error, _FLAGS, _flags_to_blame(args)) from error
+
+
+def _flags_to_blame(args: argparse.Namespace) -> str:
+    """The flags that an error without the name of an argument may come from."""
+    short = [f"--{name.replace('_', '-')}" for name in _SHORT if getattr(args, name) is not None]
+    target = ["--target"] if args.target else []
+    options = ["--option"] if args.option else []
+    return f"{', '.join([*short, *options, *target, '--model'])} or --prompt"
+
+
+def _write(
+    args: argparse.Namespace,
+    result: "MLLMAttributionResult",
+    pictures: "Sequence[Image]",
+    prompt: str,
+    notes: Sequence[str],
+) -> None:
+    """One picture: a report in the folder. Several: one each in image-1, image-2, ..."""
+    from captum_mllm.files import filled_folder
+    from captum_mllm.visualization import answer_text, format_table, write_report
+
+    several = len(pictures) > 1
+    print_progress("drawing ...")
+    summaries = []
+    try:
+        with filled_folder(args.out) as folder:
+            for n, picture in enumerate(pictures):
+                report = folder / f"image-{n + 1}" if several else folder
+                report.mkdir(exist_ok=True)
+                title = [f"Picture {n + 1} of {len(pictures)}: {args.image[n]}."] if several else []
+                one = replace(result, grid_attr=(result.grid_attr[n],), grids=(result.grids[n],))
+                lines = [*title, *notes]
+                summaries.append(write_report(report, one, picture, prompt=prompt, notes=lines))
+            if args.save_result:
+                result.save(folder / "result.safetensors")
+    except OSError as error:
+        raise UsageError(f"argument --out: can't be written ({error})") from error
+    table = f"prompt: {prompt}\nanswer: {answer_text(result)}\n"
+    for n, summary in enumerate(summaries):
+        title = f"image {n + 1}: {args.image[n]}\n" if several else ""
+        table += f"\n{title}{format_table(summary)}\n"
+    print(printable(table, sys.stdout))
+    if any(summary.assumed for summary in summaries):
+        print_progress(
+            "assumed: the model saw the whole picture (the processor's crop is not known)"
+        )
+    files = sum(path.is_file() for path in args.out.rglob("*"))
+    page = args.out / ("image-1" if several else "") / "index.html"
+    print_progress(f"wrote {page} and {files - 1} files next to it")
+
+
+def demo_scene() -> "tuple[Image, str]":
+    """The picture of the demo, and what to ask about it."""
+    from captum_mllm.reference.captions import DEFAULT_QUESTION
+    from captum_mllm.reference.render import render_pil
+    from captum_mllm.reference.scenes import make_scene
+
+    scene = make_scene(DEMO_SCENE, "test")
+    print_progress(
+        f"demo: scene {DEMO_SCENE} of the test split, held out: {', '.join(scene.categories)}"
+    )
+    return render_pil(scene)[0], DEFAULT_QUESTION
+
+
+def _picture(path: Path) -> "Image":
+    from captum_mllm.data.pictures import open_picture
+
+    try:
+        return open_picture(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"argument --image: {error}") from error

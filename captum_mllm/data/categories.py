@@ -1,4 +1,4 @@
-"""Which category a word names: COCO's 80 names, plurals, synonyms; the longest phrase wins."""
+"""Which category a word names: COCO's 80 names, plurals and synonyms; the longest phrase wins."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,7 +73,7 @@ COCO_SYNONYMS: dict[str, tuple[str, ...]] = {
     "hair drier": ("hair dryer", "hairdryer", "blow dryer"),
     "toothbrush": ("tooth brush",),
 }  # fmt: skip
-"""Common other words for COCO's names, without their plurals: ours, and far from complete."""
+"""Common synonyms of COCO's names, without their plurals: our choice, far from complete."""
 
 
 _IRREGULAR = {
@@ -91,7 +91,7 @@ Phrase = tuple[str, ...]
 
 
 def plural(phrase: str) -> str:
-    """The plural of an English noun or noun phrase: of its last word.
+    """The plural of an English noun, or of a noun phrase by its last word.
 
     Args:
         phrase: lower case, e.g. "wine glass".
@@ -105,20 +105,20 @@ def plural(phrase: str) -> str:
     """
     *before, last = phrase.split(" ")
     if last in _IRREGULAR:
-        made = _IRREGULAR[last]
+        ending = _IRREGULAR[last]
     elif last.endswith("man") and last != "human":
-        made = last[:-3] + "men"
+        ending = last[:-3] + "men"
     elif last.endswith("y") and last[-2:-1] not in tuple("aeiou"):
-        made = last[:-1] + "ies"
+        ending = last[:-1] + "ies"
     elif last.endswith(("s", "x", "z", "ch", "sh")):
-        made = last + "es"
+        ending = last + "es"
     else:
-        made = last + "s"
-    return " ".join([*before, made])
+        ending = last + "s"
+    return " ".join([*before, ending])
 
 
 def _words(phrase: str) -> Phrase:
-    """A phrase's words, cut as an answer's are: "woman's hand" has three."""
+    """A phrase's words, split as an answer's are: "woman's hand" has three."""
     pieces = re.findall(r"\s*(?:\w+|[^\w\s])", phrase)
     return tuple(word.text for word in group_words(pieces))
 
@@ -149,7 +149,7 @@ class CategoryTable:
             The table, for :func:`match_categories` and :func:`score_words`.
 
         Raises:
-            ValueError: an empty or repeated name, or synonyms of a name that is not there.
+            ValueError: an empty or repeated name, or synonyms of an unknown name.
 
         Example:
             >>> table = CategoryTable.of(["dog"], {"dog": ["puppy"]})
@@ -188,10 +188,10 @@ def match_categories(
 
     By default whole phrases are matched, case ignored: of overlapping ones the longest wins, then
     the category that comes first in the table, then the one further left. A word belongs to one
-    phrase at most, so the "dog" of "hot dog" names no dog.
+    phrase at most, so the "dog" of "hot dog" does not name a dog.
 
     Args:
-        words: a text's words in order, punctuation on its own
+        words: a text's words in order, punctuation as words of its own
             (:func:`captum_mllm.words.group_words`).
         table: the categories.
         parity: default False. True: as TAM's released evaluation, which looks at one word at a
@@ -204,8 +204,8 @@ def match_categories(
 
     Reference:
         ``parity``: a known defect of TAM's released evaluation; that a word matches by being a
-        whole word of a phrase is our reading. The default is ours. Neither has a tagger: the
-        colour in "an orange cat" names an orange.
+        whole word of a phrase is our reading. The default is ours. Neither uses a part-of-speech
+        tagger: the colour in "an orange cat" names an orange.
 
     Example:
         >>> words = "a dog and two hot dogs".split()
@@ -229,14 +229,14 @@ def match_categories(
         for phrase in phrases:
             order.setdefault(phrase, number)
     longest = max((len(phrase) for phrase in order), default=0)
-    found = [
+    matches = [
         (-length, order[phrase], start)
         for length in range(1, longest + 1)
         for start in range(len(lower) - length + 1)
         if (phrase := tuple(lower[start : start + length])) in order
     ]
     labels: list[str | None] = [None] * len(lower)
-    for length, number, start in sorted(found):
+    for length, number, start in sorted(matches):
         span = slice(start, start - length)
         if not any(labels[span]):
             labels[span] = [table.names[number]] * -length

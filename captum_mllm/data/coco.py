@@ -2,7 +2,7 @@
 
 What COCO itself publishes (`val2017/`, `instances_val2017.json`, `captions_val2017.json`), what
 other tools write in its format, and what `captum_mllm.reference.export` writes. Masks may be
-polygons or run lengths, compressed or not; pycocotools draws them, so they are COCO's own to the
+polygons or run lengths, compressed or not; pycocotools draws them, so they equal COCO's to the
 pixel.
 """
 
@@ -19,9 +19,6 @@ import numpy as np
 from PIL import Image
 
 from captum_mllm.data.coco_masks import draw_mask, is_number, mask_problem, mask_tools, shown
-
-__all__ = ["CocoDataset", "CocoObject", "CocoSample"]
-
 
 _INT, _TEXT = "a whole number", "a text that is not empty"
 
@@ -66,10 +63,10 @@ class CocoObject:
 
     Args:
         category: Name of the category.
-        mask: bool (height, width), where the object is, at the picture's own size. All False where
-            a polygon is too thin to hold the centre of a pixel.
-        area: In pixels, as annotated; the mask's sum if it is not.
-        is_crowd: Whether the mask covers a group of objects that were not told apart.
+        mask: bool (height, width), where the object is, at the picture's own size. All False if
+            a polygon is too thin to contain the centre of a pixel.
+        area: In pixels, as annotated; the mask's sum if it is not annotated.
+        is_crowd: Whether the mask covers a group of objects that were not separated.
         id: Of the annotation.
         bbox: (left, top, width, height) in pixels as annotated, or None. Default: None.
         extra: The annotation's fields that are not COCO's. Default: none.
@@ -86,14 +83,14 @@ class CocoObject:
 
 @dataclass(frozen=True, eq=False)
 class CocoSample:
-    """One picture with everything that is annotated on it.
+    """One picture with its annotations.
 
     Args:
         image_id: Id of the image.
         file_name: As in the instances file.
         path: Of the image file.
         size: (height, width) in pixels.
-        captions: What is said about the picture, in the captions file's order.
+        captions: The picture's captions, in the captions file's order.
         objects: The annotated objects, in the instances file's order; may be empty.
         extra: The image's fields that are not COCO's.
         caption_extra: Likewise of each caption, aligned with `captions`.
@@ -110,7 +107,7 @@ class CocoSample:
 
     @property
     def image(self) -> Image.Image:
-        """The picture (RGB), read from its file each time it is asked for.
+        """The picture (RGB), read from its file on each access.
 
         The pixels are as stored: an EXIF orientation is not applied, as COCO's masks and sizes are
         of the stored pixels.
@@ -127,7 +124,7 @@ class CocoSample:
             raise ValueError(
                 f"{self.path} is {image.width} x {image.height} px, but image {self.image_id} is "
                 f"annotated as {self.size[1]} x {self.size[0]}; use the pictures that were "
-                "annotated: not resized, and not turned by their EXIF orientation."
+                "annotated: not resized, and not rotated by their EXIF orientation."
             )
         return image
 
@@ -135,14 +132,14 @@ class CocoSample:
 class CocoDataset(Sequence[CocoSample]):
     """Pictures, masks and captions, ordered by image id.
 
-    Everything but the pictures' pixels is checked when the set is opened. Images without
-    annotations or captions are kept; captions of images that the instances file lacks are left
-    out, so a part of a set can be read with the whole set's captions. Masks are drawn when a
-    sample is taken.
+    Everything except the pictures' pixels is checked when the set is opened. Images without
+    annotations or captions are kept; captions of images that the instances file lacks are ignored,
+    so a part of a set can be read with the whole set's captions. Masks are drawn when a sample is
+    accessed.
 
-    Every annotation needs a mask, and a number where it has `area`; a file with others is refused.
-    The second example takes those without a mask out of a file; an `area` that is null can be left
-    out of its annotation, and the mask's own is taken.
+    Every annotation needs a mask, and its `area`, if present, must be a number; other files are
+    refused. The second example removes annotations without a mask from a file; an `area` of null
+    can be removed from its annotation, and the mask's is used instead.
 
     Args:
         images: Folder that holds the image files.
@@ -151,9 +148,9 @@ class CocoDataset(Sequence[CocoSample]):
             Default: none, and samples have no captions.
 
     Raises:
-        FileNotFoundError: A file or the folder is missing, or image files are.
-        ValueError: Something in a JSON file is not as COCO has it; the message says where, what
-            came and how to mend it.
+        FileNotFoundError: A JSON file, the folder, or an image file is missing.
+        ValueError: Something in a JSON file is not in COCO's format; the message says where, what
+            it is and how to fix it.
         ImportError: pycocotools is missing.
 
     Example:
@@ -247,8 +244,8 @@ class CocoDataset(Sequence[CocoSample]):
         if missing:
             raise FileNotFoundError(
                 f"{len(missing)} of the {len(names)} images that {file.path} names are not in "
-                f"{self._folder}: {_first(missing)}. Give the folder that holds them, or take "
-                "them out of the file."
+                f"{self._folder}: {_first(missing)}. Give the folder that holds them, or remove "
+                "them from the file."
             )
 
     @property
@@ -296,7 +293,7 @@ class CocoDataset(Sequence[CocoSample]):
 
 
 class _File:
-    """A JSON file that can say what is wrong in it."""
+    """A JSON file whose errors say where in it they are."""
 
     def __init__(self, argument: str, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -309,16 +306,16 @@ class _File:
         if not isinstance(self.data, dict):
             raise ValueError(f"{self.path}: must hold an object, got {shown(self.data)}.")
 
-    def wrong(self, where: str, name: str, came: str, mend: str) -> ValueError:
-        return ValueError(f"{self.path}: {where}: field {name!r} {came}; {mend}.")
+    def wrong(self, where: str, name: str, problem: str, fix: str) -> ValueError:
+        return ValueError(f"{self.path}: {where}: field {name!r} {problem}; {fix}.")
 
     def table(self, name: str, rules: dict[str, str]) -> dict[int, dict]:
         """The records of a list by their ids, in the file's order."""
         records = self.data.get(name)
         if not isinstance(records, list):
-            came = "is missing" if name not in self.data else f"is {shown(records)}"
-            fields = f"a COCO file of this kind has a list of objects with {', '.join(rules)}"
-            raise self.wrong("top level", name, came, fields)
+            problem = "is missing" if name not in self.data else f"is {shown(records)}"
+            fix = f"a COCO file of this kind has a list of objects with {', '.join(rules)}"
+            raise self.wrong("top level", name, problem, fix)
         out: dict[int, dict] = {}
         for i, record in enumerate(records):
             where = f"{name}[{i}]"
@@ -326,8 +323,8 @@ class _File:
                 raise ValueError(f"{self.path}: {where} must be an object, got {shown(record)}.")
             self.check_fields(where, record, rules)
             if record["id"] in out:
-                came = f"is {record['id']}, as another's in {name}"
-                raise self.wrong(where, "id", came, "give every one an id of its own")
+                problem = f"is {record['id']}, as another's in {name}"
+                raise self.wrong(where, "id", problem, "give each a unique id")
             out[record["id"]] = record
         return out
 
@@ -342,8 +339,9 @@ class _File:
 
 def _known(file: _File, record: dict, name: str, known: dict[int, dict], where: str) -> dict:
     if record[name] not in known:
-        came = f"is {record[name]}, which {where} does not hold"
-        raise file.wrong(f"annotation {record['id']}", name, came, "add it there or leave this out")
+        problem = f"is {record[name]}, which {where} does not hold"
+        where = f"annotation {record['id']}"
+        raise file.wrong(where, name, problem, "add it there or remove this annotation")
     return known[record[name]]
 
 

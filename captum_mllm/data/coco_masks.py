@@ -38,7 +38,7 @@ def mask_problem(mask: Any, height: int, width: int) -> tuple[str, str] | None:
         width: Likewise.
 
     Returns:
-        What is wrong and how to mend it; None if nothing is.
+        What is wrong and how to fix it; None if nothing is.
 
     Example:
         >>> mask_problem([[0, 0, 4, 0]], 5, 5)
@@ -56,28 +56,28 @@ def mask_problem(mask: Any, height: int, width: int) -> tuple[str, str] | None:
             return f"holds a polygon of {len(points)} numbers", "it takes 3 points or more, x and y"
         farthest = max(points, key=abs)
         if abs(farthest) > _FAR:
-            mend = f"give pixels of the image, at most {_FAR} from its corner"
-            return f"holds a polygon with the coordinate {shown(farthest)}", mend
+            fix = f"give pixels of the image, at most {_FAR} from its corner"
+            return f"holds a polygon with the coordinate {shown(farthest)}", fix
     return None
 
 
 def _runs_problem(mask: dict, height: int, width: int) -> tuple[str, str] | None:
     size, counts = mask.get("size"), mask.get("counts")
     if size != [height, width]:
-        mend = f"the image's [height, width] is {[height, width]}: draw the mask at that size"
-        return f"has size {shown(size)}", mend
-    mend = "give a list of run lengths, or COCO's compressed text of them"
+        fix = f"the image's [height, width] is {[height, width]}: draw the mask at that size"
+        return f"has size {shown(size)}", fix
+    fix = "give a list of run lengths, or COCO's compressed text of them"
     if isinstance(counts, list):
         good = all(type(run) is int and run >= 0 for run in counts)
         total = sum(counts) if good else -1
     elif isinstance(counts, str) and counts:
         total = _compressed_total(counts)
     else:
-        return f"has counts {shown(counts)}", mend
+        return f"has counts {shown(counts)}", fix
     if total < 0:
-        return f"has counts that are no run lengths: {shown(counts)}", mend
+        return f"has counts that are not run lengths: {shown(counts)}", fix
     if total != height * width:
-        return f"has counts for {total} pixels of {height * width}", mend
+        return f"has counts for {total} pixels of {height * width}", fix
     return None
 
 

@@ -1,13 +1,13 @@
-"""Read pictures whose masks are label images: `anno.json` beside pictures and label PNGs.
+"""Read pictures whose masks are label images: `anno.json` next to pictures and label PNGs.
 
-The layout in which TAM's authors give out their evaluation's GranDf and OpenPSG. A folder holds
+The layout in which TAM's authors publish their evaluation's GranDf and OpenPSG. A folder holds
 `anno.json`, a list of records of four entries:
 
     ["image/0001.jpg", "A dog on the grass.", "seg_label/0001.png", {"dog": 1, "grass": 2}]
 
 the picture, its caption, its label image (both relative to the folder), and the label of each
 category: the value of its pixels in the label image, 1 to 255. A pixel has one label, so masks
-don't overlap, and all objects of a category are one mask. Other values are no category.
+don't overlap, and all objects of a category are one mask. Other values belong to no category.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from PIL import Image
 from captum_mllm.data.coco import CocoDataset, CocoObject, CocoSample
 from captum_mllm.data.coco_masks import shown
 
-__all__ = ["LabelMapDataset", "write_label_maps"]
-
-
 FILE = "anno.json"
 
 
@@ -41,17 +38,17 @@ class LabelMapDataset(Sequence[CocoSample]):
 
     Samples are those of :class:`~captum_mllm.data.coco.CocoDataset`: a category that the label
     image shows is one object, whose mask is all of it. `extra["names"]` holds all categories of the
-    record, shown or not. Everything but the pixels is checked when the set is opened.
+    record, shown or not. Everything except the pixels is checked when the set is opened.
 
-    TAM's evaluation takes a label image that is missing for an empty one; here it is an error.
+    TAM's evaluation treats a missing label image as an empty one; here it is an error.
 
     Args:
         folder: Holds `anno.json` and what it names.
 
     Raises:
         FileNotFoundError: The folder or `anno.json` is missing, or pictures or label images are.
-        ValueError: Something in the file is not as it should be, or a label image is not of its
-            picture's size; the message says where, what came and how to mend it.
+        ValueError: Something in the file is wrong, or a label image is not of its picture's size;
+            the message says where, what it is and how to fix it.
 
     Reference:
         The layout is that of TAM's released evaluation (ICCV 2025).
@@ -99,16 +96,16 @@ class LabelMapDataset(Sequence[CocoSample]):
             raise self._wrong(n, _ENTRIES[3], labels, "it must be an object, label by name")
         for name, label in labels.items():
             if type(label) is not int or not 1 <= label <= _MOST:
-                mend = f"the label of {name!r} must be a whole number in 1..{_MOST}"
-                raise self._wrong(n, _ENTRIES[3], label, mend)
+                fix = f"the label of {name!r} must be a whole number in 1..{_MOST}"
+                raise self._wrong(n, _ENTRIES[3], label, fix)
         if len(set(labels.values())) < len(labels):
-            mend = "give every name a label of its own"
-            raise self._wrong(n, _ENTRIES[3], labels, mend)
+            fix = "give every name a unique label"
+            raise self._wrong(n, _ENTRIES[3], labels, fix)
         return record[0], record[1], record[2], labels
 
-    def _wrong(self, n: int, name: str, came: Any, mend: str) -> ValueError:
+    def _wrong(self, n: int, name: str, value: Any, fix: str) -> ValueError:
         at = _ENTRIES.index(name)
-        return ValueError(f"{self.path}: record {n}: entry {at} ({name}) is {shown(came)}; {mend}.")
+        return ValueError(f"{self.path}: record {n}: entry {at} ({name}) is {shown(value)}; {fix}.")
 
     def _check_files(self) -> None:
         names = [name for record in self._records for name in (record[0], record[2])]
@@ -117,7 +114,7 @@ class LabelMapDataset(Sequence[CocoSample]):
             few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise FileNotFoundError(
                 f"{len(missing)} of the {len(names)} files that {self.path} names are not in "
-                f"{self._folder}: {few}. Put them there, or take their records out."
+                f"{self._folder}: {few}. Put them there, or remove their records."
             )
 
     def _size(self, n: int) -> tuple[int, int]:
@@ -131,8 +128,8 @@ class LabelMapDataset(Sequence[CocoSample]):
                 n, _ENTRIES[2], self._records[n][2], f"it cannot be read as a picture ({error})"
             ) from error
         if mode not in ("L", "P", "1", "RGB"):  # RGB where all three are the label
-            mend = f"it has pixels of kind {mode!r}: write one label of 8 bits per pixel"
-            raise self._wrong(n, _ENTRIES[2], self._records[n][2], mend)
+            fix = f"it has pixels of kind {mode!r}: write one label of 8 bits per pixel"
+            raise self._wrong(n, _ENTRIES[2], self._records[n][2], fix)
         return size[1], size[0]
 
     @property
@@ -179,8 +176,8 @@ class LabelMapDataset(Sequence[CocoSample]):
         if pixels.ndim == 2:
             return pixels
         if (pixels != pixels[..., :1]).any():
-            mend = "it has colours: write one label of 8 bits per pixel"
-            raise self._wrong(n, _ENTRIES[2], self._records[n][2], mend)
+            fix = "it has colours: write one label of 8 bits per pixel"
+            raise self._wrong(n, _ENTRIES[2], self._records[n][2], fix)
         return pixels[..., 0]
 
 
@@ -188,11 +185,11 @@ def write_label_maps(data: CocoDataset, folder: str | os.PathLike[str]) -> Path:
     """Write a COCO set in the layout that :class:`LabelMapDataset` reads.
 
     Each record takes a picture's first caption and names all of the set's categories. Where masks
-    overlap, the later annotation's label stands: a label image has room for one.
+    overlap, the later annotation's label wins: a label image holds one per pixel.
 
     Args:
         data: The set; every picture needs a caption.
-        folder: To write; made if missing, and empty if not.
+        folder: To write; created if it is missing, else it must be empty.
 
     Returns:
         The folder.
@@ -204,8 +201,8 @@ def write_label_maps(data: CocoDataset, folder: str | os.PathLike[str]) -> Path:
     Example:
         >>> import tempfile
         >>> from captum_mllm.reference.export import export
-        >>> made = export("plain", tempfile.mkdtemp(), count=2, size=64)
-        >>> files = (made / name for name in ("images", "instances.json", "captions.json"))
+        >>> source = export("plain", tempfile.mkdtemp(), count=2, size=64)
+        >>> files = (source / name for name in ("images", "instances.json", "captions.json"))
         >>> folder = write_label_maps(CocoDataset(*files), tempfile.mkdtemp())
         >>> len(LabelMapDataset(folder)), sorted(path.name for path in folder.iterdir())
         (2, ['anno.json', 'image', 'seg_label'])
@@ -223,8 +220,8 @@ def write_label_maps(data: CocoDataset, folder: str | os.PathLike[str]) -> Path:
     for sample in data:
         if not sample.captions:
             raise ValueError(
-                f"data: image {sample.image_id} has no caption, which the layout needs; leave it "
-                "out of the instances file, or give its caption."
+                f"data: image {sample.image_id} has no caption, which the layout needs; remove "
+                "it from the instances file, or add a caption."
             )
         pixels = np.zeros(sample.size, np.uint8)
         for thing in sample.objects:

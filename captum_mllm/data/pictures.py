@@ -1,4 +1,4 @@
-"""Open a picture as a person sees it."""
+"""Open a picture as an image viewer shows it."""
 
 import warnings
 from pathlib import Path
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def open_picture(path: Path) -> "Image":
-    """Open a picture: turned as its EXIF data say, transparent parts on white, RGB.
+    """Open a picture as RGB, rotated by its EXIF orientation, with transparent parts on white.
 
     Args:
         path: the file.
@@ -19,8 +19,8 @@ def open_picture(path: Path) -> "Image":
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no picture that Pillow can read, or one of so many pixels that Pillow takes it
-            for an attack.
+        ValueError: not a picture that Pillow can read, or one of so many pixels that Pillow takes
+            it for an attack.
 
     Example:
         >>> import io
@@ -46,9 +46,9 @@ def open_picture(path: Path) -> "Image":
         raise ValueError(f"{str(path)!r} is too large, make it smaller: {error}") from error
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"{str(path)!r} is no picture that Pillow can read; convert it to PNG or JPEG"
+            f"{str(path)!r} is not a picture that Pillow can read; convert it to PNG or JPEG"
         ) from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is a broken picture ({error}); save it anew") from error
+        raise ValueError(f"{str(path)!r} is a broken picture ({error}); save it again") from error
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")

@@ -1,4 +1,4 @@
-"""The baseline by perturbation: what each part of the picture is worth to each token."""
+"""The baseline by perturbation: how much each token loses without each part of the image."""
 
 from math import ceil
 from typing import Any
@@ -9,6 +9,7 @@ from captum.attr import FeatureAblation
 from captum_mllm.functional import grid_mask
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.methods.cells import canvases_of, cell_means, scored
+from captum_mllm.methods.registry import method
 from captum_mllm.methods.request import Request, over_answer
 from captum_mllm.model.baselines import nothing
 from captum_mllm.result import MLLMAttributionResult
@@ -16,22 +17,23 @@ from captum_mllm.result import MLLMAttributionResult
 MOST = 64  # parts per image
 
 
+@method("ablation", kind="baseline")
 def ablation(
     request: Request, grid: tuple[int, int] | None = None, baseline: str = "blur"
 ) -> MLLMAttributionResult:
-    """How much each token's log-probability drops where a part of the picture shows nothing.
+    """How much each token's log-probability drops when a part of the image is blanked out.
 
     One forward per part, for all tokens at once. Only drops count. captum keeps the attribution
     of every pixel: (tokens, channels, height, width) per image, 4 bytes each.
 
     Args:
-        request: the question.
-        grid: (rows, cols) of the parts that each picture is cut into; default None: the model's
-            own cells, so many joined that at most 64 parts are left.
+        request: the request.
+        grid: (rows, cols) of the parts that each image is cut into; default None: the model's
+            own cells, joined until at most 64 parts are left.
         baseline: "blur" (default) or "black", see :func:`~captum_mllm.model.baselines.nothing`.
 
     Raises:
-        TypeError: ``grid`` is no pair of numbers.
+        TypeError: ``grid`` is not a pair of numbers.
         ValueError: more parts than pixels; unknown ``baseline``.
 
     Reference:
@@ -42,25 +44,25 @@ def ablation(
         raise TypeError(f"grid must be (rows, cols), two ints, got {grid!r}.")
     run = request.run()
     f = scored(request, run)
-    frames = canvases_of(f)
+    canvases = canvases_of(f)
     masks, parts = [], 0
-    for frame, own in zip(frames, run.sample.grids, strict=True):
-        mask = grid_mask((frame.shape[-2], frame.shape[-1]), *(grid or parts_of(own))) + parts
-        parts = int(mask.max()) + 1  # each image has features of its own
-        masks.append(mask.reshape(*[1] * (frame.ndim - 2), *mask.shape).to(frame.device))
+    for canvas, cells in zip(canvases, run.sample.grids, strict=True):
+        mask = grid_mask((canvas.shape[-2], canvas.shape[-1]), *(grid or parts_of(cells))) + parts
+        parts = int(mask.max()) + 1  # no two images share a feature
+        masks.append(mask.reshape(*[1] * (canvas.ndim - 2), *mask.shape).to(canvas.device))
     with torch.no_grad():
-        found = FeatureAblation(f).attribute(
-            frames,
-            nothing(frames, baseline, request.processor),
+        pixels = FeatureAblation(f).attribute(
+            canvases,
+            nothing(canvases, baseline, request.processor),
             feature_mask=tuple(masks),
             show_progress=request.show_progress,
         )
-    maps = [cell_means(own, grid) for own, grid in zip(found, run.sample.grids, strict=True)]
+    maps = [cell_means(p, cells) for p, cells in zip(pixels, run.sample.grids, strict=True)]
     return over_answer(run.trace, maps, "ablation")
 
 
 def parts_of(grid: ImageGrid) -> tuple[int, int]:
-    """Rows and columns of the parts: the model's cells, k x k joined to one, at most 64 in all.
+    """Rows and columns of the parts: the model's cells, joined k x k to at most 64 parts.
 
     Args:
         grid: the image's.

@@ -4,27 +4,30 @@ from typing import Any
 
 from captum_mllm.adapters import find_adapter
 from captum_mllm.functional import merge_views
+from captum_mllm.methods.registry import method
 from captum_mllm.methods.request import Request, over_answer
 from captum_mllm.model.attention import attention_weights
 from captum_mllm.model.inputs import append_answer
 from captum_mllm.result import MLLMAttributionResult
+from captum_mllm.validation import ArgumentError
 
 
+@method("attention", kind="baseline")
 def attention(request: Request, layer: int | None = None) -> MLLMAttributionResult:
     """Mean over heads of one layer's attention, from the position that predicts each token.
 
-    Weights are those of the model's "eager" attention, which it is asked for during one forward
-    and no longer; views are merged as the lens's are. Memory: (heads, tokens, tokens) of one layer
-    at a time.
+    The weights are those of the model's "eager" attention, which is switched on for one forward
+    only; views are merged as the lens's are. Memory: (heads, tokens, tokens) of one layer at a
+    time.
 
     Args:
-        request: the question.
+        request: the request.
         layer: of the language model, negative counts from the end; default None: the first layer
-            of the last third (depth 32: layer 21, from 0), where the pictures of many models are
-            looked at for content, neither for format (first layers) nor hardly at all (last).
+            of the last third (depth 32: layer 21, from 0), where many models attend to an image's
+            content; first layers attend to its format, last ones hardly to the image at all.
 
     Raises:
-        ValueError: no such layer; a family whose layers show no attention weights.
+        ValueError: no such layer; a family whose layers don't return attention weights.
 
     Reference:
         Ours: raw attention is a common baseline; the choice of the layer is a convention.
@@ -51,5 +54,5 @@ def _layer(layer: Any, depth: int) -> int:
     if layer is None:
         return depth * 2 // 3
     if not isinstance(layer, int) or isinstance(layer, bool) or not -depth <= layer < depth:
-        raise ValueError(f"layer must be an int in {-depth}..{depth - 1}, got {layer!r}.")
+        raise ArgumentError("layer", f"must be an int in {-depth}..{depth - 1}, got {layer!r}.")
     return layer % depth

@@ -16,17 +16,17 @@ def scored(request: Request, run: Run) -> TokenLogProb:
 
 
 def canvases_of(f: TokenLogProb) -> tuple[Tensor, ...]:
-    """The pictures' frames, a tuple of one too."""
+    """The canvases of all images, as a tuple even where there is only one."""
     return f.pixels if isinstance(f.pixels, tuple) else (f.pixels,)
 
 
 def shown_by(grid: ImageGrid) -> Box:
-    """Where the picture's frame of pixels lies on an image's grid, in fractions of the grid.
+    """Where the canvas lies on an image's grid, in fractions of the grid.
 
-    The same but where the frame shows the whole picture and the grid another part of it.
+    They coincide, except where the canvas shows the whole picture and the grid a part of it.
 
     Args:
-        grid: the image's.
+        grid: the image's grid.
 
     Example:
         >>> shown_by(ImageGrid(1, 1, 2, 2, picture=(4, 3), box=(1.0, 1.0, 3.0, 3.0)))
@@ -55,8 +55,8 @@ def cell_sums(
     """The attribution of each cell: the sum over its pixels, channels (and frames of a step).
 
     Args:
-        attribution: of a frame's pixels.
-        grid: the image's.
+        attribution: of a canvas's pixels.
+        grid: the image's grid.
     """
     summed = sum_cells(attribution.float().sum(-3), shown_by(grid), (grid.rows, grid.cols))
     return summed.unflatten(1, (grid.steps, -1)).sum(2) if grid.steps else summed
@@ -68,8 +68,8 @@ def cell_means(
     """The level of each cell: the mean over its pixels, channels (and frames of a step).
 
     Args:
-        attribution: of a frame's pixels.
-        grid: the image's.
+        attribution: of a canvas's pixels.
+        grid: the image's grid.
     """
     level = resample_cells(attribution.float().mean(-3), shown_by(grid), (grid.rows, grid.cols))
     return level.unflatten(1, (grid.steps, -1)).mean(2) if grid.steps else level

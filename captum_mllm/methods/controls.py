@@ -1,7 +1,8 @@
-"""Controls: maps that know nothing, and one that knows all, between which a method must lie."""
+"""Controls: maps that know nothing, and one that knows all; a method must lie between them."""
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 from captum_mllm.functional import Box, resample_cells
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.methods.cells import box_on_grid
+from captum_mllm.methods.registry import find_method, method, run_method
 from captum_mllm.methods.request import Request, over_answer
 from captum_mllm.result import MLLMAttributionResult
-from captum_mllm.validation import check_number
+from captum_mllm.validation import ArgumentError, check_number
 
 
+@method("random", kind="control")
 def random(request: Request) -> MLLMAttributionResult:
-    """Uniform noise, drawn anew for every token and cell.
+    """Uniform noise, drawn independently for every token and cell.
 
     Reference:
         Ours.
@@ -28,15 +31,16 @@ def random(request: Request) -> MLLMAttributionResult:
     return over_answer(trace, maps, "random")
 
 
+@method("centre", kind="control")
 def centre(request: Request, sigma: float = 0.25) -> MLLMAttributionResult:
-    """A Gaussian at the centre of what the model saw, the same for every token.
+    """A Gaussian at the centre of the image, the same for every token.
 
-    Pictures show their objects near the centre, so that a map which knows nothing of the picture
-    scores well there.
+    Photographs show their objects near the centre, so that a map which knows nothing of the image
+    still scores well.
 
     Args:
-        request: the question.
-        sigma: standard deviation, in sides of the frame, default 0.25.
+        request: the request.
+        sigma: standard deviation, in sides of the canvas, default 0.25.
 
     Reference:
         Ours; the centre bias of photographs is well known from saliency benchmarks.
@@ -50,12 +54,12 @@ def centre(request: Request, sigma: float = 0.25) -> MLLMAttributionResult:
 
 
 def centre_map(rows: int, cols: int, sigma: float) -> Float[Tensor, "rows cols"]:
-    """``exp(-(x^2 + y^2) / (2 sigma^2))`` at the cells' centres, the frame being 1 by 1.
+    """``exp(-(x^2 + y^2) / (2 sigma^2))`` at the cells' centres, on a canvas of 1 by 1.
 
     Args:
         rows: cells along the height.
         cols: cells along the width.
-        sigma: standard deviation, in sides of the frame.
+        sigma: standard deviation, in sides of the canvas.
 
     Reference:
         Ours.
@@ -69,20 +73,44 @@ def centre_map(rows: int, cols: int, sigma: float) -> Float[Tensor, "rows cols"]
     return (-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * sigma**2)).exp()
 
 
-def mask(request: Request, geometry: ImageGeometry | None = None) -> MLLMAttributionResult:
-    """The annotated masks themselves at the grid's resolution: the share of each cell they cover.
+@method("randomised_model", kind="control")
+def randomised_model(request: Request, of: str = "lens", **options: Any) -> MLLMAttributionResult:
+    """Another method on a copy of the model with shuffled weights.
 
-    What it scores is how far a map of that grid can be right (no strict limit: cells fitted to one
-    metric could score a little more). Where the model saw a part of the picture only, so does the
-    map. Tokens without a mask have a map of zeros. Shares are not divided by their largest.
+    Whatever structure is left in the maps does not come from what the model learnt.
 
     Args:
-        request: the question, its ``masks`` among it.
+        request: the request; without a target it is about the answer of the model itself.
+        of: name of the method, default "lens".
+        options: of that method.
+
+    Raises:
+        ValueError: ``of`` is this control itself, or not a method.
+    """
+    if find_method(of).run is randomised_model:
+        raise ArgumentError("of", f"must be another method than {of!r}.")
+    answer = request.run().answer_ids
+    model = shuffled_copy(request.model, request.seed)
+    result = run_method(of, replace(request, model=model, target=answer, shared=None), **options)
+    return replace(result, method=f"randomised_model({result.method})")
+
+
+@method("mask", kind="control", needs="masks")
+def mask(request: Request, geometry: ImageGeometry | None = None) -> MLLMAttributionResult:
+    """The annotated masks at the grid's resolution: the share of each cell that they cover.
+
+    Its score tells how well a map on that grid can do (not a strict limit: cells fitted to one
+    metric could score slightly higher). Where the model saw only a part of the picture, the map
+    covers that part. Tokens without a mask have a map of zeros. Shares are not divided by their
+    largest.
+
+    Args:
+        request: the request with its ``masks``.
         geometry: the box of the picture that the model saw; needed without a processor.
 
     Raises:
         TypeError: masks of another kind.
-        ValueError: masks of tokens that are not there; nothing tells where the frame lies.
+        ValueError: masks of tokens that don't exist; a picture whose geometry is unknown.
 
     Reference:
         Ours.
@@ -97,11 +125,11 @@ def mask(request: Request, geometry: ImageGeometry | None = None) -> MLLMAttribu
         raise ValueError(f"masks must be of positions 0..{count - 1} in the answer, got {wrong}.")
     maps = [torch.zeros(count, *grid.shape) for grid in trace.grids]
     result = over_answer(trace, maps, "mask", peak=1.0)
-    for token, given in masks.items():
-        for i, own in enumerate(_per_image(given, len(maps), token)):
-            if own is not None:
-                box = result.geometry(i, (own.shape[0], own.shape[1]), geometry=geometry).box
-                maps[i][token] = mask_shares(own, box, (trace.grids[i].rows, trace.grids[i].cols))
+    for token, of_token in masks.items():
+        for i, mask in enumerate(_per_image(of_token, len(maps), token)):
+            if mask is not None:
+                box = result.geometry(i, (mask.shape[0], mask.shape[1]), geometry=geometry).box
+                maps[i][token] = mask_shares(mask, box, (trace.grids[i].rows, trace.grids[i].cols))
     return over_answer(trace, maps, "mask", peak=1.0)
 
 
@@ -122,40 +150,40 @@ def mask_shares(
         Ours.
 
     Example:
-        >>> own = torch.tensor([[True, False, False, False]])
-        >>> mask_shares(own, (0.0, 0.0, 4.0, 1.0), (1, 2)).tolist()
+        >>> mask = torch.tensor([[True, False, False, False]])
+        >>> mask_shares(mask, (0.0, 0.0, 4.0, 1.0), (1, 2)).tolist()
         [[0.5, 0.0]]
     """
     where = box_on_grid(box, (mask.shape[0], mask.shape[1]))
     return resample_cells(mask[None].double(), where, size)[0].float()
 
 
-def _per_image(given: Any, images: int, token: int) -> list[Tensor | None]:
+def _per_image(masks: Any, images: int, token: int) -> list[Tensor | None]:
     """One bool mask, or None, for each image."""
-    own = list(given) if isinstance(given, tuple | list) else [given]
-    if len(own) != images:
+    per_image = list(masks) if isinstance(masks, tuple | list) else [masks]
+    if len(per_image) != images:
         raise ValueError(
             f"masks[{token}] must hold one mask (or None) for each of {images} images, got "
-            f"{len(own)}."
+            f"{len(per_image)}."
         )
-    found: list[Tensor | None] = []
-    for one in own:
-        tensor = None if one is None else torch.as_tensor(one)
+    tensors: list[Tensor | None] = []
+    for mask in per_image:
+        tensor = None if mask is None else torch.as_tensor(mask)
         if tensor is not None and (tensor.dtype != torch.bool or tensor.ndim != 2):
             raise TypeError(
                 f"masks[{token}] must be bool (height, width) of the picture, got "
                 f"{tensor.dtype} {tuple(tensor.shape)}."
             )
-        found.append(tensor)
-    return found
+        tensors.append(tensor)
+    return tensors
 
 
 def shuffled_copy(model: nn.Module, seed: int) -> nn.Module:
-    """A copy of a model, the entries of each of its parameters permuted at random.
+    """A copy of a model with the entries of each of its parameters permuted at random.
 
-    So every tensor keeps its values' distribution and knows nothing; tied weights stay tied.
-    Buffers stay as they are. Memory: the model once more, and 12 bytes per entry of its largest
-    parameter meanwhile.
+    So every tensor keeps the distribution of its values and loses what it learnt; tied weights
+    stay tied. Buffers are left unchanged. Memory: the model once more, and 12 bytes per entry of
+    its largest parameter while it runs.
 
     Args:
         model: left as it is.
@@ -166,13 +194,13 @@ def shuffled_copy(model: nn.Module, seed: int) -> nn.Module:
         ValueError: offloaded or quantised weights, which can't be permuted.
 
     Reference:
-        Model parameter randomisation test (arXiv 1810.03292); permutation in place of anew drawn
+        Model parameter randomisation test (arXiv 1810.03292); permutation in place of newly drawn
         weights is ours.
 
     Example:
-        >>> own = torch.nn.Linear(2, 1, bias=False)
-        >>> other = shuffled_copy(own, seed=0)
-        >>> torch.equal(other.weight.sort().values, own.weight.sort().values)
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> other = shuffled_copy(layer, seed=0)
+        >>> torch.equal(other.weight.sort().values, layer.weight.sort().values)
         True
     """
     for name, parameter in model.named_parameters():

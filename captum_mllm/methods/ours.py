@@ -1,6 +1,10 @@
-"""The project's own attributors, all in one unit."""
+"""The project's own attributors, all in one unit.
+
+Each method is a chain of attributors, innermost first; its options are those of the constructors.
+"""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from captum_mllm.attr import (
@@ -11,64 +15,111 @@ from captum_mllm.attr import (
     TokenActivationMap,
     TokenAttribution,
 )
+from captum_mllm.methods.registry import constructor_options, method
 from captum_mllm.methods.request import Request
 from captum_mllm.result import MLLMAttributionResult
 
-INNER = frozenset({"layer"})  # of a chain, only the innermost attributor takes them
 
-
-def options_of(kind: type) -> frozenset[str]:
-    """Names of a class's options: its constructor's arguments after model and processor."""
-    names = [name for name in inspect.signature(kind).parameters if name != "processor"]
-    return frozenset(names[1:])
-
-
+@method("lens", kind="ours", options=constructor_options(LogitLens, JointNormalization))
 def lens(request: Request, **options: Any) -> MLLMAttributionResult:
-    """``JointNormalization(LogitLens(model))``, options as those of both."""
-    return _answered(request, _normalised(LogitLens, request, options))
+    """Logit lens on the image tokens.
 
-
-def tam(request: Request, **options: Any) -> MLLMAttributionResult:
-    """``TokenActivationMap``; options as its constructor's."""
-    return _answered(request, TokenActivationMap(request.model, request.processor, **options))
-
-
-def msea(request: Request, images: Any = None, **options: Any) -> MLLMAttributionResult:
-    """``JointNormalization(MSEA(model))``, options as those of both, and ``images``."""
-    return _answered(request, _normalised(MSEA, request, options), images)
-
-
-def arc(request: Request, **options: Any) -> MLLMAttributionResult:
-    """``ARC``; options as its constructor's."""
-    return _answered(request, ARC(request.model, request.processor, **options))
-
-
-def msea_arc(request: Request, images: Any = None, **options: Any) -> MLLMAttributionResult:
-    """``ARC(MSEA(model))``; each takes the options that its constructor knows.
-
-    An option that both know goes to both, but for ``layer``, which is the lens's.
+    ``JointNormalization(LogitLens(model))``; options as those of both constructors.
     """
-    inner = MSEA(request.model, request.processor, **_known(options, options_of(MSEA)))
-    return _answered(request, ARC(inner, **_known(options, options_of(ARC) - INNER)), images)
+    return _attribute(request, LogitLens, JointNormalization, options=options)
 
 
-FINISHING = options_of(JointNormalization) - INNER  # of methods that subtract nothing
+@method("tam", kind="ours", options=constructor_options(LogitLens, TokenActivationMap))
+def tam(request: Request, **options: Any) -> MLLMAttributionResult:
+    """Token activation map.
+
+    ``TokenActivationMap(LogitLens(model))``; options as those of both constructors.
+    """
+    return _attribute(request, LogitLens, TokenActivationMap, options=options)
 
 
-def _normalised(
-    kind: type[LogitLens] | type[MSEA], request: Request, options: dict[str, Any]
-) -> TokenAttribution:
-    inner = kind(request.model, request.processor, **_known(options, options_of(kind)))
-    return JointNormalization(inner, **_known(options, FINISHING))
+@method("msea", kind="ours", options=constructor_options(LogitLens, MSEA, JointNormalization))
+def msea(request: Request, images: Any = None, **options: Any) -> MLLMAttributionResult:
+    """Logit lens aggregated over several scales.
+
+    ``JointNormalization(MSEA(LogitLens(model)))``; options as those of the constructors, and
+    ``images``.
+    """
+    kinds = (LogitLens, MSEA, JointNormalization)
+    return _attribute(request, *kinds, options=options, images=images)
 
 
-def _known(options: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+@method("arc", kind="ours", options=constructor_options(LogitLens, ARC))
+def arc(request: Request, **options: Any) -> MLLMAttributionResult:
+    """Logit lens with interference from irrelevant context suppressed.
+
+    ``ARC(LogitLens(model))``; options as those of both constructors.
+    """
+    return _attribute(request, LogitLens, ARC, options=options)
+
+
+@method("msea+arc", kind="ours", options=constructor_options(LogitLens, MSEA, ARC))
+def msea_arc(request: Request, images: Any = None, **options: Any) -> MLLMAttributionResult:
+    """Several scales aggregated, and interference from irrelevant context suppressed.
+
+    ``ARC(MSEA(LogitLens(model)))``; options as those of the constructors, and ``images``.
+    """
+    return _attribute(request, LogitLens, MSEA, ARC, options=options, images=images)
+
+
+def _attribute(
+    request: Request, *kinds: type, options: Mapping[str, Any], images: Any = None
+) -> MLLMAttributionResult:
+    """Compose the attributors, trace the answer with all but the last, explain it with the last.
+
+    Args:
+        request: the request.
+        kinds: the attributors' classes, innermost first; the last is a post-processor.
+        options: of all constructors.
+        images: the original pictures, for the scales.
+    """
+    *sources, last = kinds
+    source: TokenAttribution = LogitLens(
+        request.model, request.processor, **_known(options, LogitLens)
+    )
+    for kind in sources[1:]:
+        source = kind(source, **_known(options, kind))
+    attributor = last(source, **_known(options, last))
+    depth = attributor.ranking_depth
+    if request.shared is None:
+        return attributor.attribute_trace(_trace(request, source, depth, images))
+    wanted = _common_depth(source) if depth is None else depth
+    settings = repr([*((k.__name__, _settings(options, k)) for k in sources), id(images)])
+    trace = request.shared.get(settings, depth, lambda: _trace(request, source, wanted, images))
+    return attributor.attribute_trace(trace)
+
+
+def _trace(request: Request, source: TokenAttribution, depth: int | None, images: Any) -> Any:
+    return source.trace(
+        request.inputs,
+        request.target,
+        top_k=depth,
+        gen_args=request.gen_args,
+        images=images,
+        show_progress=request.show_progress,
+    )
+
+
+def _common_depth(source: TokenAttribution) -> int:
+    """The depth of the rankings that ARC needs by default: a shared trace gathers them at once."""
+    depth = ARC(source).ranking_depth
+    vocabulary = source.runner.adapter.vocabulary
+    return vocabulary if depth is None else min(depth, vocabulary)
+
+
+def _known(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The options of one constructor; the layer belongs to the innermost attributor."""
+    names = constructor_options(kind) - (frozenset() if kind is LogitLens else {"layer"})
     return {name: value for name, value in options.items() if name in names}
 
 
-def _answered(
-    request: Request, attributor: TokenAttribution, images: Any = None
-) -> MLLMAttributionResult:
-    return attributor.attribute(
-        request.inputs, request.target, images=images, show_progress=request.show_progress
-    )
+def _settings(options: Mapping[str, Any], kind: type) -> list[tuple[str, Any]]:
+    """All options of one constructor by name, with the defaults of those that are not given."""
+    given = inspect.signature(kind).parameters
+    defaults = {name: given[name].default for name in constructor_options(kind)}
+    return sorted({**defaults, **_known(options, kind)}.items())

@@ -1,19 +1,15 @@
 """The methods by name, and the one call that runs any of them."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
-from captum_mllm.attr import ARC, MSEA, LogitLens, TokenActivationMap
-from captum_mllm.methods import controls, ours
-from captum_mllm.methods.ablation import ablation
-from captum_mllm.methods.attention import attention
-from captum_mllm.methods.controls import shuffled_copy
-from captum_mllm.methods.gradients import gradcam, integrated_gradients
 from captum_mllm.methods.request import Request
 from captum_mllm.result import MLLMAttributionResult
+from captum_mllm.validation import ArgumentError
 
 Kind = Literal["ours", "baseline", "control"]
 
@@ -26,11 +22,11 @@ class Method:
         name: as :func:`explain` takes it.
         about: one line of what it does.
         kind: "ours", "baseline" (somebody else's method) or "control" (knows nothing, or all).
-        run: makes the result of a question.
-        options: names of the options that it takes; None where another method's are passed on.
-        needs: name of the argument that it can't do without ("masks"), or None.
+        run: computes the result of a request.
+        options: names of the options that it takes; None if they are passed on to another method.
+        needs: name of an argument that it can't do without ("masks"), or None.
         gradients: whether gradients flow through the model, which takes several times the memory
-            and can't be done with offloaded weights.
+            and is not possible with offloaded weights.
     """
 
     name: str
@@ -42,112 +38,54 @@ class Method:
     gradients: bool = False
 
 
-_IMAGES = frozenset({"images"})
-_LENS = ours.options_of(LogitLens) | ours.FINISHING
-_MSEA = ours.options_of(MSEA) | _IMAGES
-_OURS = (
-    (
-        "lens",
-        "logit lens on the image's tokens",
-        ours.lens,
-        _LENS,
-    ),
-    ("tam", "token activation map", ours.tam, ours.options_of(TokenActivationMap)),
-    (
-        "msea",
-        "logit lens over several scales",
-        ours.msea,
-        ours.options_of(MSEA) | ours.FINISHING | _IMAGES,
-    ),
-    ("arc", "logit lens, irrelevant context taken off", ours.arc, ours.options_of(ARC)),
-    (
-        "msea+arc",
-        "several scales, irrelevant context taken off",
-        ours.msea_arc,
-        _MSEA | ours.options_of(ARC),
-    ),
-)
+METHODS: dict[str, Method] = {}
+"""Name -> :class:`Method` of all methods, baselines and controls."""
+
+Run = Callable[..., MLLMAttributionResult]
 
 
-def _randomised_model(request: Request, of: str = "lens", **options: Any) -> MLLMAttributionResult:
-    """Another method on a copy of the model with shuffled weights: what is left, it didn't learn.
+def method(
+    name: str,
+    *,
+    kind: Kind,
+    options: frozenset[str] = frozenset(),
+    needs: str | None = None,
+    gradients: bool = False,
+) -> Callable[[Run], Run]:
+    """Register a function as a method: a decorator.
+
+    The first line of the function's docstring says what the method does. Its options are the
+    parameters after the request; ``**options`` stand for those named here or, if none are named,
+    for those of another method.
 
     Args:
-        request: the question; a target that is None is the answer of the model itself.
-        of: name of the method, default "lens".
-        options: of that method.
+        name: of the method.
+        kind: see :class:`Method`.
+        options: names of the options that the function takes as ``**options``.
+        needs: see :class:`Method`.
+        gradients: see :class:`Method`.
     """
-    inner = _find(of)
-    if inner.run is _randomised_model:
-        raise ValueError(f"of must be another method than {of!r}.")
-    answer = request.run().answer_ids
-    model = shuffled_copy(request.model, request.seed)
-    result = explain(
-        of,
-        model,
-        request.processor,
-        request.inputs,
-        answer,
-        masks=request.masks,
-        seed=request.seed,
-        steps=request.steps,
-        show_progress=request.show_progress,
-        **options,
-    )
-    return replace(result, method=f"randomised_model({result.method})")
+
+    def register(run: Run) -> Run:
+        _, *parameters = inspect.signature(run).parameters.values()
+        named = frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+        passes_on = len(named) < len(parameters) and not options
+        about = (inspect.getdoc(run) or "").split("\n")[0].rstrip(".")
+        taken = None if passes_on else named | options
+        METHODS[name] = Method(name, about, kind, run, taken, needs, gradients)
+        return run
+
+    return register
 
 
-_ALL = (
-    *(Method(name, about, "ours", run, options) for name, about, run, options in _OURS),
-    Method("gradcam", "Grad-CAM on the image's features", "baseline", gradcam, gradients=True),
-    Method(
-        "integrated_gradients",
-        "integrated gradients on pixels, summed over cells",
-        "baseline",
-        integrated_gradients,
-        frozenset({"baseline", "batch"}),
-        gradients=True,
-    ),
-    Method(
-        "attention",
-        "attention of one layer, mean over heads",
-        "baseline",
-        attention,
-        frozenset({"layer"}),
-    ),
-    Method(
-        "ablation",
-        "what each part of the picture is worth",
-        "baseline",
-        ablation,
-        frozenset({"grid", "baseline"}),
-    ),
-    Method("random", "uniform noise for every token", "control", controls.random),
-    Method(
-        "centre",
-        "a Gaussian at the frame's centre",
-        "control",
-        controls.centre,
-        frozenset({"sigma"}),
-    ),
-    Method(
-        "randomised_model",
-        "another method on a copy with shuffled weights",
-        "control",
-        _randomised_model,
-        None,
-    ),
-    Method(
-        "mask",
-        "the annotated masks on the model's grid",
-        "control",
-        controls.mask,
-        frozenset({"geometry"}),
-        needs="masks",
-    ),
-)
-METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
-"""Name -> :class:`Method` of all methods, baselines and controls."""
+def constructor_options(*kinds: type) -> frozenset[str]:
+    """Names of the options of classes: their constructors' arguments after model and processor.
+
+    Args:
+        kinds: attributor classes.
+    """
+    names = (list(inspect.signature(kind).parameters)[1:] for kind in kinds)
+    return frozenset(name for own in names for name in own) - {"processor"}
 
 
 def explain(
@@ -160,6 +98,7 @@ def explain(
     masks: Mapping[int, Any] | None = None,
     seed: int = 0,
     steps: int = 20,
+    gen_args: Mapping[str, Any] | None = None,
     show_progress: bool = False,
     **options: Any,
 ) -> MLLMAttributionResult:
@@ -168,61 +107,64 @@ def explain(
     The maps of all methods are in [0, 1], on the model's own grid or a finer one (several scales;
     ARC's ``upsampling``). Ours are normalised per token, jointly with the text before it; the
     others have no text side (``token_attr`` is 0) and are divided by their largest value over the
-    whole answer. ``masks``, ``seed`` and ``steps``
-    may always be given; a method uses what it needs of them. The model is left bit for bit as it
-    was, also after an error.
+    whole answer. ``masks``, ``seed``, ``steps`` and ``gen_args`` are accepted by every method,
+    which uses those that it needs. The model is left unchanged, also after an error.
 
-    Ours, their options those of the classes' constructors (``layer``, ``scales``, ``alpha_max``...)
-    and, of those with several scales, ``images`` (the original pictures, processed anew):
+    Ours, whose options are those of the classes' constructors (``layer``, ``scales``,
+    ``alpha_max``...) and, for those with several scales, ``images`` (the original pictures, which
+    are then processed again at each scale):
 
     - "lens", "tam", "msea", "arc", "msea+arc": ``JointNormalization(LogitLens(model))``,
       ``TokenActivationMap``, ``JointNormalization(MSEA(model))``, ``ARC``, ``ARC(MSEA(model))``.
-      Of these ARC alone calibrates its maps by default, which thresholds see: compare with
-      ``calibration=1.5, upsampling=2`` for the others, or ``calibration=None`` for ARC.
+      Of these ARC alone calibrates its maps by default, which matters wherever maps are
+      thresholded: compare with ``calibration=1.5, upsampling=2`` for the others, or
+      ``calibration=None`` for ARC.
 
     Baselines, of which positive values count:
 
-    - "gradcam": Grad-CAM on the image's features as the language model gets them.
+    - "gradcam": Grad-CAM on the image features as the language model receives them.
     - "integrated_gradients": on pixels, summed over each cell. ``baseline``: "blur" (default;
-      near what the model was trained on, and no colour is without a say) or "black"; ``batch``:
-      pictures at once, default 4.
-    - "attention": of one layer, mean over heads, from the position that predicts a token.
+      close to the training data, and no colour has an attribution of 0 by design) or "black";
+      ``batch``: images in one forward, default 4.
+    - "attention": one layer, mean over heads, from the position that predicts a token.
       ``layer``: default the first of the last third.
-    - "ablation": the drop in log-probability where a part of the picture is blurred. ``grid``:
+    - "ablation": the drop in log-probability where a part of the image is blurred. ``grid``:
       (rows, cols) of parts, default the model's cells, joined to at most 64 parts; ``baseline``.
 
     Controls:
 
-    - "random": uniform noise; "centre": a Gaussian at the frame's centre (``sigma`` in sides of
-      the frame, default 0.25).
+    - "random": uniform noise; "centre": a Gaussian at the canvas's centre (``sigma`` in sides of
+      the canvas, default 0.25).
     - "randomised_model": another method (``of``, default "lens", and its options) on a copy of the
       model whose weights are permuted within each tensor; takes the model's memory once more.
       ``output_probs`` are the copy's.
-    - "mask": the share of each cell that ``masks`` cover, as the model saw the picture
+    - "mask": the share of each cell that ``masks`` cover, as the model saw the image
       (``geometry``: needed without a processor). Tokens without a mask have a map of zeros.
 
     Args:
         method: a name of :data:`METHODS`.
         model: a transformers model of a registered family.
         processor: its processor; None where neither labels, string targets nor the geometry of the
-            picture are wanted.
+            picture are needed.
         inputs: the mapping that the processor returns for one sample.
         target: the answer: token ids, a string (needs a processor), or None (default) to generate
             it.
         masks: for "mask": position in the answer -> bool mask (height, width) of the original
-            picture; of several pictures a sequence of one mask (or None) per picture.
+            picture; for several pictures a sequence of one mask (or None) per picture.
         seed: of "random" and "randomised_model", default 0.
         steps: of "integrated_gradients", default 20.
+        gen_args: keyword arguments of ``generate`` where the answer is generated, default None:
+            greedy, one beam, 128 new tokens.
         show_progress: progress bar where a method runs the model many times, default False.
-        options: further options of the method, see ``METHODS[method].options``; of ours those of
-            the class's constructor.
+        options: further options of the method, see ``METHODS[method].options``; for ours those of
+            the classes' constructors.
 
     Returns:
         The result of the whole answer.
 
     Raises:
         TypeError: an option that the method does not take.
-        ValueError: no such method; bad input, the message names the argument and how to mend it.
+        ValueError: no such method; bad input, the message names the argument and how to fix it.
 
     Example:
         >>> from captum_mllm.methods import explain
@@ -235,23 +177,64 @@ def explain(
         >>> result.method, result.units, tuple(result.grid_attr[0].shape)
         ('ARC(MSEA(LogitLens))', '[0, 1]', (4, 56, 56))
     """
-    chosen = _find(method)
-    if chosen.options is not None and (unknown := sorted(options.keys() - chosen.options)):
-        takes = ", ".join(sorted(chosen.options)) or "none"
-        raise TypeError(
-            f"method {method!r} does not take the option(s) {', '.join(unknown)}; it takes: "
-            f"{takes}."
+    request = Request(model, processor, inputs, target, masks, seed, steps, gen_args, show_progress)
+    return run_method(method, request, **options)
+
+
+def run_method(name: str, request: Request, **options: Any) -> MLLMAttributionResult:
+    """Explain a request by a method.
+
+    Args:
+        name: of the method.
+        request: the request.
+        options: of the method.
+
+    Raises:
+        TypeError: an option that the method does not take.
+        ValueError: no such method, or one that needs an argument that the request lacks.
+    """
+    chosen = find_method(name)
+    check_options(name, options)
+    if chosen.needs == "masks" and request.masks is None:
+        raise ArgumentError(
+            "method",
+            f"{name!r} needs masks=: a mapping of positions in the answer to bool masks "
+            f"(height, width) of the picture.",
         )
-    if chosen.needs == "masks" and masks is None:
-        raise ValueError(
-            f"method {method!r} needs masks=: a mapping of positions in the answer to bool masks "
-            f"(height, width) of the picture."
-        )
-    request = Request(model, processor, inputs, target, masks, seed, steps, show_progress)
     return chosen.run(request, **options)
 
 
-def _find(name: Any) -> Method:
+def check_options(name: str, options: Iterable[str], always: Iterable[str] = ()) -> None:
+    """Raise unless the method takes the options.
+
+    Args:
+        name: of the method.
+        options: names of options.
+        always: names that are accepted whatever the method, such as "steps".
+
+    Raises:
+        TypeError: an option that the method does not take; the message lists those that it takes.
+        ValueError: no such method.
+    """
+    known = find_method(name).options
+    if known is None:
+        return
+    if unknown := sorted(set(options) - known - set(always)):
+        takes = ", ".join(sorted(known | set(always))) or "none"
+        raise TypeError(
+            f"method {name!r} does not take the option(s) {', '.join(unknown)}; it takes: {takes}."
+        )
+
+
+def find_method(name: Any) -> Method:
+    """The method of a name.
+
+    Args:
+        name: of the method.
+
+    Raises:
+        ValueError: no such method; the message lists them.
+    """
     if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}.")
+        raise ArgumentError("method", f"must be one of {', '.join(METHODS)}, got {name!r}.")
     return METHODS[name]

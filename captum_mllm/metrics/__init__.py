@@ -1,22 +1,15 @@
-"""How good a map is: mostly pure functions on numpy arrays or torch tensors, one value per example.
+"""How good a map is: mostly pure functions on numpy arrays or torch tensors, a value per example.
 
 A map is ``(*examples, height, width)``, on [0, 1] where a function thresholds it; a mask has the
 same shape. One map gives a ``float``, a batch gives an array of shape ``examples``. An example
-whose mask is empty has nothing to find: its value is NaN, and :func:`paired_bootstrap` leaves it
-out. A map that points at nothing gets the lowest value, never NaN, so that no method can gain by
-staying silent.
+whose mask is empty has no object to find: its value is NaN, and :func:`paired_bootstrap` leaves it
+out. A map that points nowhere gets the lowest value, never NaN, so that no method gains by an
+empty map.
 
 :func:`insertion_deletion` and :func:`hallucination_scores` run the model; :func:`score_words`
-brings an answer's words, their categories and masks together.
+combines an answer's words, their categories and the masks.
 """
 
-from captum_mllm.data.categories import (
-    COCO_NAMES,
-    COCO_SYNONYMS,
-    CategoryTable,
-    match_categories,
-    plural,
-)
 from captum_mllm.metrics.answers import (
     FUNCTION_WORDS,
     MASK_METRICS,
@@ -57,11 +50,8 @@ from captum_mllm.metrics.localization import (
 from captum_mllm.metrics.statistics import Interval, paired_bootstrap, paired_bootstrap_f1
 
 __all__ = [
-    "COCO_NAMES",
-    "COCO_SYNONYMS",
     "FUNCTION_WORDS",
     "MASK_METRICS",
-    "CategoryTable",
     "Faithfulness",
     "HallucinationScores",
     "Interval",
@@ -80,14 +70,12 @@ __all__ = [
     "log_normalizer",
     "map_entropy",
     "mass_area",
-    "match_categories",
     "noun_threshold",
     "obj_iou",
     "oracle_iou",
     "otsu_threshold",
     "paired_bootstrap",
     "paired_bootstrap_f1",
-    "plural",
     "pointing_game",
     "precision_recall",
     "rank_of",

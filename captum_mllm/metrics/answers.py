@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from captum_mllm.data.categories import CategoryTable, match_categories
+from captum_mllm.data import CategoryTable, match_categories
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGeometry, maps_to_picture
 from captum_mllm.metrics._arrays import Maps, Masks, as_maps, as_masks
@@ -29,7 +29,7 @@ from captum_mllm.words import FUNCTION_WORDS, Word, group_words, marks_spaces
 
 
 def is_function_word(word: str) -> bool:
-    """Whether a word is of the closed classes that Func-IoU looks at.
+    """Whether a word is of the closed classes that Func-IoU scores.
 
     Args:
         word: as written; case does not matter.
@@ -78,7 +78,7 @@ def noun_threshold(
     """
     if any(not tokens for tokens in nouns):
         raise ValueError("nouns must name at least one token each, got an empty one; leave it out.")
-    maps = torch.from_numpy(as_maps(map))  # brought to pixels one by one, as pictures can be large
+    maps = torch.from_numpy(as_maps(map))  # upsampled one by one, as pictures can be large
     largest = [
         max(float(otsu_threshold(upsample(maps[[t]], size)[0])) for t in tokens) for tokens in nouns
     ]
@@ -111,7 +111,7 @@ def func_iou(
 
     Reference:
         TAM's Func-IoU: the share of *grid* cells strictly below :func:`noun_threshold`, mean over
-        a word's tokens. Despite its name no intersection over union.
+        a word's tokens. Despite its name it is not an intersection over union.
 
     Example:
         >>> import numpy as np
@@ -156,14 +156,14 @@ def f1_iou(obj: float, func: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class WordScores:
-    """What :func:`score_words` found in one image.
+    """The scores of one image's words, see :func:`score_words`.
 
     Args:
         obj: (mentions,): Obj-IoU of each mention of an annotated category.
         mentions: the category of each.
         func: (function words,): Func-IoU of each; NaN where the answer names no category.
         function_words: those words.
-        more: per further metric that was asked for, (mentions,): its value of each mention.
+        more: per further metric that was requested, (mentions,): its value of each mention.
     """
 
     obj: Float64[np.ndarray, " mentions"]
@@ -183,8 +183,8 @@ MASK_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
     "precision": lambda maps, masks: precision_recall(maps, masks)[0],
     "recall": lambda maps, masks: precision_recall(maps, masks)[1],
 }
-"""Name -> what :func:`word_scores_of` can measure of a word's tokens: (tokens,) values in [0, 1]
-from (tokens, height, width) maps and masks."""
+"""Name -> function of a word's tokens for :func:`word_scores_of`: (tokens,) values in [0, 1] from
+(tokens, height, width) maps and masks."""
 
 
 def word_obj_iou(
@@ -200,12 +200,12 @@ def word_obj_iou(
 
     Args:
         map: (tokens, height, width) in [0, 1], at the masks' size, jointly normalised.
-        words: the tokens of each word, in the order of the text, punctuation included (it parts
-            words that would else be adjacent).
+        words: the tokens of each word, in the order of the text, punctuation included (it separates
+            words that would otherwise be adjacent).
         labels: per word the category that it names, or None
             (:func:`captum_mllm.metrics.match_categories`).
-        masks: per annotated category, everything of it in the picture, (height, width). Words of
-            other categories have nothing to be compared with and are left out.
+        masks: per annotated category one mask of all its objects in the picture, (height, width).
+            Words of other categories have no mask to be compared with and are left out.
 
     Returns:
         Value in [0, 1] per mention, in order; NaN where the mask is empty.
@@ -235,7 +235,7 @@ def word_scores_of(
     masks: Mapping[str, Masks],
     metrics: Sequence[str],
 ) -> dict[str, Float64[np.ndarray, " mentions"]]:
-    """Any metrics of maps and masks, of the words of an answer that name annotated objects.
+    """Any metrics of maps and masks for the words of an answer that name annotated objects.
 
     Words, mentions and masks are those of :func:`word_obj_iou`. Of a mention's tokens the best
     counts, for each metric on its own; precision and recall belong together, so both are those of
@@ -262,9 +262,9 @@ def word_scores_of(
     Example:
         >>> import numpy as np
         >>> maps = np.array([[[0.0, 0.9]], [[0.9, 0.9]]])
-        >>> found = word_scores_of(maps, [[0, 1]], ["dog"], {"dog": np.array([[0, 1]])},
+        >>> scores = word_scores_of(maps, [[0, 1]], ["dog"], {"dog": np.array([[0, 1]])},
         ...     ["precision", "recall", "auc"])
-        >>> {name: values.tolist() for name, values in found.items()}
+        >>> {name: values.tolist() for name, values in scores.items()}
         {'precision': [1.0], 'recall': [1.0], 'auc': [1.0]}
     """
     mentions = _mentions(words, labels)
@@ -284,7 +284,7 @@ def _scores_of(
     masks: Mapping[str, Masks],
     metrics: Sequence[str],
 ) -> dict[str, Float64[np.ndarray, " mentions"]]:
-    """See :func:`word_scores_of`; maps are made one mention at a time, as pictures can be large."""
+    """See :func:`word_scores_of`; one mention's maps at a time, as pictures can be large."""
     values: dict[str, list[float]] = {name: [] for name in metrics}
     paired = [name for name in metrics if name in ("precision", "recall")]
     for label, tokens in mentions:
@@ -294,10 +294,10 @@ def _scores_of(
         pixels = as_maps(pixels_of(tokens))
         truths = np.broadcast_to(truth, (len(tokens), *truth.shape))
         best = int(np.argmax(obj_iou(pixels, truths))) if paired else 0
-        for name, own in values.items():
-            found = np.asarray(MASK_METRICS[name](pixels, truths))
-            own.append(float(found[best] if name in paired else found.max()))
-    return {name: np.array(own, dtype=np.float64) for name, own in values.items()}
+        for name, of_metric in values.items():
+            per_token = np.asarray(MASK_METRICS[name](pixels, truths))
+            of_metric.append(float(per_token[best] if name in paired else per_token.max()))
+    return {name: np.array(mentions, dtype=np.float64) for name, mentions in values.items()}
 
 
 def _mentions(
@@ -331,20 +331,21 @@ def score_words(
 ) -> WordScores:
     r"""Obj-IoU and Func-IoU of one answer about one annotated picture.
 
-    A noun is a word that names a category of the table, annotated or not; there is no tagger.
+    A noun is a word that names a category of the table, annotated or not; no tagger is used.
 
     Args:
         result: jointly normalised maps (units "[0, 1]") of a whole answer.
-        masks: per annotated category, everything of it, (height, width) of the original picture.
+        masks: per annotated category one mask of all its objects, (height, width) of the original
+            picture.
         table: the categories, default COCO's 80.
         parity: default False. True reproduces two defects of TAM's released evaluation: the last
             matching category wins (:func:`match_categories`), and the model's map is stretched
-            over the whole picture even where the processor had cut the centre out of it. (That
-            it skips samples whose token counts differ, and gives no interval, has no counterpart
-            here: another number of tokens is an error, intervals are :func:`paired_bootstrap`'s.)
+            over the whole picture even where the processor had cropped its centre. (That it skips
+            samples whose token counts differ, and gives no interval, has no counterpart here:
+            another number of tokens is an error, intervals are :func:`paired_bootstrap`'s.)
         image: which image the masks are of, default the first.
         geometry: the box of the picture that the model saw; see ``result.to_image``.
-        processor: tells that box where the result doesn't know it.
+        processor: gives that box where the result doesn't know it.
         metrics: further metrics of the mentions, names of :data:`MASK_METRICS`; default none.
 
     Returns:
@@ -364,21 +365,21 @@ def score_words(
         >>> from captum_mllm.reference import load, make_scene, render_pil
         >>> model, processor = load()
         >>> scene = make_scene(1)
-        >>> picture, own = render_pil(scene, 112)
-        >>> masks = {name: own[n] for n, name in enumerate(scene.categories)}
+        >>> picture, drawn = render_pil(scene, 112)
+        >>> masks = {name: drawn[n] for n, name in enumerate(scene.categories)}
         >>> inputs = processor(images=picture, text="USER: <image>\nwhat ? ASSISTANT:",
         ...     return_tensors="pt")
         >>> answer = f"there is a {scene.categories[0]}"
         >>> result = TokenActivationMap(model, processor).attribute(inputs, target=answer)
-        >>> found = score_words(result, masks, table=CategoryTable.of(scene.categories))
-        >>> found.mentions == scene.categories[:1], found.function_words
+        >>> scores = score_words(result, masks, table=CategoryTable.of(scene.categories))
+        >>> scores.mentions == scene.categories[:1], scores.function_words
         (True, ('there', 'a'))
     """
     if result.units != UNIT:
         raise ValueError(
-            f"result must hold jointly normalised maps (units {UNIT!r}), as ARC and "
-            f"TokenActivationMap give them, got units {result.units!r}: thresholds on raw logits "
-            f"don't compare."
+            f"result must hold jointly normalised maps (units {UNIT!r}), such as those of ARC "
+            f"and TokenActivationMap, got units {result.units!r}: thresholds on raw logits are not "
+            f"comparable."
         )
     table = table or CategoryTable.coco()
     size = _check_masks(masks, table)
@@ -390,24 +391,24 @@ def score_words(
     box = None if parity else result.geometry(image, size, geometry=geometry, processor=processor)
 
     def pixels_of(rows: list[int]) -> Maps:
-        own = maps[rows]
-        return upsample(own, size) if box is None else maps_to_picture(own, box, size)
+        chosen = maps[rows]
+        return upsample(chosen, size) if box is None else maps_to_picture(chosen, box, size)
 
     tokens = [word.tokens for word in words]
     mentions = _mentions(tokens, labels)
-    dark: list[Word] = [word for word in words if is_function_word(word.text)]
-    found = _scores_of(pixels_of, mentions, masks, _known(["obj_iou", *metrics]))
+    function_words: list[Word] = [word for word in words if is_function_word(word.text)]
+    scores = _scores_of(pixels_of, mentions, masks, _known(["obj_iou", *metrics]))
     return WordScores(
-        obj=found["obj_iou"],
+        obj=scores["obj_iou"],
         mentions=tuple(label for label, _ in mentions if label in masks),
         func=func_iou(
             maps,
-            nouns=[own for _, own in mentions],
-            function_words=[word.tokens for word in dark],
+            nouns=[of_mention for _, of_mention in mentions],
+            function_words=[word.tokens for word in function_words],
             size=size,
         ),
-        function_words=tuple(word.text for word in dark),
-        more={name: found[name] for name in metrics},
+        function_words=tuple(word.text for word in function_words),
+        more={name: scores[name] for name in metrics},
     )
 
 

@@ -85,16 +85,16 @@ def curve_at(curve: Float[Tensor, "*targets points"], area: float) -> Float[Tens
 
 @dataclass(frozen=True, eq=False)
 class Faithfulness:
-    """What :func:`insertion_deletion` found; all tensors on the CPU, float64.
+    """The curves of :func:`insertion_deletion`; all tensors on the CPU, float64.
 
     Args:
         insertion: (targets, steps + 1): p of each target with the best-ranked share 0, 1/steps,
             ..., 1 of the area shown and the rest replaced.
         deletion: (targets, steps + 1): p with that share replaced and the rest shown.
-        probs: (targets,): p given the whole picture.
-        black_probs: (targets,): p given a black picture, whatever the baseline.
+        probs: (targets,): p given the whole image.
+        black_probs: (targets,): p given a black image, whatever the baseline.
         tokens: position of each target in the answer.
-        baseline: what replaced pixels show.
+        baseline: what replaces pixels.
         areas: shares of area of the two dictionaries.
         sensitive_above: drop of p from which on a target is visually sensitive.
     """
@@ -135,7 +135,7 @@ class Faithfulness:
 
     @property
     def sensitive(self) -> Bool[Tensor, " targets"]:
-        """Whether p(full) - p(black) > ``sensitive_above``: whether the picture matters at all."""
+        """Whether p(full) - p(black) > ``sensitive_above``: whether the image matters at all."""
         return self.probs - self.black_probs > self.sensitive_above
 
     def means(self, sensitive_only: bool = False) -> dict[str, float]:
@@ -174,20 +174,19 @@ def insertion_deletion(
     perturbations_per_eval: int = 1,
     show_progress: bool = False,
 ) -> Faithfulness:
-    r"""Probability of an answer's tokens while its images appear or vanish in a map's order.
+    r"""Probability of an answer's tokens as its images appear or vanish in a map's order.
 
     The answer stays fixed; its tokens' probabilities are teacher-forced, given the changed image,
     the prompt and the true tokens before each. All pixels of all images are ranked by the map,
-    brought to the model's frame bilinearly; ties keep the order of the images, then go row by row
-    from the upper left, so that a flat map scans from the top. The model is left bit for bit as
-    it is.
+    upsampled to the model's canvas bilinearly; ties keep the order of the images, then go row by
+    row from the upper left, so that a constant map scans from the top. The model is left unchanged.
 
-    Where a model sees a picture twice (tiles and an overview: thumbnail, global or base image), the
-    overview changes by what the picture changes, resized. All replaced, it keeps a trace of the
-    picture: what the processor's resizing did otherwise than resizing the tiles' picture does.
+    Where a model sees an image twice (tiles and an overview: thumbnail, global or base image), the
+    overview changes by the resized change of the tiles' image. Even where everything is replaced
+    it keeps a trace of the image: the difference between the processor's resizing and ours.
 
-    Where any patch of black already takes the probability to nothing, both curves lie near 0 and
-    tell no map from another: look at ``means()`` for "mean" or "blur" beside "black".
+    Where any patch of black already reduces the probability to almost 0, both curves lie near 0
+    and don't distinguish maps: compare ``means()`` for "mean" or "blur" in addition to "black".
 
     Args:
         model: a transformers model of a registered family.
@@ -195,19 +194,19 @@ def insertion_deletion(
         target: the answer that was explained: token ids, or a string.
         attribution: what ranks the pixels: a result of ``attribute``; or a tensor for one image,
             or a tuple of one tensor per image, of (rows, cols) for all tokens together or
-            (tokens, rows, cols) for each of its own, on any grid; of a video with a frames axis.
-        processor: the model's processor; tells what black is after normalisation.
+            (tokens, rows, cols) for each token, on any grid; for a video with a frames axis.
+        processor: the model's processor; gives the value of black after normalisation.
         tokens: positions in the answer that are scored; default all. Maps of a result whose
             answer has more tokens are chosen accordingly.
-        baseline: what replaced pixels show: "black" (of the picture, default), "mean" (each
-            picture's mean colour) or "blur" (gaussian, its standard deviation a tenth of the
-            picture's shorter side).
+        baseline: what replaces pixels: "black" (of the picture, default), "mean" (each image's
+            mean colour) or "blur" (gaussian, its standard deviation a tenth of the image's shorter
+            side).
         steps: equal steps of area, default 64.
         areas: shares of area for comprehensiveness and sufficiency, read from the curves
             (linear between steps), default 1, 5, 10, 20 and 50 %.
         sensitive_above: a token is visually sensitive if p(full) - p(black) lies above,
             default 0.2.
-        perturbations_per_eval: changed versions in one forward, default 1.
+        perturbations_per_eval: perturbed versions in one forward, default 1.
         show_progress: progress bar over the versions, default False. There are
             ``2 (steps - 1)`` of them per map, and two or three more.
 
@@ -216,13 +215,13 @@ def insertion_deletion(
         other way round.
 
     Raises:
-        TypeError: no target, or arguments of another kind.
-        ValueError: bad input; the message names the argument and how to mend it.
+        TypeError: a missing target, or arguments of another kind.
+        ValueError: bad input; the message names the argument and how to fix it.
 
     Reference:
         Petsiuk et al., "RISE", BMVC 2018; the score of a token sequence and the protocol as EAGLE
         (CVPR 2026) has them. DeYoung et al., "ERASER", ACL 2020, for comprehensiveness and
-        sufficiency. The widths of the blur and 0.2 as a threshold are no paper's.
+        sufficiency. The width of the blur and the threshold 0.2 are ours.
 
     Example:
         >>> from captum_mllm import MSEA
@@ -232,9 +231,9 @@ def insertion_deletion(
         >>> inputs = processor(images=picture, text="USER: <image>\nwhat is this ? ASSISTANT:",
         ...     return_tensors="pt")
         >>> attr = MSEA(model, processor).attribute(inputs, target="there is a dog")
-        >>> found = insertion_deletion(model, inputs, attr.output_ids, attr, processor=processor,
+        >>> scores = insertion_deletion(model, inputs, attr.output_ids, attr, processor=processor,
         ...     tokens=[3], steps=8, perturbations_per_eval=8)
-        >>> found.insertion.shape, sorted(found.means())[-1]
+        >>> scores.insertion.shape, sorted(scores.means())[-1]
         (torch.Size([1, 9]), 'sufficiency@0.5')
     """
     _check(baseline, steps, areas, perturbations_per_eval)

@@ -1,4 +1,4 @@
-"""Is a word seen or made up? Scores of an answer's tokens that need no mask and no caption."""
+"""Is a word grounded or hallucinated? Scores of an answer's tokens without masks or captions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def log_normalizer(
     *,
     chunk: int = CHUNK,
 ) -> Float[Tensor, " cells"]:
-    """``log sum_v exp(W_v . h_i + b_v)`` of each cell, never cells x vocabulary at once.
+    """``log sum_v exp(W_v . h_i + b_v)`` of each cell, without all cells x vocabulary in memory.
 
     Args:
         hidden: hidden states after the final norm.
@@ -36,7 +36,7 @@ def log_normalizer(
         chunk: vocabulary entries at a time, default 16384.
 
     Returns:
-        One value per cell, float32 (float64 stays float64): subtracted from a logit it makes a
+        One value per cell, float32 (float64 stays float64): a logit minus it is a
         log-probability.
 
     Raises:
@@ -54,8 +54,8 @@ def log_normalizer(
         raise ValueError(f"chunk must be at least 1, got {chunk}.")
     total: Tensor | None = None
     for start in range(0, len(weight), chunk):
-        own = slice(start, start + chunk)
-        logits = lens_logits(hidden, weight[own], None if bias is None else bias[own])
+        rows = slice(start, start + chunk)
+        logits = lens_logits(hidden, weight[rows], None if bias is None else bias[rows])
         part = logits.logsumexp(0)
         total = part if total is None else torch.logaddexp(total, part)
     if total is None:
@@ -71,7 +71,7 @@ def rank_of(
     *,
     chunk: int = CHUNK,
 ) -> Int64[Tensor, " words"]:
-    """Place of each id among all logits of its own state: 1 is the largest; ties by lower id.
+    """Rank of each id among all logits of its own state: 1 is the largest; ties by lower id.
 
     Args:
         hidden: one state per word, e.g. that of its peak cell.
@@ -95,33 +95,33 @@ def rank_of(
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}.")
-    parts = []  # each logit is computed once: its own is compared bit for bit
+    parts = []  # each logit is computed once, so that equal ones are bitwise equal
     columns = torch.arange(len(ids), device=ids.device)
     bounds = [slice(start, start + chunk) for start in range(0, len(weight), chunk)]
-    own = torch.empty(0)
+    of_ids = torch.empty(0)
     for part in bounds:
         logits = lens_logits(hidden, weight[part], None if bias is None else bias[part])
         inside = (ids >= part.start) & (ids < part.start + len(logits))
-        if not len(own):
-            own = logits.new_zeros(len(ids))
-        own[inside] = logits[ids[inside] - part.start, columns[inside]]
+        if not len(of_ids):
+            of_ids = logits.new_zeros(len(ids))
+        of_ids[inside] = logits[ids[inside] - part.start, columns[inside]]
         parts.append(logits)
     ranks = torch.ones_like(ids)
     for part, logits in zip(bounds, parts, strict=True):
         entries = torch.arange(len(logits), device=ids.device)[:, None] + part.start
-        ranks += ((logits > own) | ((logits == own) & (entries < ids))).sum(0)
+        ranks += ((logits > of_ids) | ((logits == of_ids) & (entries < ids))).sum(0)
     return ranks
 
 
 def map_entropy(maps: Float[Tensor, "targets ..."]) -> Float64[Tensor, " targets"]:
-    """How spread a map is: entropy of its share per cell, over that of a flat map.
+    """How spread a map is: entropy of its share per cell, relative to that of a constant map.
 
     Args:
         maps: any values; negative ones count as 0. All axes but the first are cells.
 
     Returns:
-        Value in [0, 1] per map: 0 where one cell holds everything, 1 for a flat map. A map
-        without a positive value points nowhere and counts as flat.
+        Value in [0, 1] per map: 0 where one cell holds everything, 1 for a constant map. A map
+        without a positive value points nowhere and counts as constant.
 
     Reference:
         Shannon entropy; its use as a score of hallucination is ours.
@@ -147,7 +147,7 @@ def mass_area(
         mass: share of the mass in (0, 1], default 0.85.
 
     Returns:
-        Value in (0, 1] per map. A map without a positive value counts as flat.
+        Value in (0, 1] per map. A map without a positive value counts as constant.
 
     Raises:
         ValueError: ``mass`` out of range.
@@ -177,16 +177,17 @@ def _shares(maps: Tensor) -> Float64[Tensor, "targets cells"]:
 
 @dataclass(frozen=True, eq=False)
 class HallucinationScores:
-    """Scores of each target token; all on the CPU, float64 but for the rank.
+    """Scores of each target token; all on the CPU, float64 except the rank.
 
     Args:
         log_prob: (targets,): log p(y | image), the baseline to beat. Low: doubtful.
-        decodability: (targets,): max over image cells of log p(y) by the logit lens. Low: nothing
-            in the picture reads as that word.
-        rank: (targets,): place of y in the vocabulary at the cell of that maximum, 1 the first.
-        entropy: (targets,): :func:`map_entropy` of the token's map. High: it looked nowhere.
+        decodability: (targets,): max over image cells of log p(y) by the logit lens. Low: no image
+            region decodes to that word.
+        rank: (targets,): rank of y in the vocabulary at the cell of that maximum, 1 the first.
+        entropy: (targets,): :func:`map_entropy` of the token's map. High: no region stands out.
         area: (targets,): :func:`mass_area` of the token's map at 85 % of its mass.
-        reliance: (targets,): log p(y | image) - log p(y | blank image). Low: said anyway.
+        reliance: (targets,): log p(y | image) - log p(y | blank image). Low: predicted
+            without visual evidence.
         tokens: position of each target in the answer.
     """
 
@@ -221,11 +222,11 @@ class HallucinationScores:
                 )
         rows = [torch.tensor([at[token] for token in word]) for word in words]
         best = torch.tensor(
-            [int(own[self.decodability[own].argmax()]) for own in rows], dtype=torch.int64
+            [int(word[self.decodability[word].argmax()]) for word in rows], dtype=torch.int64
         )
 
         def sums(values: Tensor) -> Tensor:
-            return torch.tensor([float(values[own].sum()) for own in rows], dtype=torch.float64)
+            return torch.tensor([float(values[word].sum()) for word in rows], dtype=torch.float64)
 
         return HallucinationScores(
             log_prob=sums(self.log_prob),
@@ -248,25 +249,25 @@ def hallucination_scores(
     attribution: Any = None,
     baseline: Baseline = "black",
 ) -> HallucinationScores:
-    r"""How far the picture bears out each token of an answer: two forwards for all tokens.
+    r"""How well the image supports each token of an answer: two forwards for all tokens.
 
     Args:
-        model: a transformers model of a registered family; left bit for bit as it is.
+        model: a transformers model of a registered family; left unchanged.
         inputs: the processor's mapping for one sample; several images count as one.
         target: the answer: token ids, or a string.
-        processor: the model's processor; tells what black is after normalisation.
+        processor: the model's processor; gives the value of black after normalisation.
         tokens: positions in the answer that are scored, default all; e.g. those of its nouns.
         attribution: maps for ``entropy`` and ``area``, as in
             :func:`captum_mllm.metrics.insertion_deletion`; default None: the logit lens.
-        baseline: the blank image of ``reliance``: "black" (default), "mean" or "blur"; of an
-            overview as in :func:`captum_mllm.metrics.insertion_deletion`.
+        baseline: the blank image of ``reliance``: "black" (default), "mean" or "blur"; for an
+            overview see :func:`captum_mllm.metrics.insertion_deletion`.
 
     Returns:
         :class:`HallucinationScores`; ``of_words`` makes them those of whole words.
 
     Raises:
-        TypeError: no target, or arguments of another kind.
-        ValueError: bad input; the message names the argument and how to mend it.
+        TypeError: a missing target, or arguments of another kind.
+        ValueError: bad input; the message names the argument and how to fix it.
 
     Reference:
         Decodability: the maximum of the logit lens's probability over the image, as in Jiang et
@@ -287,27 +288,27 @@ def hallucination_scores(
         raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {baseline!r}.")
     adapter, sample, answer = read_question(model, inputs, target, processor)
     chosen = chosen_tokens(tokens, len(answer))
-    given = None if attribution is None else read_maps(attribution, sample.grids, answer, chosen)
+    maps = None if attribution is None else read_maps(attribution, sample.grids, answer, chosen)
     blank = ChangeablePictures(adapter, sample, baseline, black_pixel(processor))
     with evaluating(adapter):
-        lens, decodability, rank, seen = _decoded(adapter, sample, answer, chosen)
+        lens, decodability, rank, log_prob = _decoded(adapter, sample, answer, chosen)
         dark = blank.replaced(all_masks(sample, True))
-        unseen = answer_log_probs(adapter, sample, answer, [dark], [chosen])[0].double().cpu()
-    maps = lens if given is None else _packed(given, len(chosen))
+        without = answer_log_probs(adapter, sample, answer, [dark], [chosen])[0].double().cpu()
+    cells = lens if maps is None else _packed(maps, len(chosen))
     return HallucinationScores(
-        log_prob=seen,
+        log_prob=log_prob,
         decodability=decodability,
         rank=rank,
-        entropy=map_entropy(maps),
-        area=mass_area(maps),
-        reliance=seen - unseen,
+        entropy=map_entropy(cells),
+        area=mass_area(cells),
+        reliance=log_prob - without,
         tokens=tuple(chosen),
     )
 
 
 def _packed(maps: Sequence[tuple[Tensor, ...]], n: int) -> Float[Tensor, "targets cells"]:
     """The cells of all images side by side, a row per target."""
-    rows = [torch.cat([image.detach().cpu().double().flatten() for image in own]) for own in maps]
+    rows = [torch.cat([image.detach().cpu().double().flatten() for image in m]) for m in maps]
     return torch.stack(rows).expand(n, -1)
 
 
@@ -319,18 +320,18 @@ def _decoded(
     ids = answer[list(chosen)]
     rows = torch.tensor(chosen, device=ids.device) + len(sample.prompt_ids) - 1
     captured = captured_forward(adapter, full, sample.grids, rows=rows)
-    seen = captured.logits.to(torch.promote_types(captured.logits.dtype, torch.float32))
-    seen = seen.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    logits = captured.logits.to(torch.promote_types(captured.logits.dtype, torch.float32))
+    log_prob = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
     hidden = captured.final_hidden
     weights = adapter.class_weights(ids)
     maps, states = [], []
     for where, grid in zip(sample.image_positions, sample.grids, strict=True):
         views, boxes = [], []
         for view in adapter.views(grid):
-            own = hidden[where[view.tokens.flatten().to(where.device)]]
-            views.append(lens_logits(own, *weights).clamp(min=0).unflatten(1, view.tokens.shape))
+            state = hidden[where[view.tokens.flatten().to(where.device)]]
+            views.append(lens_logits(state, *weights).clamp(min=0).unflatten(1, view.tokens.shape))
             boxes.append(view.box)
-            states.append(own)
+            states.append(state)
         maps.append(merge_views(views, boxes, grid.shape).flatten(1).cpu())
     cells = torch.cat(states)
     matrix, bias = adapter.class_weights(slice(None))
@@ -338,4 +339,4 @@ def _decoded(
     log_probs = lens_logits(cells, *weights) - log_normalizer(there, matrix, bias).to(cells.device)
     best, peak = log_probs.max(1)
     ranks = rank_of(there[peak.to(there.device)], ids.to(there.device), matrix, bias)
-    return torch.cat(maps, 1), best.double().cpu(), ranks.cpu(), seen.double().cpu()
+    return torch.cat(maps, 1), best.double().cpu(), ranks.cpu(), log_prob.double().cpu()

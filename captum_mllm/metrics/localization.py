@@ -1,4 +1,4 @@
-"""Where a map points, measured against a mask of the object that it should point at."""
+"""How well a map localises an object, measured against the object's mask."""
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -61,7 +61,7 @@ def iou(pred_mask: Masks, mask: Masks) -> Scores:
         Value in [0, 1] per example; NaN where both masks are empty.
 
     Raises:
-        ValueError: the shapes differ, or a mask holds anything but 0 and 1.
+        ValueError: the shapes differ, or a mask holds other values than 0 and 1.
 
     Reference:
         Jaccard index.
@@ -84,7 +84,7 @@ def obj_iou(map: Maps, mask: Masks) -> Scores:
         mask: the object, bool or 0/1.
 
     Returns:
-        Value in [0, 1] per example; 0 for a flat map, NaN for an empty mask.
+        Value in [0, 1] per example; 0 for a constant map, NaN for an empty mask.
 
     Raises:
         ValueError: see :func:`otsu_threshold` and :func:`iou`.
@@ -102,7 +102,7 @@ def obj_iou(map: Maps, mask: Masks) -> Scores:
 
 
 def oracle_iou(map: Maps, mask: Masks) -> Scores:
-    """Best IoU that any threshold on the map reaches: its ranking without its calibration.
+    """Best IoU over all thresholds on the map: its ranking without its calibration.
 
     Args:
         map: any values, larger is more.
@@ -113,10 +113,11 @@ def oracle_iou(map: Maps, mask: Masks) -> Scores:
         mask.
 
     Raises:
-        ValueError: the shapes differ, the map is not finite, or the mask anything but 0 and 1.
+        ValueError: the shapes differ, the map is not finite, or the mask holds other values than
+            0 and 1.
 
     Reference:
-        Ours: to tell a better ranking of cells from a better calibration.
+        Ours: separates a better ranking of cells from a better calibration.
 
     Example:
         >>> import numpy as np
@@ -127,18 +128,19 @@ def oracle_iou(map: Maps, mask: Masks) -> Scores:
 
 
 def average_precision(map: Maps, mask: Masks) -> Scores:
-    """Average precision of the pixels, ranked by the map: no threshold, sees the object's size.
+    """Average precision of the pixels, ranked by the map: no threshold, depends on object size.
 
     Args:
         map: any values, larger is more.
         mask: the object, bool or 0/1.
 
     Returns:
-        Value in (0, 1] per example, the mask's share of the area for a flat map; NaN for an empty
-        mask.
+        Value in (0, 1] per example, the mask's share of the area for a constant map; NaN for an
+        empty mask.
 
     Raises:
-        ValueError: the shapes differ, the map is not finite, or the mask anything but 0 and 1.
+        ValueError: the shapes differ, the map is not finite, or the mask holds other values than
+            0 and 1.
         ImportError: scikit-learn is not installed.
 
     Reference:
@@ -161,10 +163,11 @@ def auc(map: Maps, mask: Masks) -> Scores:
         mask: the object, bool or 0/1.
 
     Returns:
-        Value in [0, 1] per example, 0.5 for a flat map; NaN where the mask is empty or full.
+        Value in [0, 1] per example, 0.5 for a constant map; NaN where the mask is empty or full.
 
     Raises:
-        ValueError: the shapes differ, the map is not finite, or the mask anything but 0 and 1.
+        ValueError: the shapes differ, the map is not finite, or the mask holds other values than
+            0 and 1.
         ImportError: scikit-learn is not installed.
 
     Reference:
@@ -192,11 +195,12 @@ def pointing_game(map: Maps, mask: Masks) -> Scores:
 
     Returns:
         1 or 0 per example; where several pixels share the peak, the share of them inside (the
-        expected hit of a random one: a flat map gets the mask's share of the area). NaN for an
-        empty mask.
+        expected hit of a random one: a constant map gets the mask's share of the area). NaN for
+        an empty mask.
 
     Raises:
-        ValueError: the shapes differ, the map is not finite, or the mask anything but 0 and 1.
+        ValueError: the shapes differ, the map is not finite, or the mask holds other values than
+            0 and 1.
 
     Reference:
         Zhang et al., "Top-down neural attention by excitation backprop", ECCV 2016, without the
@@ -221,7 +225,8 @@ def energy_in_mask(map: Maps, mask: Masks) -> Scores:
         Value in [0, 1] per example; 0 where the map has no positive value, NaN for an empty mask.
 
     Raises:
-        ValueError: the shapes differ, the map is not finite, or the mask anything but 0 and 1.
+        ValueError: the shapes differ, the map is not finite, or the mask holds other values than
+            0 and 1.
 
     Reference:
         Wang et al., "Score-CAM", CVPR workshops 2020, energy-based pointing game.
@@ -248,8 +253,8 @@ def precision_recall(map: Maps, mask: Masks) -> tuple[Scores, Scores]:
         mask: the object, bool or 0/1.
 
     Returns:
-        Precision and recall, each in [0, 1] per example; both 0 for a flat map, NaN for an empty
-        mask.
+        Precision and recall, each in [0, 1] per example; both 0 for a constant map, NaN for an
+        empty mask.
 
     Raises:
         ValueError: see :func:`otsu_threshold` and :func:`iou`.
@@ -265,8 +270,8 @@ def precision_recall(map: Maps, mask: Masks) -> tuple[Scores, Scores]:
     """
 
     def precision(values: np.ndarray, truth: np.ndarray) -> float:
-        found = values > _otsu(values)
-        return float(truth[found].mean()) if found.any() else 0.0
+        predicted = values > _otsu(values)
+        return float(truth[predicted].mean()) if predicted.any() else 0.0
 
     def recall(values: np.ndarray, truth: np.ndarray) -> float:
         return float((values > _otsu(values))[truth].mean())
@@ -289,14 +294,14 @@ def _otsu(values: Float64[np.ndarray, "height width"]) -> float:
     return float(np.nextafter(np.float32(upper_edge), np.float32(0)))
 
 
-def _iou(found: Bool[np.ndarray, "*shape"], truth: Bool[np.ndarray, "*shape"]) -> float:
-    union = (found | truth).sum()
-    return float((found & truth).sum() / union) if union else float("nan")
+def _iou(predicted: Bool[np.ndarray, "*shape"], truth: Bool[np.ndarray, "*shape"]) -> float:
+    union = (predicted | truth).sum()
+    return float((predicted & truth).sum() / union) if union else float("nan")
 
 
 def _oracle_iou(values: np.ndarray, truth: np.ndarray) -> float:
     order = np.argsort(-values, axis=None)
     ranked, hits = values.ravel()[order], truth.ravel()[order].cumsum()
-    cut = np.append(ranked[1:] < ranked[:-1], True)  # equal values can't be told apart
-    found = np.arange(1, values.size + 1)
-    return float((hits / (found + truth.sum() - hits))[cut].max())
+    cut = np.append(ranked[1:] < ranked[:-1], True)  # no threshold separates equal values
+    predicted = np.arange(1, values.size + 1)
+    return float((hits / (predicted + truth.sum() - hits))[cut].max())

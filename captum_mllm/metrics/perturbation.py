@@ -23,15 +23,16 @@ _LEVELS = 1e9  # values nearer than this share of the largest are ties: rounding
 def pixel_ranks(
     maps: Sequence[Float[Tensor, "*frames rows cols"]], grids: Sequence[ImageGrid]
 ) -> tuple[Int64[Tensor, "*frames height width"], ...]:
-    """Place of every pixel of all images in the order of their maps, 0 the highest.
+    """Rank of every pixel of all images in the order of their maps, 0 the highest.
 
     Args:
-        maps: one map per image, on any grid; brought to pixels bilinearly.
-        grids: the images' frames.
+        maps: one map per image, on any grid; upsampled to pixels bilinearly.
+        grids: the images' grids.
 
     Returns:
-        Per image, ranks in its frame. Pixels of all images share one order; ties keep the order
-        of the images, then row by row from the upper left. So a flat map scans from the top.
+        Per image, the ranks on its canvas. Pixels of all images share one order; ties keep the
+        order of the images, then row by row from the upper left. So a constant map scans from the
+        top.
     """
     pixels = [
         upsample(values.detach().cpu().double(), (grid.height, grid.width))
@@ -45,7 +46,7 @@ def pixel_ranks(
     ranks[order] = torch.arange(len(order))
     sizes = [prod(mask_shape(grid)) for grid in grids]
     pairs = zip(ranks.split(sizes), grids, strict=True)
-    return tuple(own.reshape(mask_shape(grid)) for own, grid in pairs)
+    return tuple(places.reshape(mask_shape(grid)) for places, grid in pairs)
 
 
 def step_sizes(pixels: int, steps: int) -> list[int]:
@@ -68,19 +69,20 @@ def read_maps(
         TypeError: neither a result nor tensors.
         ValueError: another number of images or tokens, NaN, or a result of another answer.
     """
-    given = getattr(attribution, "grid_attr", attribution)
-    given = tuple(given) if isinstance(given, tuple | list) else (given,)
-    if any(not hasattr(maps, "shape") for maps in given):
-        kinds = ", ".join(type(maps).__name__ for maps in given)
+    tensors = getattr(attribution, "grid_attr", attribution)
+    tensors = tuple(tensors) if isinstance(tensors, tuple | list) else (tensors,)
+    if any(not hasattr(maps, "shape") for maps in tensors):
+        kinds = ", ".join(type(maps).__name__ for maps in tensors)
         raise TypeError(
             f"attribution must be a result of attribute, a tensor of maps, or a tuple of one "
             f"tensor per image; got {kinds}."
         )
-    if len(given) != len(grids):
+    if len(tensors) != len(grids):
         raise ValueError(
-            f"attribution must hold one tensor of maps per image ({len(grids)}), got {len(given)}."
+            f"attribution must hold one tensor of maps per image ({len(grids)}), got "
+            f"{len(tensors)}."
         )
-    pairs = zip(given, grids, strict=True)
+    pairs = zip(tensors, grids, strict=True)
     per_image = [_one_image(torch.as_tensor(maps), grid) for maps, grid in pairs]
     counts = {len(maps) for maps in per_image}
     if len(counts) > 1 or not counts <= {1, len(chosen), len(answer)}:
@@ -121,14 +123,14 @@ def _one_image(maps: Tensor, grid: ImageGrid) -> Float[Tensor, "maps ..."]:
 
 
 class Version(NamedTuple):
-    """One changed version of the images, and whose probability is read at which step.
+    """One perturbed version of the images, and which probabilities are read at which step.
 
     Args:
         pictures: changes the images.
         masks: per image, what is replaced.
         rows: which of the chosen tokens are read.
         deletes: whether it belongs to the deletion curve.
-        step: its place in the curve.
+        step: its index in the curve.
     """
 
     pictures: ChangeablePictures
@@ -140,7 +142,7 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """Forwards over versions, some at a time.
+    """Forwards over versions, several at a time.
 
     Args:
         adapter: the model's adapter, already ``running()``.
@@ -148,7 +150,7 @@ class Run:
         answer: ids of the answer.
         chosen: positions in it that are scored.
         per_eval: versions in one forward.
-        bar: told of each version done.
+        bar: progress bar over the versions.
     """
 
     adapter: Adapter
@@ -166,10 +168,10 @@ class Run:
         """
         while batch := list(islice(versions, self.per_eval)):
             pixels = [version.pictures.replaced(version.masks) for version in batch]
-            asked = [[self.chosen[row] for row in version.rows] for version in batch]
-            found = answer_log_probs(self.adapter, self.sample, self.answer, pixels, asked)
+            tokens = [[self.chosen[row] for row in version.rows] for version in batch]
+            log_probs = answer_log_probs(self.adapter, self.sample, self.answer, pixels, tokens)
             self.bar.update(len(batch))
-            yield from zip(batch, found.double().exp().cpu(), strict=True)
+            yield from zip(batch, log_probs.double().exp().cpu(), strict=True)
 
 
 def perturbed_versions(
@@ -188,8 +190,8 @@ def perturbed_versions(
         n_chosen: number of chosen tokens.
         sizes: number of changed pixels after each step, the first and the last included.
     """
-    for n, own in enumerate(maps):
-        ranks = pixel_ranks(own, sample.grids)
+    for n, per_image in enumerate(maps):
+        ranks = pixel_ranks(per_image, sample.grids)
         rows = (n,) if len(maps) > 1 else tuple(range(n_chosen))
         for step in range(1, len(sizes) - 1):
             best = [places < sizes[step] for places in ranks]
@@ -198,7 +200,7 @@ def perturbed_versions(
 
 
 def all_masks(sample: Sample, replaced: bool) -> list[Tensor]:
-    """Masks of nothing, or of everything.
+    """Masks that replace nothing, or everything.
 
     Args:
         sample: the prompt with its images.

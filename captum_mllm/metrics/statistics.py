@@ -1,4 +1,4 @@
-"""How sure a mean is: intervals by resampling whole scenes."""
+"""How certain a mean is: intervals by resampling whole scenes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -83,8 +83,8 @@ def paired_bootstrap_f1(
 ) -> Interval:
     """F1-IoU of ``a``, or that of ``a`` minus that of ``b``, with an interval as above.
 
-    F1-IoU is no mean: it is the harmonic mean of two means over all words of all scenes. So each
-    resample of scenes gives both means anew, and their harmonic mean from these.
+    F1-IoU is not a mean but the harmonic mean of two means over all words of all scenes. So both
+    means, and their harmonic mean, are computed again for each resample of scenes.
 
     Args:
         a: Obj-IoU and Func-IoU of one method, each (scenes, values) padded with NaN; the two may
@@ -119,10 +119,10 @@ def paired_bootstrap_f1(
     if b is None:
         return _interval(parts, _f1, n_resamples, seed, level)
     others = [
-        _paired(own, values, f"a's {name}", f"b's {name}")
-        for own, values, name in zip(parts, b, names, strict=True)
+        _paired(part, values, f"a's {name}", f"b's {name}")
+        for part, values, name in zip(parts, b, names, strict=True)
     ]
-    gaps = [np.isnan(own - other) for own, other in zip(parts, others, strict=True)]
+    gaps = [np.isnan(part - other) for part, other in zip(parts, others, strict=True)]
     kept = [np.where(gap, np.nan, v) for gap, v in zip(gaps * 2, parts + others, strict=True)]
     return _interval(kept, lambda m: _f1(m[..., :2]) - _f1(m[..., 2:]), n_resamples, seed, level)
 
@@ -167,10 +167,10 @@ def _interval(
         drawn = rng.integers(n_scenes, size=n_scenes)
         total = counts[drawn].sum(0)
         np.divide(sums[drawn].sum(0), total, out=means[i], where=total > 0)
-    found = statistic(means)
-    found = found[~np.isnan(found)]
+    resampled = statistic(means)
+    resampled = resampled[~np.isnan(resampled)]
     ends = [(1 - level) / 2, (1 + level) / 2]
-    low, high = np.quantile(found, ends) if len(found) else (np.nan, np.nan)
+    low, high = np.quantile(resampled, ends) if len(resampled) else (np.nan, np.nan)
     return Interval(float(statistic(sums.sum(0) / counts.sum(0))), float(low), float(high))
 
 

@@ -1,52 +1,72 @@
-"""A model and its processor from a checkpoint, and a prompt made into inputs."""
+"""Load a model and its processor from a checkpoint, and turn a prompt into inputs."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from captum_mllm.validation import ArgumentError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
-from captum_mllm.cli.arguments import UsageError
 
-PROMPT = "describe the picture."  # of a benchmark, where none is given
+PROMPT = "describe the picture."  # of a benchmark, unless another one is given
 
 
-# What stands for one picture before a prompt without chat template, by the processor's class; for
-# others it is the image token and a new line.
+# The text that stands for one picture in a prompt without a chat template, by the processor's
+# class; for all other classes it is the image token and a line break.
 _BEFORE = {
     "Qwen2VLProcessor": "<|vision_start|>{token}<|vision_end|>",
     "Qwen2_5_VLProcessor": "<|vision_start|>{token}<|vision_end|>",
     "Qwen3VLProcessor": "<|vision_start|>{token}<|vision_end|>",
-    "PaliGemmaProcessor": "{token}",  # its start token follows the last picture at once
+    "PaliGemmaProcessor": "{token}",  # its start token follows the last picture directly
 }
 
 
-_WITHOUT_VIDEO = "The processor was read without its video part, as torchvision is not installed."
+_WITHOUT_VIDEO = (
+    "The processor was loaded without its video part because torchvision is not installed."
+)
 
 
-def load_model(name: str | None, dtype: str, device_name: str | None) -> tuple[Any, Any, str]:
-    """Model and processor on their device, and a note on how they were read, or "".
+def load_model(
+    name: str | None = None, dtype: str = "auto", device: str | None = None
+) -> tuple[Any, Any, str]:
+    """Load a model and its processor.
 
     A class that is not supported is refused before the weights are read.
 
     Args:
-        name: hub id or folder; None for the shipped model.
-        dtype: "auto" or a torch dtype's name.
-        device_name: a torch device; None for cuda if there is one.
+        name: hub id or folder; None (default) for the shipped model.
+        dtype: name of a torch floating point dtype; "auto" (default) for the checkpoint's own.
+        device: name of a torch device; None (default) for "cuda" if there is one, else "cpu".
+
+    Returns:
+        The model in evaluation mode on its device, its processor, and a sentence on how they were
+        loaded, "" if there is nothing to say.
+
+    Raises:
+        ArgumentError: ``name`` can't be loaded, ``dtype`` is unknown, or ``device`` can't be used.
+        FileNotFoundError: the shipped model's files are missing.
+
+    Example:
+        >>> model, processor, note = load_model(device="cpu")
+        >>> type(model).__name__, note
+        ('LlavaForConditionalGeneration', '')
     """
     import torch
 
-    device = _device(device_name)
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ArgumentError(
+            "dtype", f"must be 'auto' or a torch floating point dtype's name, got {dtype!r}."
+        )
+    place = _device(device)
     if name is None:
         from captum_mllm.reference.models import load
 
-        try:
-            model, processor = load()
-        except OSError as error:
-            raise UsageError("the shipped model is missing: reinstall captum_mllm") from error
+        model, processor = load()
         if dtype != "auto":
-            model = model.to(getattr(torch, dtype))
-        return model.to(device), processor, ""
+            model = model.to(kind)
+        return model.to(place), processor, ""
     try:
         _check_class(name)
         processor, note = _load_processor(name)
@@ -54,8 +74,8 @@ def load_model(name: str | None, dtype: str, device_name: str | None) -> tuple[A
 
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"argument --model: {name!r} can't be loaded: {error}") from error
-    return model.to(device).eval(), processor, note
+        raise ArgumentError("name", f"{name!r} can't be loaded: {error}") from error
+    return model.to(place).eval(), processor, note
 
 
 def _device(name: str | None) -> Any:
@@ -66,7 +86,7 @@ def _device(name: str | None) -> Any:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"argument --device: can't use {name!r}: {reason}") from error
+        raise ArgumentError("device", f"{name!r} can't be used: {reason}") from error
     return device
 
 
@@ -79,11 +99,11 @@ def _check_class(name: str) -> None:
 
     local = Path(name).expanduser()
     if not local.is_dir() and (local.exists() or name.startswith((".", "/", "~"))):
-        raise OSError("no such folder; give a folder with config.json, or a hub id")
+        raise OSError("there is no such folder; give a folder with config.json, or a hub id")
     config = AutoConfig.from_pretrained(name)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ValueError(
-            f"a model of type {config.model_type!r} reads no pictures; give a multimodal model: "
+            f"a model of type {config.model_type!r} takes no images; give a multimodal model: "
             f"{', '.join(registered_classes())}"
         )
     with torch.device("meta"):
@@ -91,7 +111,7 @@ def _check_class(name: str) -> None:
 
 
 def _load_processor(name: str) -> tuple[Any, str]:
-    """The processor, and a note where it is not the whole one."""
+    """The processor, and a note where its video part is missing."""
     from transformers import AutoProcessor
     from transformers.utils.import_utils import is_torchvision_available
 
@@ -108,7 +128,7 @@ def _load_processor(name: str) -> tuple[Any, str]:
 
 
 def _without_torchvision(name: str, error: Exception) -> Any:
-    """What reads pictures of a processor that failed with ``error`` where torchvision is absent."""
+    """The image part of a processor that failed with ``error`` where torchvision is absent."""
     from captum_mllm.adapters.image_only import load_image_only
 
     try:
@@ -120,13 +140,13 @@ def _without_torchvision(name: str, error: Exception) -> Any:
         if "torchvision" in text or "video_processor" in text or "video processor" in text:
             raise ImportError(
                 "its processor needs torchvision, which is not installed; pip install torchvision "
-                "(the build that goes with your torch)"
+                "(the build that matches your torch)"
             ) from other
         raise ValueError(f"its processor fails: {error}") from error
 
 
 def _folder(name: str) -> Path:
-    """The folder with a model's small files; of a hub id, that of the hub's cache."""
+    """The folder with a model's small files; for a hub id, the one in the hub's cache."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -135,33 +155,56 @@ def _folder(name: str) -> Path:
 
 
 def prepare_inputs(processor: Any, pictures: "Sequence[Image]", prompt: str) -> tuple[Any, str]:
-    """The processor's mapping for pictures and prompt, and what was assumed, as a sentence.
+    r"""Turn pictures and a prompt into the inputs of a model.
+
+    A prompt that holds image tokens is used as it is. Otherwise the processor's chat template is
+    applied, with the pictures before the text of one user turn; without a chat template the image
+    tokens are put before the prompt.
 
     Args:
         processor: the model's processor.
-        pictures: the pictures.
-        prompt: what to ask, with or without the model's template around it.
+        pictures: the pictures, at least one.
+        prompt: the user's text, with or without the model's template around it.
+
+    Returns:
+        The mapping that the processor returns, and a sentence on what was assumed.
+
+    Raises:
+        ArgumentError: ``pictures`` is empty; ``prompt`` holds another number of image tokens than
+            there are pictures, or the processor refuses it; a processor without chat template and
+            image token.
+
+    Example:
+        >>> from captum_mllm.reference import load, make_scene, render_pil
+        >>> _, processor = load()
+        >>> picture, _ = render_pil(make_scene(1))
+        >>> inputs, assumed = prepare_inputs(processor, [picture], "what is this ?")
+        >>> sorted(inputs), assumed.split(",")[0]
+        (['attention_mask', 'input_ids', 'pixel_values'], "Assumed: the model's chat template")
     """
+    if not pictures:
+        raise ArgumentError("pictures", "is empty: give at least one picture.")
     text, assumed = _full_prompt(processor, len(pictures), prompt)
     start = processor.tokenizer.bos_token
     begins = start is not None and text.startswith(start)
     special = {"add_special_tokens": False} if begins else {}
     try:
-        made = processor(images=list(pictures), text=text, return_tensors="pt", **special)
+        inputs = processor(images=list(pictures), text=text, return_tensors="pt", **special)
     except ValueError as error:
-        raise UsageError(f"argument --prompt: {error}") from error
-    return made, assumed
+        raise ArgumentError("prompt", f"is refused by the processor: {error}") from error
+    return inputs, assumed
 
 
 def _full_prompt(processor: Any, count: int, prompt: str) -> tuple[str, str]:
     """The prompt with a placeholder for each of ``count`` pictures, and what was assumed."""
-    # Gemma 3's pictures stand where its token of a beginning image is.
+    # In Gemma 3's prompts a picture is its begin-of-image token.
     token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
     if token and token in prompt:
         if prompt.count(token) != count:
-            raise UsageError(
-                f"argument --prompt: holds {prompt.count(token)} image tokens ({token!r}) for "
-                f"{count} picture(s); write one for each, or none at all"
+            raise ArgumentError(
+                "prompt",
+                f"holds {prompt.count(token)} image tokens ({token!r}) for {count} picture(s); "
+                f"write one for each picture, or none at all.",
             )
         return prompt, "Assumed: the prompt holds the image token, so it is used as it is."
     if getattr(processor, "chat_template", None):
@@ -173,9 +216,10 @@ def _full_prompt(processor: Any, count: int, prompt: str) -> tuple[str, str]:
             "Assumed: the model's chat template, one user turn, the picture before the text."
         )
     if not token:
-        raise UsageError(
-            "argument --prompt: the processor has no chat template and no image token; write the "
-            "whole prompt with its image token"
+        raise ArgumentError(
+            "prompt",
+            "can't be completed: the processor has no chat template and no image token; write the "
+            "whole prompt with its image token.",
         )
     names = (cls.__name__ for cls in type(processor).__mro__)
     pattern = next((_BEFORE[name] for name in names if name in _BEFORE), "{token}\n")

@@ -76,7 +76,16 @@ def literal(text: str, limit: int | None = None) -> str:
         >>> print(literal("costs $5", 7))
         cost...
     """
-    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    if limit is not None and len(plain) > limit:
-        plain = f"{plain[: limit - 3]}..."
-    return plain.replace("$", r"\$")
+    shown = plain(text)
+    if limit is not None and len(shown) > limit:
+        shown = f"{shown[: limit - 3]}..."
+    return shown.replace("$", r"\$")
+
+
+def plain(text: str) -> str:
+    """Text on one line: characters that can't be printed are written as Python escapes.
+
+    Args:
+        text: any text.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

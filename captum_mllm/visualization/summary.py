@@ -72,6 +72,16 @@ class ResultLike(Protocol):
         ...
 
     @property
+    def consistency(self) -> tuple[float, ...] | None:
+        """How well each scale still predicts the answer, or None."""
+        ...
+
+    @property
+    def relevance(self) -> Tensor | None:
+        """(targets, text tokens), or None."""
+        ...
+
+    @property
     def units(self) -> str:
         """Units of all values."""
         ...

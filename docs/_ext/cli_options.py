@@ -10,10 +10,11 @@ from sphinx.util.docutils import SphinxDirective
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """Name -> parser of each command."""
-    from captum_mllm.cli.main import _parser
+    from captum_mllm.cli.main import build_parser
 
-    (found,) = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    return dict(found.choices)
+    actions = build_parser()._actions
+    (commands,) = [a for a in actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(commands.choices)
 
 
 class CliOptions(SphinxDirective):

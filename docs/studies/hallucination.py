@@ -21,15 +21,14 @@ from torch import Tensor, nn
 
 from captum_mllm import MSEA, LogitLens
 from captum_mllm.adapters import find_adapter
+from captum_mllm.data import CategoryTable, match_categories
 from captum_mllm.functional import lens_logits
 from captum_mllm.metrics import (
-    CategoryTable,
     HallucinationScores,
     hallucination_scores,
     log_normalizer,
     map_entropy,
     mass_area,
-    match_categories,
 )
 from captum_mllm.model.forward import captured_forward, evaluating
 from captum_mllm.model.inputs import cut, read_sample, rescaled_inputs

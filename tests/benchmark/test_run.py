@@ -12,19 +12,23 @@ import torch
 from captum_mllm.benchmark import METRICS, Settings, run_benchmark
 from captum_mllm.benchmark.figures import table_of_values
 from captum_mllm.benchmark.log import SampleLog
+from captum_mllm.benchmark.samples import explain_sample, prepare_sample
 from captum_mllm.benchmark.settings import fixed_part, resolved_categories, weights_of
-from captum_mllm.data.coco import CocoDataset
-from captum_mllm.data.label_maps import LabelMapDataset, write_label_maps
+from captum_mllm.data import (
+    COCO_NAMES,
+    CategoryTable,
+    CocoDataset,
+    LabelMapDataset,
+    match_categories,
+    write_label_maps,
+)
 from captum_mllm.methods import METHODS, explain
 from captum_mllm.metrics import (
-    COCO_NAMES,
     MASK_METRICS,
-    CategoryTable,
     f1_iou,
     func_iou,
     insertion_deletion,
     is_function_word,
-    match_categories,
 )
 from captum_mllm.model.loading import prepare_inputs
 from captum_mllm.reference.export import export
@@ -207,7 +211,7 @@ def test_a_torn_line_is_made_anew(shipped, data, tmp_path):
         assert lines(tmp_path) == before
     path.write_bytes(b"{}\n" + whole)
     with pytest.raises(
-        ValueError, match=r"samples.jsonl: line 1 is no line of a benchmark; delete"
+        ValueError, match=r"samples.jsonl: line 1 is not a line of a benchmark; delete"
     ):
         run_benchmark(*shipped, data, tmp_path, FAST)
 
@@ -233,11 +237,11 @@ def test_what_fails_is_recorded_and_may_be_done_again(shipped, own, tmp_path):
         assert mean == pytest.approx(sum(values) / len(values))
     picture.write_bytes(good)
     assert run_benchmark(*shipped, read(own), tmp_path / "out", FAST).table == found.table
-    mended = run_benchmark(*shipped, read(own), tmp_path / "out", FAST, retry_failed=True)
-    assert mended.failures == {}
+    repaired = run_benchmark(*shipped, read(own), tmp_path / "out", FAST, retry_failed=True)
+    assert repaired.failures == {}
     assert len(lines(tmp_path / "out")) == 2 * PICTURES + 2
     whole = run_benchmark(*shipped, read(own), tmp_path / "whole", FAST)
-    assert mended.figures["lens"]["metrics"] == whole.figures["lens"]["metrics"]
+    assert repaired.figures["lens"]["metrics"] == whole.figures["lens"]["metrics"]
 
 
 def test_a_method_that_fails_leaves_the_others_alone(shipped, data, tmp_path):
@@ -317,7 +321,7 @@ def test_categories(data, own):
 
     with pytest.raises(ValueError, match=r"categories is 'coco', but the data has .* too; use"):
         resolved("coco", data)
-    with pytest.raises(ValueError, match=r"categories is 'picture', but this data names none"):
+    with pytest.raises(ValueError, match=r"categories is 'picture', but this data has no names"):
         resolved("picture", data)
     content = json.loads((own / "instances.json").read_text())
     for category in content["categories"]:
@@ -341,7 +345,7 @@ def test_pictures_without_objects_or_captions(shipped, own, tmp_path):
     assert None not in second["values"]["obj_iou"]
     found = run_benchmark(*shipped, bare, tmp_path / "out", with_other(FAST, answers="captions"))
     assert found.figures["lens"]["failed"] == PICTURES
-    assert "ValueError: image 0 has no caption to be explained." in found.failures
+    assert "ValueError: image 0 has no caption to explain." in found.failures
 
 
 def test_every_method_runs(shipped, data, tmp_path):
@@ -358,7 +362,7 @@ def test_every_method_runs(shipped, data, tmp_path):
     means = {
         name: own["metrics"]["average_precision"]["mean"] for name, own in found.figures.items()
     }
-    assert max(means, key=means.get) == "mask"  # which was told where the objects are
+    assert max(means, key=means.get) == "mask"  # which knows where the objects are
     assert "difference" not in found.figures["mask"]
 
 
@@ -406,7 +410,7 @@ def test_two_runs_at_once_and_a_package_that_is_missing(shipped, data, tmp_path,
     fcntl = pytest.importorskip("fcntl")
     with (tmp_path / "samples.jsonl").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match=r"out=.* is being written by another run; wait"):
+        with pytest.raises(ValueError, match=r"out .* is being written by another run; wait"):
             run_benchmark(*shipped, data, tmp_path, FAST)
     monkeypatch.setitem(sys.modules, "skimage.filters", None)
     with pytest.raises(ImportError, match=r"captum-mllm\[metrics\]"):
@@ -425,3 +429,65 @@ def test_other_families(name, data, tmp_path):
     found = run_benchmark(*load(name), data, tmp_path, with_other(settings, limit=1))
     assert found.failures == {}
     assert found.figures["msea+arc"]["metrics"]["insertion"]["values"] > 0
+
+
+# ---- shared traces ------------------------------------------------------------------------------
+
+
+def forwards(model, run):
+    """What a call returns, and how many times it ran the decoder."""
+    calls = []
+    handle = model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
+    try:
+        return run(), len(calls)
+    finally:
+        handle.remove()
+
+
+OURS = ("lens", "tam", "arc", "msea", "msea+arc")
+
+
+@pytest.mark.parametrize("order", [OURS, OURS[::-1]])
+def test_methods_share_their_traces(shipped, data, order):
+    """Five methods for the forwards of two, and every number as one by one."""
+    model, processor = shipped
+    settings = Settings(methods=order, max_new_tokens=8)
+    table = CategoryTable.of(data.categories)
+
+    def sample():
+        return prepare_sample(model, processor, data[0], 0, settings, table)
+
+    shared, counts = sample(), {}
+    for method in order:
+        result, counts[method] = forwards(
+            model, lambda m=method: explain_sample(model, processor, shared, m, settings)
+        )
+        single = explain_sample(model, processor, sample(), method, settings)
+        assert result.method == single.method
+        for name in ("grid_attr", "token_attr", "output_probs", "relevance"):
+            values = getattr(result, name), getattr(single, name)
+            pairs = zip(*values, strict=True) if name == "grid_attr" else [values]
+            for value, expected in pairs:
+                assert (value is expected is None) or torch.equal(value, expected), (method, name)
+    assert sum(counts[name] for name in ("lens", "tam", "arc")) == 1
+    assert sum(counts[name] for name in ("msea", "msea+arc")) == 4  # two scales, also mirrored
+    assert shared.shared.saved > 0
+
+
+def test_other_settings_share_nothing(shipped, data):
+    model, processor = shipped
+    options = {"tam": {"layer": 0}, "arc": {"top_k": 3}}
+    settings = Settings(methods=("lens", "tam", "arc"), max_new_tokens=8, options=options)
+    sample = prepare_sample(
+        model, processor, data[0], 0, settings, CategoryTable.of(data.categories)
+    )
+    for method in settings.methods:
+        result, count = forwards(
+            model, lambda m=method: explain_sample(model, processor, sample, m, settings)
+        )
+        assert count == 1, method
+        expected = explain(
+            method, model, processor, sample.inputs, sample.answer, **options.get(method, {})
+        )
+        assert torch.equal(result.grid_attr[0], expected.grid_attr[0])
+    assert sample.shared.saved == 0

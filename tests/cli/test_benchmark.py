@@ -1,4 +1,4 @@
-"""``captum-mllm benchmark``: the command, stopped and gone on with, and its users' mistakes."""
+"""``captum-mllm benchmark``: the command, interrupted and resumed, and its users' mistakes."""
 
 import json
 import signal
@@ -8,10 +8,9 @@ import time
 
 import pytest
 
-from captum_mllm.cli.benchmark import _option
+from captum_mllm.cli.arguments import option
 from captum_mllm.cli.main import main
-from captum_mllm.data.coco import CocoDataset
-from captum_mllm.data.label_maps import write_label_maps
+from captum_mllm.data import CocoDataset, write_label_maps
 from captum_mllm.reference.export import export
 from tests.benchmark.test_run import NAMES, lines
 
@@ -102,8 +101,8 @@ runpy.run_module("captum_mllm", run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_in_mid_run_and_gone_on_with(number, base, tmp_path, capfd):
-    """Nothing is lost, nothing made twice, and the figures are those of a run in one go."""
+def test_interrupted_and_resumed(number, base, tmp_path, capfd):
+    """Nothing is lost or computed twice, and the figures are those of a run in one go."""
     path = tmp_path / "out/samples.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-c", STALLED, str(path), *command(base)],
@@ -117,7 +116,7 @@ def test_stopped_in_mid_run_and_gone_on_with(number, base, tmp_path, capfd):
         while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 2):
             time.sleep(0.01)
         process.send_signal(number)
-        said = process.communicate()[1]
+        stderr = process.communicate()[1]
     finally:
         process.kill()
     before = path.read_bytes()
@@ -126,9 +125,9 @@ def test_stopped_in_mid_run_and_gone_on_with(number, base, tmp_path, capfd):
     assert json.loads((tmp_path / "out/benchmark.json").read_text())["finished"] is False
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert "interrupted, but what is done is in " in said
-        assert "the same command goes on from there" in said
-        assert "Traceback" not in said
+        assert "interrupted, but all finished results are in " in stderr
+        assert "re-run the same command to resume" in stderr
+        assert "Traceback" not in stderr
     else:
         assert process.returncode == -signal.SIGKILL
     assert run(base) == 0
@@ -150,13 +149,19 @@ def test_a_broken_picture_is_counted(base, exported, tmp_path, capfd):
 
 
 MISTAKES = [  # changes (None: without it) -> what the line says
-    ({"--methods": "lens,tan"}, "argument --methods: methods: no tan; there are lens, tam"),
+    ({"--methods": "lens,tan"}, "argument --methods: must be among lens, tam, "),
     ({"--methods": "lens,"}, "argument --methods: must be names with commas between"),
-    ({"--metrics": "iou"}, "argument --metrics: metrics: no iou; there are obj_iou"),
-    ({"--against": "tam"}, "argument --against: against='tam' is not among methods"),
+    ({"--metrics": "iou"}, "argument --metrics: must be among obj_iou, "),
+    ({"--against": "tam"}, "argument --against: must be one of lens, random, got 'tam'"),
     ({"--option": "scales=1"}, "argument --option: must be METHOD.NAME=VALUE, got 'scales=1'"),
-    ({"--option": "tam.layer=1"}, "argument --option: options: 'tam' is not among methods"),
-    ({"--option": "lens.x=1"}, "argument --option: options: lens takes no x; it takes"),
+    (
+        {"--option": "tam.layer=1"},
+        "argument --option: must be for one of lens, random, got some for 'tam'",
+    ),
+    (
+        {"--option": "lens.x=1"},
+        "argument --option: must be those of their method: method 'lens'",
+    ),
     ({"--data": None}, "arguments --data or, for COCO, --images and --instances: give one"),
     ({"--images": "x"}, "arguments --data or, for COCO, --images and --instances: give one"),
     ({"--data": None, "--images": "x"}, "arguments --data or, for COCO, --images and --instances"),
@@ -169,9 +174,9 @@ MISTAKES = [  # changes (None: without it) -> what the line says
     ({"--steps": "few"}, "argument --steps: must be a whole number of at least 1, got 'few'"),
     ({"--prompt": " "}, "argument --prompt: is empty"),
     ({"--baseline": "white"}, "argument --baseline: invalid choice: 'white'"),
-    ({"--categories": "coco"}, "argument --categories: categories is 'coco', but the data has"),
+    ({"--categories": "coco"}, "argument --categories: is 'coco', but the data has"),
     ({"--model": "./nowhere"}, "argument --model: './nowhere' can't be loaded"),
-    ({"--device": "abacus"}, "argument --device: can't use 'abacus'"),
+    ({"--device": "abacus"}, "argument --device: 'abacus' can't be used"),
 ]
 
 
@@ -194,7 +199,7 @@ def test_other_settings_and_a_file_in_the_way(base, tmp_path, capfd):
     assert run(base) == 0
     assert run({**base, "--prompt": "what is here ?"}) == 2
     err = capfd.readouterr().err.splitlines()[-1]
-    assert "argument --out: out=" in err
+    assert "argument --out: '" in err
     assert "prompt was 'describe the picture.', is 'what is here ?'. Name another folder" in err
     (tmp_path / "file").write_text("")
     assert run({**base, "--out": str(tmp_path / "file")}) == 2
@@ -202,6 +207,7 @@ def test_other_settings_and_a_file_in_the_way(base, tmp_path, capfd):
 
 
 def test_options():
-    assert _option("msea+arc.scales=1,1.5") == ("msea+arc", "scales", (1, 1.5))
-    assert _option("tam.parity=True") == ("tam", "parity", True)
-    assert _option("msea.aggregation=mean") == ("msea", "aggregation", "mean")
+    assert option("msea+arc.scales=1,1.5") == ("msea+arc", "scales", (1, 1.5))
+    assert option("tam.parity=True") == ("tam", "parity", True)
+    assert option("msea.aggregation=mean") == ("msea", "aggregation", "mean")
+    assert option("alpha_max=0.5") == ("", "alpha_max", 0.5)

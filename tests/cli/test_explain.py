@@ -11,24 +11,29 @@ import pytest
 import torch
 from PIL import Image
 
-from captum_mllm import ARC, MSEA, MLLMAttributionResult
+from captum_mllm import MLLMAttributionResult
 from captum_mllm.adapters import registered_classes
-from captum_mllm.cli.arguments import UsageError, printable
-from captum_mllm.cli.explain import DEMO_SCENE, METHODS, _demo_scene
+from captum_mllm.cli.arguments import printable
+from captum_mllm.cli.explain import DEMO_SCENE, demo_scene
 from captum_mllm.cli.main import main
 from captum_mllm.data.pictures import open_picture
-from captum_mllm.model import loading as cli_model
+from captum_mllm.methods import METHODS, explain
+from captum_mllm.model import loading
 from captum_mllm.model.loading import prepare_inputs
+from captum_mllm.validation import ArgumentError
 from tests.adapters.test_families import as_full_processor
 from tests.oracle.families import NAMES, PLACEHOLDER, above, family
 
 MADE_BY = {  # method: name and number of scales in its result
-    "lens": ("LogitLens", 1),
+    "lens": ("JointNormalization(LogitLens)", 1),
     "tam": ("TokenActivationMap(LogitLens)", 1),
-    "msea": ("MSEA(LogitLens)", 2),
+    "msea": ("JointNormalization(MSEA(LogitLens))", 2),
     "arc": ("ARC(LogitLens)", 1),
     "msea+arc": ("ARC(MSEA(LogitLens))", 2),
+    "randomised_model": ("randomised_model(JointNormalization(LogitLens))", 1),
 }
+EXPLAINED = [name for name in METHODS if name != "mask"]  # which needs annotated pictures
+FEW = {"integrated_gradients": ("--option", "steps=2")}
 
 
 @pytest.fixture(scope="session")
@@ -79,12 +84,13 @@ def failing(capsys, arguments, *flags):
     return errors[0]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EXPLAINED)
 def test_every_method_writes_page_overlays_and_table(method, base, tmp_path, capsys):
     arguments = {**base, "--method": method, "--target": "a dog on the left"}
-    assert run(arguments, "--save-result") == 0
+    assert run(arguments, "--save-result", *FEW.get(method, ())) == 0
     result = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
-    assert (result.method, len(result.scales)) == MADE_BY[method]
+    assert (result.method, len(result.scales)) == MADE_BY.get(method, (method, 1))
+    assert result.units == "[0, 1]"
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"index.html", "picture.png", "text-heatmap.png", "words.json"} <= names
     assert {"word-02-dog.png", "word-05-left.png"} <= names
@@ -147,10 +153,10 @@ def test_chat_template_is_used_with_one_start_token(start, picture):
     ("argument", "value", "words"),
     [
         ("--image", "missing.png", "no file 'missing.png'"),
-        ("--image", __file__, "no picture"),
+        ("--image", __file__, "not a picture"),
         ("--max-new-tokens", "x", "whole number"),
         ("--alpha-max", "-1", "above 0"),
-        ("--method", "grad", "'lens', 'tam', 'msea', 'arc', 'msea\\+arc'"),
+        ("--method", "grad", "must be one of lens, tam, .*mask, got 'grad'"),
         ("--model", "./missing", "no such folder"),
         ("--out", __file__, "is a file"),
         ("--out", f"{__file__}/below", "is a file"),
@@ -190,7 +196,7 @@ def test_broken_picture(base, image, capsys):
 def test_model_without_pictures_is_refused_before_its_weights_are_read(base, tmp_path, capsys):
     from transformers import LlamaConfig, VipLlavaConfig
 
-    for config, words in ((LlamaConfig(), "reads no pictures"), (VipLlavaConfig(), "no adapter")):
+    for config, words in ((LlamaConfig(), "takes no images"), (VipLlavaConfig(), "no adapter")):
         folder = tmp_path / type(config).__name__
         config.save_pretrained(folder)  # there are no weights at all
         line = failing(capsys, {**base, "--model": str(folder)})
@@ -251,7 +257,7 @@ def test_picture_too_large_is_refused(tmp_path, monkeypatch):
 def test_demo_scene_is_held_out_and_has_three_objects():
     from captum_mllm.reference import make_scene
 
-    picture, prompt = _demo_scene()
+    picture, prompt = demo_scene()
     assert len(make_scene(DEMO_SCENE, "test").objects) == 3
     assert picture.size == (336, 336)
     assert prompt
@@ -269,27 +275,56 @@ def test_help_needs_no_model():
 
 @pytest.mark.parametrize(
     ("flag", "value", "method"),
-    [("--scales", "1,2", "arc"), ("--alpha-max", "1", "msea"), ("--preset", "paper", "tam")],
+    [("--scales", "1,2", "arc"), ("--alpha-max", "1", "msea"), ("--layer", "1", "gradcam")],
 )
-def test_flags_that_a_method_ignores_are_refused(flag, value, method, base, capsys):
-    assert run({**base, "--method": method, flag: value}) == 2
-    assert f"argument {flag}: only" in capsys.readouterr().err
+def test_flags_that_a_method_does_not_take_are_refused(flag, value, method, base, capsys):
+    """With its options, before the model is loaded."""
+    line = failing(capsys, {**base, "--model": "./missing", "--method": method, flag: value})
+    name = flag.strip("-").replace("-", "_")
+    assert f"argument {flag}: method '{method}' does not take the option(s) {name}; it tak" in line
+    assert all(option in line for option in METHODS[method].options)
 
 
-@pytest.mark.parametrize("preset", ["measured", "paper"])
-def test_preset_reaches_both_methods(base, tmp_path, preset):
-    """Also that no option which was left out overrides it."""
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("top_k",), "argument --option: must be METHOD.NAME=VALUE, got 'top_k'"),
+        ((".top_k=1",), "argument --option: must be METHOD.NAME=VALUE, got '.top_k=1'"),
+        (("tam.parity=True",), "argument --option: tam.parity is not an option of --method msea+a"),
+        (("grid=1",), "argument --option: method 'msea+arc' does not take the option(s) grid; it"),
+        (("top_k=2", "msea+arc.top_k=3"), "argument --option: top_k is given twice"),
+        (("rbo_p=2",), "argument --option: rbo_p must lie strictly between"),
+        (("scales=2",), "argument --option, --model or --prompt: scales must be a sequence"),
+    ],
+)
+def test_wrong_options_are_one_line(options, message, base, capsys):
+    flags = [part for one in options for part in ("--option", one)]
+    assert message in failing(capsys, base, *flags)
+
+
+def test_masks_are_for_benchmarks(base, capsys):
+    line = failing(capsys, {**base, "--method": "mask"})
+    assert "argument --method: mask needs masks" in line
+    assert "captum-mllm benchmark" in line
+
+
+def test_explain_gives_the_maps_of_the_library(base, tmp_path):
+    """Short forms and options reach the method; what is left out has the library's default."""
     text = "a dog on the left"
-    flags = {**base, "--target": text, "--method": "msea+arc", "--preset": preset}
-    assert run(flags, "--save-result") == 0
+    flags = {**base, "--target": text, "--scales": "1,1.5", "--alpha-max": "0.5"}
+    options = ("--option", "top_k=7", "--option", "msea+arc.mirrored=False")
+    assert run(flags, "--save-result", *options) == 0
     result = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
-    model, processor, _ = cli_model.load_model(base["--model"], "auto", "cpu")
+    model, processor, _ = loading.load_model(base["--model"], "auto", "cpu")
     picture = open_picture(Path(base["--image"]))
-    inputs, _ = cli_model.prepare_inputs(processor, [picture], base["--prompt"])
-    msea = MSEA(model, processor, preset=preset)
-    expected = ARC(msea, preset=preset).attribute(inputs, text)
+    inputs, _ = loading.prepare_inputs(processor, [picture], base["--prompt"])
+    expected = explain(
+        "msea+arc", model, processor, inputs, text,
+        scales=(1.0, 1.5), alpha_max=0.5, top_k=7, mirrored=False,
+    )  # fmt: skip
     assert result.scales == expected.scales
     assert torch.equal(result.grid_attr[0], expected.grid_attr[0])
+    assert torch.equal(result.token_attr, expected.token_attr)
 
 
 def test_alpha_max_reaches_the_method(base, tmp_path):
@@ -305,7 +340,7 @@ def test_alpha_max_reaches_the_method(base, tmp_path):
 # ---- every family -------------------------------------------------------------------------------
 
 VIDEO_PART = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "InternVL", "SmolVLM")
-WITHOUT_VIDEO = "read without its video part, as torchvision is not installed"
+WITHOUT_VIDEO = "loaded without its video part because torchvision is not installed"
 TEMPLATE = (
     "{% for m in messages %}USER: {% for c in m['content'] %}"
     "{{ PICTURE if c['type'] == 'image' else c['text'] }} {% endfor %}{% endfor %}"
@@ -411,7 +446,7 @@ def test_chat_template_of_every_family(kin, monkeypatch):
 
 @as_processors_do
 def test_prompt_with_another_number_of_placeholders_is_refused(kin):
-    with pytest.raises(UsageError, match=r"--prompt: holds 1 image tokens .* 2 picture"):
+    with pytest.raises(ArgumentError, match=r"prompt holds 1 image tokens .* 2 picture"):
         prepare_inputs(kin.processor, [kin.picture] * 2, f"{kin.placeholder} what ?")
     inputs, assumed = prepare_inputs(kin.processor, [kin.picture], kin.prompt)
     assert inputs["input_ids"].tolist() == kin.inputs["input_ids"].tolist()
@@ -421,7 +456,7 @@ def test_prompt_with_another_number_of_placeholders_is_refused(kin):
 def test_every_family_is_known_without_its_weights(kin, tmp_path):
     kin.model.config.architectures = None
     kin.model.config.save_pretrained(tmp_path)  # there are no weights
-    cli_model._check_class(str(tmp_path))
+    loading._check_class(str(tmp_path))
     assert type(kin.model).__name__ in registered_classes()
 
 
@@ -436,7 +471,7 @@ def test_hub_ids_are_read_without_a_video_part_too(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    processor = cli_model._without_torchvision("someone/model", AttributeError())
+    processor = loading._without_torchvision("someone/model", AttributeError())
     assert type(processor) is type(kin_of("Qwen3VL").processor)
     assert not any(pattern.endswith("safetensors") for pattern in asked["someone/model"])
 
@@ -449,7 +484,7 @@ def test_package_that_a_processor_needs_is_named(monkeypatch, tmp_path):
 
     monkeypatch.setattr(image_only, "load_image_only", fail)
     with pytest.raises(ImportError, match="num2words"):
-        cli_model._without_torchvision(str(tmp_path), AttributeError("no video_processor"))
+        loading._without_torchvision(str(tmp_path), AttributeError("no video_processor"))
 
 
 def test_report_of_one_picture_replaces_that_of_several(base, image, tmp_path):

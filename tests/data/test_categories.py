@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from captum_mllm.metrics import (
+from captum_mllm.data import (
     COCO_NAMES,
     COCO_SYNONYMS,
     CategoryTable,

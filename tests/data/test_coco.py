@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as tools
 
-from captum_mllm.data.coco import CocoDataset
+from captum_mllm.data import CocoDataset
 from captum_mllm.data.coco_masks import _compressed_total, draw_mask
 
 HEIGHT, WIDTH = SIZE = [6, 8]
@@ -233,16 +233,16 @@ MASKS = [  # segmentation -> what the error says
     ({"size": SIZE[::-1], "counts": GOOD}, r"has size \[8, 6\]; the image's \[height, width\] is"),
     ({"size": SIZE}, "has counts None"),
     ({"size": SIZE, "counts": ""}, "has counts ''"),
-    ({"size": SIZE, "counts": [1, -1, 48]}, "has counts that are no run lengths"),
-    ({"size": SIZE, "counts": [1, 1.0, 46]}, "has counts that are no run lengths"),
+    ({"size": SIZE, "counts": [1, -1, 48]}, "has counts that are not run lengths"),
+    ({"size": SIZE, "counts": [1, 1.0, 46]}, "has counts that are not run lengths"),
     ({"size": SIZE, "counts": [1, 2, 3]}, "has counts for 6 pixels of 48"),
     ({"size": SIZE, "counts": [40, 9]}, "has counts for 49 pixels of 48"),
     ({"size": SIZE, "counts": GOOD[:-1]}, "has counts for"),
     ({"size": SIZE, "counts": GOOD + "2"}, "has counts for"),
-    ({"size": SIZE, "counts": "no run"}, "has counts that are no run lengths"),
-    ({"size": SIZE, "counts": "PPPPPPP"}, "has counts that are no run lengths"),
-    ({"size": SIZE, "counts": "ooooooooooooooo0"}, "has counts that are no run lengths"),
-    ({"size": SIZE, "counts": "\ud800"}, r"has counts that are no run lengths: '\\ud800'"),
+    ({"size": SIZE, "counts": "no run"}, "has counts that are not run lengths"),
+    ({"size": SIZE, "counts": "PPPPPPP"}, "has counts that are not run lengths"),
+    ({"size": SIZE, "counts": "ooooooooooooooo0"}, "has counts that are not run lengths"),
+    ({"size": SIZE, "counts": "\ud800"}, r"has counts that are not run lengths: '\\ud800'"),
 ]
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captum_mllm.data.coco import CocoDataset
-from captum_mllm.data.label_maps import LabelMapDataset, write_label_maps
+from captum_mllm.data import CocoDataset, LabelMapDataset, write_label_maps
 from captum_mllm.reference.export import export
 
 HEIGHT, WIDTH = 4, 6
@@ -84,7 +83,7 @@ WRONG = [  # record, entry, value -> what the error says
     (0, 3, {"dog": 0}, r"the label of 'dog' must be a whole number in 1\.\.255"),
     (0, 3, {"dog": 256}, r"the label of 'dog' must be"),
     (0, 3, {"dog": True}, r"the label of 'dog' must be"),
-    (1, 3, {"dog": 1, "cat": 1}, r"record 1: .*give every name a label of its own"),
+    (1, 3, {"dog": 1, "cat": 1}, r"record 1: .*give every name a unique label"),
 ]
 
 

@@ -26,7 +26,6 @@ from public_names import comment  # noqa: E402
 NOT_FOR_USERS = {"captum_mllm.adapters.image_only"}  # what the command line needs
 SECTIONS = ("Args", "Returns", "Raises", "Reference", "Example", "Yields", "Controls")
 MATHS = ("captum_mllm.functional", "captum_mllm.metrics")
-NO_FORMULA = {"captum_mllm.metrics.plural"}
 
 
 def packages() -> list[str]:
@@ -144,7 +143,7 @@ def wanted(name: str, value: object) -> set[str]:
             found.add("Returns")
     if raises(value):
         found.add("Raises")
-    if inspect.isfunction(value) and name.rsplit(".", 1)[0] in MATHS and name not in NO_FORMULA:
+    if inspect.isfunction(value) and name.rsplit(".", 1)[0] in MATHS:
         found |= {"Reference", "Example"}
     return found
 

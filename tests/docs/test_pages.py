@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from captum_mllm.cli.main import _parser
+from captum_mllm.cli.main import build_parser
 
 ROOT = Path(__file__).parents[2]
 GUIDE = sorted(
@@ -114,7 +114,7 @@ def check_command(words: list[str], whole: bool) -> None:
 
 
 def check_cli(rest: list[str], whole: bool) -> None:
-    parser = _parser()
+    parser = build_parser()
     if whole:
         parser.parse_args(rest)
         return

@@ -59,18 +59,16 @@ def test_aggregate_values_by_hand():
     assert aggregate(stack, "mean", weights).item() == 5.0
 
 
-@pytest.mark.parametrize("how", ["mean"])
-def test_aggregate_sees_only_the_ratios_of_weights(how):
+def test_aggregate_sees_only_the_ratios_of_weights():
     stack, weights = rand(3, 4), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    assert_close(aggregate(stack, how, 9 * weights), aggregate(stack, how, weights), **TIGHT)
+    assert_close(aggregate(stack, "mean", 9 * weights), aggregate(stack, "mean", weights), **TIGHT)
     ones = torch.ones(3, dtype=torch.float64)
-    assert_close(aggregate(stack, how, ones), aggregate(stack, how), **TIGHT)
+    assert_close(aggregate(stack, "mean", ones), aggregate(stack, "mean"), **TIGHT)
 
 
-@pytest.mark.parametrize("how", ["mean"])
-def test_aggregate_weight_0_drops_a_scale_even_where_it_is_0(how):
+def test_aggregate_weight_0_drops_a_scale_even_where_it_is_0():
     stack = torch.tensor([[0.0, 5.0], [2.0, 3.0]])
-    dropped = aggregate(stack, how, torch.tensor([0.0, 1.0]))
+    dropped = aggregate(stack, "mean", torch.tensor([0.0, 1.0]))
     assert_close(dropped, torch.tensor([2.0, 3.0]))
 
 
@@ -97,11 +95,10 @@ def test_aggregate_errors_say_what_is_wrong(how, weights, message):
 
 
 @over_seeds
-@pytest.mark.parametrize("how", ["mean"])
-def test_weights_per_map_equal_one_map_at_a_time(seed, how):
+def test_weights_per_map_equal_one_map_at_a_time(seed):
     stack, weights = sparse(3, 4, 5, 6, seed=seed), sparse(3, 4, seed=seed + 1) + 0.1
-    each = [formulas.aggregate(stack[:, i], how, weights[:, i]) for i in range(4)]
-    assert_close(aggregate(stack, how, weights), torch.stack(each), **TIGHT)
+    each = [formulas.aggregate(stack[:, i], "mean", weights[:, i]) for i in range(4)]
+    assert_close(aggregate(stack, "mean", weights), torch.stack(each), **TIGHT)
 
 
 def test_weights_of_a_map_must_not_all_be_zero():
@@ -112,7 +109,7 @@ def test_weights_of_a_map_must_not_all_be_zero():
         aggregate(sparse(2, 2, 3, 3), "mean", weights[:, :1])
 
 
-# ---- match_levels ------------------------------------------------------------------------------
+# ---- agreement of scales -------------------------------------------------------------------------
 
 
 @over_seeds

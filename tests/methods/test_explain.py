@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from captum_mllm import ARC, MSEA, LogitLens, TokenActivationMap
-from captum_mllm.attr.joint_normalization import unit_result
-from captum_mllm.attr.postprocessing import Finishing
-from captum_mllm.functional import rank_gaussian_filter
-from captum_mllm.methods import METHODS, explain
+from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivationMap
+from captum_mllm.methods import METHODS, Method, explain
+from captum_mllm.methods.registry import method as register_method
 from captum_mllm.metrics import insertion_deletion
 from tests.oracle.families import above, family, video
 from tests.oracle.layouts import QWEN, frame_shape, kin_of, pictures_of
@@ -120,24 +118,22 @@ def test_the_manual_names_every_method_and_option():
 
 
 @pytest.mark.parametrize("kind", [LogitLens, MSEA])
-@pytest.mark.parametrize("filtered", [False, True])
-def test_raw_maps_in_one_unit_by_hand(kin, kind, filtered):
+def test_raw_maps_in_one_unit_by_hand(kin, kind):
     """Per token: all cells of all images and all earlier text between one least and one most."""
     pictures = pictures_of(kin, "two")
     attributor = kind(kin.model)
     trace = attributor.trace(kin.encode(*pictures), kin.answer)
     raw = attributor.attribute_trace(trace)
-    got = unit_result(trace, "some", Finishing(rank_filter=filtered))
-    assert (got.units, got.method) == ("[0, 1]", "some")
+    got = JointNormalization(attributor).attribute_trace(trace)
+    assert (got.units, got.method) == ("[0, 1]", f"JointNormalization({attributor.name})")
     for t in range(len(kin.answer)):
         column = int(trace.targets[t])
         cells = [float(v) for own in raw.grid_attr for v in own[t].flatten()]
         text = [float(v) for v in raw.token_attr[t, :column]]
         low, high = min(cells + text), max(cells + text)
         for own, unit in zip(raw.grid_attr, got.grid_attr, strict=True):
-            expected = (own[t : t + 1] - low) / (high - low)
-            expected = rank_gaussian_filter(expected) if filtered else expected
-            assert_close(unit[t], expected[0], rtol=1e-4, atol=1e-5)
+            expected = (own[t] - low) / (high - low)
+            assert_close(unit[t], expected, rtol=1e-4, atol=1e-5)
         expected = (raw.token_attr[t, :column] - low) / (high - low)
         assert_close(got.token_attr[t, :column], expected, rtol=1e-4, atol=1e-5)
         assert not bool(got.token_attr[t, column:].any())
@@ -158,8 +154,7 @@ def test_ours_are_the_classes(kin):
         return explain(name, model, processor, inputs, answer, **options)
 
     def unit(attributor):
-        name = f"JointNormalization({attributor.name})"
-        return unit_result(attributor.trace(inputs, answer), name)
+        return JointNormalization(attributor).attribute(inputs, answer)
 
     same(by_name("lens", layer=0), unit(LogitLens(model, layer=0)))
     some = {"scales": (1.0, 1.5), "aggregation": "median"}
@@ -176,16 +171,53 @@ def test_ours_are_the_classes(kin):
 
 
 def test_options_are_the_constructors():
-    finishing = {"rank_filter", "upsampling", "calibration"}
-    for name, kind, more in (
-        ("lens", LogitLens, finishing),
-        ("tam", TokenActivationMap, set()),
-        ("msea", MSEA, finishing | {"images"}),
-        ("arc", ARC, set()),
+    for name, kinds, more in (
+        ("lens", (LogitLens, JointNormalization), set()),
+        ("tam", (LogitLens, TokenActivationMap), set()),
+        ("msea", (LogitLens, MSEA, JointNormalization), {"images"}),
+        ("arc", (LogitLens, ARC), set()),
+        ("msea+arc", (LogitLens, MSEA, ARC), {"images"}),
     ):
-        given = list(inspect.signature(kind).parameters)
-        assert METHODS[name].options == set(given) - {given[0], "processor"} | more
-    assert {"scales", "alpha_max", "layer", "images"} <= METHODS["msea+arc"].options
+        expected = set(more)
+        for kind in kinds:
+            _, *others = inspect.signature(kind).parameters
+            expected |= set(others) - {"processor"}
+        assert METHODS[name].options == expected, name
+
+
+def test_a_method_is_what_its_function_says():
+    def run(request, size=1, *, flip=False):
+        """Say what it does.
+
+        And more.
+        """
+
+    def around(request, of="lens", **options):
+        """Pass the options on."""
+
+    try:
+        register = register_method("some", kind="control", needs="masks", gradients=True)
+        assert register(run) is run
+        assert METHODS["some"] == Method(
+            "some", "Say what it does", "control", run, frozenset({"size", "flip"}), "masks", True
+        )
+        register_method("other", kind="ours")(around)
+        assert METHODS["other"].options is None  # whatever the other method takes
+        register_method("other", kind="ours", options=frozenset({"layer"}))(around)
+        assert METHODS["other"].options == {"of", "layer"}
+    finally:
+        METHODS.pop("some", None)
+        METHODS.pop("other", None)
+
+
+def test_generation_arguments_reach_every_method(shipped_subject):
+    it = shipped_subject
+    for name in METHODS:
+        got = explain(
+            name, it.model, it.processor, it.inputs, masks={}, steps=1,
+            gen_args={"max_new_tokens": 2},
+        )  # fmt: skip
+        assert len(got.output_ids) == 2, name
 
 
 def test_original_pictures_reach_the_scales():

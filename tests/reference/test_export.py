@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captum_mllm.data.coco import CocoDataset
+from captum_mllm.data import CocoDataset
 from captum_mllm.reference import export as module
 from captum_mllm.reference import openmoji
 from captum_mllm.reference.captions import text_of

@@ -142,7 +142,7 @@ def test_notebooks_show_why_there_is_no_heat_map():
     ):
         page = Page(result._repr_html_())
         assert [tag for tag, _ in page.tags] == ["pre"]
-        assert "The text heat map can't be drawn: " in page.texts[0]
+        assert "The text heat map is missing: " in page.texts[0]
         assert "MLLMAttributionResult of <ARC>" in page.texts[0]
     assert "no image" in hand_made(grid_attr=(), grids=())._repr_html_()
 

@@ -612,7 +612,7 @@ def test_show_of_a_video_leaves_nothing(monkeypatch):
 
 
 def test_labels_of_a_video_fit_into_the_figure():
-    """The colour bar's label is the longest text beside a low figure."""
+    """The colour bar's label is the longest text next to a low figure."""
     for fig, _ in (of_video(2).plot_image_heatmap(), of_video().plot_time_profile()):
         drawn(fig)
         label = fig.axes[-1].yaxis.label.get_window_extent()
