@@ -11,7 +11,7 @@ from captum_mllm.geometry import ImageGrid
 from captum_mllm.methods.cells import canvases_of, cell_means, scored
 from captum_mllm.methods.registry import method
 from captum_mllm.methods.request import Request, over_answer
-from captum_mllm.model.baselines import nothing
+from captum_mllm.model.baselines import baseline_images
 from captum_mllm.result import MLLMAttributionResult
 
 MOST = 64  # parts per image
@@ -30,7 +30,8 @@ def ablation(
         request: the request.
         grid: (rows, cols) of the parts that each image is cut into; default None: the model's
             own cells, joined until at most 64 parts are left.
-        baseline: "blur" (default) or "black", see :func:`~captum_mllm.model.baselines.nothing`.
+        baseline: "blur" (default), "black" or "mean", see
+            :func:`~captum_mllm.model.baselines.baseline_images`.
 
     Raises:
         TypeError: ``grid`` is not a pair of numbers.
@@ -53,7 +54,7 @@ def ablation(
     with torch.no_grad():
         pixels = FeatureAblation(f).attribute(
             canvases,
-            nothing(canvases, baseline, request.processor),
+            baseline_images(canvases, baseline, request.processor),
             feature_mask=tuple(masks),
             show_progress=request.show_progress,
         )

@@ -14,7 +14,7 @@ from captum_mllm.functional import merge_views
 from captum_mllm.methods.cells import canvases_of, cell_sums, scored
 from captum_mllm.methods.registry import method
 from captum_mllm.methods.request import Request, over_answer
-from captum_mllm.model.baselines import nothing
+from captum_mllm.model.baselines import baseline_images
 from captum_mllm.result import MLLMAttributionResult
 from captum_mllm.validation import ArgumentError
 
@@ -63,7 +63,8 @@ def integrated_gradients(
 
     Args:
         request: the request; its ``steps`` are the points of the path.
-        baseline: "blur" (default) or "black", see :func:`~captum_mllm.model.baselines.nothing`.
+        baseline: "blur" (default), "black" or "mean", see
+            :func:`~captum_mllm.model.baselines.baseline_images`.
         batch: images in one forward, default 4.
 
     Raises:
@@ -79,7 +80,10 @@ def integrated_gradients(
     run = request.run()
     f = scored(request, run)
     canvases = canvases_of(f)
-    start, attributor = nothing(canvases, baseline, request.processor), IntegratedGradients(f)
+    start, attributor = (
+        baseline_images(canvases, baseline, request.processor),
+        IntegratedGradients(f),
+    )
     maps: list[list[Tensor]] = [[] for _ in canvases]
     for token in _tokens(request, len(run.trace.targets), "integrated_gradients"):
         pixels = attributor.attribute(

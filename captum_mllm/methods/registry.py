@@ -124,8 +124,8 @@ def explain(
 
     - "gradcam": Grad-CAM on the image features as the language model receives them.
     - "integrated_gradients": on pixels, summed over each cell. ``baseline``: "blur" (default;
-      close to the training data, and no colour has an attribution of 0 by design) or "black";
-      ``batch``: images in one forward, default 4.
+      close to the training data, and no colour has an attribution of 0 by design),
+      "black" or "mean"; ``batch``: images in one forward, default 4.
     - "attention": one layer, mean over heads, from the position that predicts a token.
       ``layer``: default the first of the last third.
     - "ablation": the drop in log-probability where a part of the image is blurred. ``grid``:

@@ -21,7 +21,7 @@ from captum_mllm.metrics.perturbation import (
 from captum_mllm.model.baselines import (
     BASELINES,
     Baseline,
-    ChangeablePictures,
+    PerturbableImages,
     black_pixel,
     mask_shape,
 )
@@ -242,8 +242,8 @@ def insertion_deletion(
     chosen = chosen_tokens(tokens, len(answer))
     maps = read_maps(attribution, sample.grids, answer, chosen)
     black = black_pixel(processor)
-    shown = ChangeablePictures(adapter, sample, baseline, black)
-    dark = shown if baseline == "black" else ChangeablePictures(adapter, sample, "black", black)
+    shown = PerturbableImages(adapter, sample, baseline, black)
+    dark = shown if baseline == "black" else PerturbableImages(adapter, sample, "black", black)
 
     sizes = step_sizes(sum(prod(mask_shape(grid)) for grid in sample.grids), steps)
     ends = _ends(sample, shown, dark, len(chosen))
@@ -274,7 +274,7 @@ def insertion_deletion(
 
 
 def _ends(
-    sample: Sample, shown: ChangeablePictures, dark: ChangeablePictures, n_chosen: int
+    sample: Sample, shown: PerturbableImages, dark: PerturbableImages, n_chosen: int
 ) -> list[Version]:
     """The whole image, its baseline, and black where that is not the baseline."""
     everyone = tuple(range(n_chosen))

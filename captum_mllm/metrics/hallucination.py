@@ -11,7 +11,7 @@ from torch import Tensor
 from captum_mllm.adapters import Adapter
 from captum_mllm.functional import lens_logits, merge_views
 from captum_mllm.metrics.perturbation import all_masks, read_maps
-from captum_mllm.model.baselines import BASELINES, Baseline, ChangeablePictures, black_pixel
+from captum_mllm.model.baselines import BASELINES, Baseline, PerturbableImages, black_pixel
 from captum_mllm.model.forward import answer_log_probs, captured_forward, evaluating
 from captum_mllm.model.inputs import Sample, append_answer
 from captum_mllm.model.targets import chosen_tokens, read_question
@@ -289,7 +289,7 @@ def hallucination_scores(
     adapter, sample, answer = read_question(model, inputs, target, processor)
     chosen = chosen_tokens(tokens, len(answer))
     maps = None if attribution is None else read_maps(attribution, sample.grids, answer, chosen)
-    blank = ChangeablePictures(adapter, sample, baseline, black_pixel(processor))
+    blank = PerturbableImages(adapter, sample, baseline, black_pixel(processor))
     with evaluating(adapter):
         lens, decodability, rank, log_prob = _decoded(adapter, sample, answer, chosen)
         dark = blank.replaced(all_masks(sample, True))

@@ -13,7 +13,7 @@ from torch import Tensor
 from captum_mllm.adapters import Adapter
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGrid
-from captum_mllm.model.baselines import ChangeablePictures, mask_shape
+from captum_mllm.model.baselines import PerturbableImages, mask_shape
 from captum_mllm.model.forward import answer_log_probs
 from captum_mllm.model.inputs import Sample
 
@@ -133,7 +133,7 @@ class Version(NamedTuple):
         step: its index in the curve.
     """
 
-    pictures: ChangeablePictures
+    pictures: PerturbableImages
     masks: list[Tensor]
     rows: tuple[int, ...]
     deletes: bool = False
@@ -177,7 +177,7 @@ class Run:
 def perturbed_versions(
     maps: Sequence[tuple[Tensor, ...]],
     sample: Sample,
-    pictures: ChangeablePictures,
+    pictures: PerturbableImages,
     n_chosen: int,
     sizes: Sequence[int],
 ) -> Iterator[Version]:

@@ -11,18 +11,15 @@ from captum_mllm.adapters import Adapter
 from captum_mllm.adapters.pixels import picture_pixels
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.inputs import Sample
+from captum_mllm.validation import check_choice
 
 Baseline = Literal["black", "mean", "blur"]
-
-
 BASELINES: tuple[str, ...] = ("black", "mean", "blur")
-
-
-BLUR = 0.1  # standard deviation of the blur in the shorter side of the frame
+BLUR = 0.1  # standard deviation of the blur, in the shorter side of the canvas
 
 
 def mask_shape(grid: ImageGrid) -> tuple[int, ...]:
-    """(height, width) of an image's frame, (frames, height, width) of a video's."""
+    """(height, width) of an image's canvas, (frames, height, width) of a video's."""
     return (grid.frames, grid.height, grid.width) if grid.steps else (grid.height, grid.width)
 
 
@@ -46,54 +43,78 @@ def black_pixel(processor: Any) -> Float[Tensor, "c 1 1"]:
     return picture_pixels(Image.new("RGB", (1, 1)), settings, (1, 1))
 
 
-class ChangeablePictures:
+def baseline_images(
+    canvases: Sequence[Float[Tensor, "1 *n c h w"]], baseline: Any, processor: Any
+) -> tuple[Tensor, ...]:
+    """Canvases that show none of their image: what attributions are compared with.
+
+    "blur" is near the images that the model was trained on, needs no knowledge of the
+    normalisation, and every colour can count; against "black", what is black in the image can't.
+
+    Args:
+        canvases: of the images.
+        baseline: "black", "mean" (the image's mean colour) or "blur" (Gaussian, standard deviation
+            0.1 of the canvas's shorter side).
+        processor: tells what black is; needed for "black" only.
+
+    Returns:
+        One canvas per image, of the same shape.
+
+    Raises:
+        ValueError: another baseline; black without a processor.
+    """
+    check_choice("baseline", baseline, BASELINES)
+    black = black_pixel(processor) if baseline == "black" else None
+    return tuple(_fill(c, baseline, black).expand_as(c).clone() for c in canvases)
+
+
+class PerturbableImages:
     """The images of one sample, parts of which can be replaced by a baseline.
 
-    Pixels are replaced on each picture's canvas (:meth:`Adapter.canvases`), from which its baseline
-    comes too. Where the model sees the picture a second time (overview: thumbnail, global or
-    base image), the overview follows: it changes by what the frame changes, resized. So it is not
-    the baseline itself where all is replaced: what the processor's resizing of the picture did
-    otherwise than resizing the frame stays in it (tests hold how much, for each such family).
+    Pixels are replaced on each image's canvas (:meth:`Adapter.canvases`), from which its baseline
+    comes too. Where the model sees the image a second time (overview: thumbnail, global or base
+    image), the overview follows: it changes by what the canvas changes, resized. So it is not the
+    baseline itself where everything is replaced: the difference between the processor's resizing
+    and a resized canvas remains in it (tests bound it for each such family).
 
     Args:
         adapter: the model's adapter.
         sample: the prompt with its images.
-        baseline: "black", "mean" (the picture's mean colour) or "blur".
+        baseline: one of `BASELINES`.
         black: (channels, 1, 1): a black pixel in the model's units.
     """
 
     def __init__(self, adapter: Adapter, sample: Sample, baseline: str, black: Tensor) -> None:
         self._adapter, self._sample = adapter, sample
-        self._frames = adapter.canvases(sample.kwargs, sample.grids)
-        self._fills = [_fill(frame, baseline, black) for frame in self._frames]
+        self._canvases = adapter.canvases(sample.kwargs, sample.grids)
+        self._fills = [_fill(canvas, baseline, black) for canvas in self._canvases]
 
     def replaced(self, masks: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The inputs that hold pixels, the baseline shown where a mask is set.
+        """The inputs that hold pixels, with the baseline where a mask is set.
 
         Args:
             masks: per image, bool of :func:`mask_shape`.
 
         Returns:
-            Bit for bit the sample's own where no mask is set.
+            Replacements of the pixel inputs; bitwise the sample's own where no mask is set.
         """
-        grids, made = self._sample.grids, []
-        for mask, grid, frame, fill in zip(masks, grids, self._frames, self._fills, strict=True):
-            size = (frame.shape[-2], frame.shape[-1])
-            shown = on_frame(mask, grid, size).unsqueeze(-3).to(frame.device)  # for all channels
-            made.append(torch.where(shown, fill, frame))
-        return self._adapter.with_canvases(self._sample.kwargs, grids, made)
+        grids, canvases = self._sample.grids, []
+        images = zip(masks, grids, self._canvases, self._fills, strict=True)
+        for mask, grid, canvas, fill in images:
+            size = (canvas.shape[-2], canvas.shape[-1])
+            hidden = mask_on_canvas(mask, grid, size).unsqueeze(-3)  # for all channels
+            canvases.append(torch.where(hidden.to(canvas.device), fill, canvas))
+        return self._adapter.with_canvases(self._sample.kwargs, grids, canvases)
 
 
-def _fill(frame: Float[Tensor, "1 *n c h w"], baseline: str, black: Tensor) -> Tensor:
-    """What replaced pixels of a frame show; it broadcasts to the frame."""
-    pixels = frame.double()
-    if baseline == "black":
-        fill = black
-    elif baseline == "mean":
-        fill = pixels.movedim(-3, 0).flatten(1).mean(1)[:, None, None]
-    else:
-        fill = blurred(pixels, BLUR * min(frame.shape[-2:]))
-    return fill.to(frame)
+def _fill(canvas: Float[Tensor, "1 *n c h w"], baseline: str, black: Tensor | None) -> Tensor:
+    """The baseline of a canvas; it broadcasts to the canvas."""
+    pixels = canvas.double()
+    if baseline == "mean":
+        return pixels.movedim(-3, 0).flatten(1).mean(1)[:, None, None].to(canvas)
+    if baseline == "blur" or black is None:
+        return blurred(pixels, BLUR * min(canvas.shape[-2:])).to(canvas)
+    return black.to(canvas)
 
 
 def blurred(pixels: Float[Tensor, "*n h w"], sigma: float) -> Tensor:
@@ -111,22 +132,23 @@ def blurred(pixels: Float[Tensor, "*n h w"], sigma: float) -> Tensor:
     return along[0] @ pixels @ along[1].T
 
 
-def on_frame(
+def mask_on_canvas(
     mask: Bool[Tensor, "*frames height width"], grid: ImageGrid, size: tuple[int, int]
 ) -> Bool[Tensor, "*frames h w"]:
-    """A mask on an image's grid, in the frame that the adapter gives of it.
+    """A mask over an image's grid, on the canvas that the adapter gives of it.
 
-    The two are the same but where the frame shows the whole picture and the grid another part of
-    it: the frame's pixels beyond the grid go with its outermost ones.
+    The two differ only where the canvas shows the whole picture and the grid another part of it:
+    the canvas's pixels beyond the grid go with the outermost ones.
 
     Args:
         mask: of :func:`mask_shape`.
         grid: the image's.
-        size: (h, w) of the frame, pixels.
+        size: (h, w) of the canvas, pixels.
 
     Example:
         >>> grid = ImageGrid(1, 1, 2, 2, picture=(4, 2), box=(0.0, 1.0, 2.0, 3.0))
-        >>> on_frame(torch.tensor([[True, True], [False, False]]), grid, (4, 2))[:, 0].tolist()
+        >>> upper = torch.tensor([[True, True], [False, False]])
+        >>> mask_on_canvas(upper, grid, (4, 2))[:, 0].tolist()
         [True, True, False, False]
     """
     if grid.picture is None or grid.box is None:
@@ -142,34 +164,3 @@ def _places(n: int, length: int, part: tuple[float, float], n_part: int) -> Int6
     centres = (torch.arange(n, dtype=torch.float64) + 0.5) * length / n
     places = (centres - part[0]) / (part[1] - part[0]) * n_part
     return places.floor().clamp(0, n_part - 1).long()
-
-
-NOTHING = ("blur", "black")
-
-
-def nothing(
-    frames: Sequence[Float[Tensor, "1 *n c h w"]], kind: Any, processor: Any
-) -> tuple[Tensor, ...]:
-    """Frames that show none of their picture: what attributions compare with.
-
-    "blur", the default of the methods, is near the pictures that the model was trained on, needs
-    no knowledge of the normalisation, and leaves no colour without a say; against "black", what is
-    black in the picture can't count. Both are those of
-    :func:`captum_mllm.metrics.insertion_deletion`.
-
-    Args:
-        frames: of the pictures.
-        kind: "blur" (Gaussian, standard deviation 0.1 of the frame's shorter side) or "black".
-        processor: tells what black is.
-
-    Raises:
-        ValueError: another kind; black without a processor.
-    """
-    if kind not in NOTHING:
-        raise ValueError(f"baseline must be one of {', '.join(NOTHING)}, got {kind!r}.")
-    if kind == "black":
-        black = black_pixel(processor)
-        return tuple(black.to(frame).expand_as(frame).clone() for frame in frames)
-    return tuple(
-        blurred(frame.double(), BLUR * min(frame.shape[-2:])).to(frame) for frame in frames
-    )

@@ -13,7 +13,7 @@ from captum_mllm.methods import explain
 from captum_mllm.methods.ablation import parts_of
 from captum_mllm.methods.attention import _layer
 from captum_mllm.methods.cells import box_on_grid, cell_means, cell_sums, shown_by
-from captum_mllm.model.baselines import nothing
+from captum_mllm.model.baselines import baseline_images
 from tests.oracle.families import above, family
 from tests.oracle.frames import by_hand, frames_by_hand, log_probs_by_hand, view_positions
 from tests.oracle.layouts import frame_shape, kin_of, pictures_of, with_answer
@@ -316,7 +316,7 @@ def test_steps_of_a_video():
             "ablation",
             {"baseline": None},
             ValueError,
-            "baseline must be one of blur, black, got None",
+            "baseline must be one of black, mean, blur, got None",
         ),
         ("ablation", {"grid": 3}, TypeError, r"grid must be \(rows, cols\), two ints, got 3"),
         ("ablation", {"grid": (2, 99)}, ValueError, r"cols must lie in 1\.\.16"),
@@ -342,6 +342,6 @@ def test_values_that_are_not_finite(model, inputs, answer):
 
 def test_nothing_of_a_video_is_blurred_within_frames():
     frames = torch.rand(1, 2, 3, 6, 4)
-    got = nothing([frames], "blur", None)[0]
+    got = baseline_images([frames], "blur", None)[0]
     for n in range(2):
         assert_close(got[:, n], blurred_by_hand(frames[:, n]))

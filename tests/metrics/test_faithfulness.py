@@ -11,7 +11,7 @@ from captum_mllm.adapters import find_adapter
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.metrics import Faithfulness, curve_at, curve_auc
 from captum_mllm.metrics.perturbation import all_masks, pixel_ranks, step_sizes
-from captum_mllm.model.baselines import ChangeablePictures, black_pixel, blurred, on_frame
+from captum_mllm.model.baselines import PerturbableImages, black_pixel, blurred, mask_on_canvas
 from captum_mllm.model.inputs import read_sample
 from tests.oracle.families import above, family
 
@@ -137,7 +137,7 @@ def test_a_mask_of_a_part_of_the_picture_is_moved_to_its_frame(seed):
     y, x = [(0, 0), (-2, 1), (2, -1)][seed % 3]  # of the part's corner in the frame, pixels
     picture, size = (30, 35), (6, 5)
     box = (7.0 * x, 5.0 * y, 7.0 * (x + 6), 5.0 * (y + 4))
-    found = on_frame(mask, ImageGrid(2, 3, 4, 6, picture=picture, box=box), size)
+    found = mask_on_canvas(mask, ImageGrid(2, 3, 4, 6, picture=picture, box=box), size)
     for row in range(size[0]):
         for col in range(size[1]):
             own = mask[min(max(row - y, 0), 3), min(max(col - x, 0), 5)]
@@ -146,7 +146,7 @@ def test_a_mask_of_a_part_of_the_picture_is_moved_to_its_frame(seed):
 
 def test_a_mask_of_a_frame_is_its_own():
     mask = torch.rand(3, 4, 6) < 0.5
-    assert on_frame(mask, ImageGrid(2, 3, 4, 6, steps=3, frames=3), (4, 6)) is mask
+    assert mask_on_canvas(mask, ImageGrid(2, 3, 4, 6, steps=3, frames=3), (4, 6)) is mask
 
 
 def test_blur_keeps_a_flat_picture_and_spreads_a_point():
@@ -182,7 +182,7 @@ def test_black_is_what_the_processor_makes_of_a_black_picture(name):
         inputs = encode(kin, picture)
         adapter = find_adapter(kin.model)
         sample = read_sample(inputs, adapter)
-        shown = ChangeablePictures(adapter, sample, "black", black_pixel(kin.processor))
+        shown = PerturbableImages(adapter, sample, "black", black_pixel(kin.processor))
         dark = encode(kin, Image.new("RGB", picture.size))["pixel_values"]
         found = shown.replaced(all_masks(sample, True))["pixel_values"].clone()
         if name in OVERVIEWS and sample.grids[0].tiles != (1, 1):
@@ -203,7 +203,7 @@ def test_nothing_replaced_is_bit_for_bit_the_picture(name, baseline):
     inputs = encode(kin, kin.picture, kin.wide_picture)
     adapter = find_adapter(kin.model)
     sample = read_sample(inputs, adapter)
-    shown = ChangeablePictures(adapter, sample, baseline, black_pixel(kin.processor))
+    shown = PerturbableImages(adapter, sample, baseline, black_pixel(kin.processor))
     found = shown.replaced(all_masks(sample, False))
     for key, value in found.items():
         if key in sample.kwargs:
@@ -221,7 +221,7 @@ def test_baselines_are_of_each_picture(name, baseline):
     inputs = encode(kin, kin.picture, kin.wide_picture)
     adapter = find_adapter(kin.model)
     sample = read_sample(inputs, adapter)
-    shown = ChangeablePictures(adapter, sample, baseline, black_pixel(kin.processor))
+    shown = PerturbableImages(adapter, sample, baseline, black_pixel(kin.processor))
     replaced = dict(sample.kwargs) | shown.replaced(all_masks(sample, True))
     colours = []
     for old, new in zip(
@@ -244,7 +244,7 @@ def test_an_overview_follows_its_picture(name):
     inputs = encode(kin, kin.wide_picture)
     adapter = find_adapter(kin.model)
     sample = read_sample(inputs, adapter)
-    shown = ChangeablePictures(adapter, sample, "black", torch.full((3, 1, 1), -9.0))
+    shown = PerturbableImages(adapter, sample, "black", torch.full((3, 1, 1), -9.0))
     masks = all_masks(sample, False)
     masks[0][:, : masks[0].shape[1] // 2] = True
     replaced = dict(sample.kwargs) | shown.replaced(masks)
