@@ -26,6 +26,7 @@ from captum_mllm.model.baselines import (
     mask_shape,
 )
 from captum_mllm.model.forward import evaluating
+from captum_mllm.model.inputs import Sample
 from captum_mllm.model.targets import chosen_tokens, read_question
 from captum_mllm.validation import check_number
 
@@ -245,13 +246,7 @@ def insertion_deletion(
     dark = shown if baseline == "black" else ChangeablePictures(adapter, sample, "black", black)
 
     sizes = step_sizes(sum(prod(mask_shape(grid)) for grid in sample.grids), steps)
-    everyone = tuple(range(len(chosen)))
-    ends = [
-        Version(shown, all_masks(sample, False), everyone),
-        Version(shown, all_masks(sample, True), everyone),
-        Version(dark, all_masks(sample, True), everyone),
-    ]
-    ends = ends[: 2 if dark is shown else 3]
+    ends = _ends(sample, shown, dark, len(chosen))
     total = len(ends) + 2 * (steps - 1) * len(maps)
     with (
         evaluating(adapter),
@@ -262,9 +257,8 @@ def insertion_deletion(
         insertion = torch.empty(len(chosen), steps + 1, dtype=torch.float64)
         insertion[:, 0], insertion[:, -1] = base, full
         deletion = insertion.flip(1)
-        for version, probs in run.probs(
-            perturbed_versions(maps, sample, shown, len(chosen), sizes)
-        ):
+        between = perturbed_versions(maps, sample, shown, len(chosen), sizes)
+        for version, probs in run.probs(between):
             curve = deletion if version.deletes else insertion
             curve[list(version.rows), version.step] = probs
     return Faithfulness(
@@ -277,6 +271,16 @@ def insertion_deletion(
         areas=tuple(areas),
         sensitive_above=sensitive_above,
     )
+
+
+def _ends(
+    sample: Sample, shown: ChangeablePictures, dark: ChangeablePictures, n_chosen: int
+) -> list[Version]:
+    """The whole image, its baseline, and black where that is not the baseline."""
+    everyone = tuple(range(n_chosen))
+    nothing, everything = all_masks(sample, False), all_masks(sample, True)
+    ends = [Version(shown, nothing, everyone), Version(shown, everything, everyone)]
+    return ends if dark is shown else [*ends, Version(dark, everything, everyone)]
 
 
 def _check(baseline: Any, steps: Any, areas: Sequence[float], per_eval: Any) -> None:

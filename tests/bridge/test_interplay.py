@@ -15,7 +15,7 @@ from captum_mllm.geometry import ImageGeometry, cell_mask
 from captum_mllm.reference import load, make_scene, render_pil
 from captum_mllm.reference.models import MODELS
 from studies.prompts import default_inputs
-from tests.oracle.families import NAMES
+from tests.oracle.families import above
 from tests.oracle.layouts import kin_of, pictures_of
 from tests.oracle.published import ARC, MSEA, MultiScaleAttribution
 
@@ -23,7 +23,7 @@ T = 2
 ONE_SIZE = ("Gemma3", "LlavaNext")
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=above())
 def kin(request):
     return kin_of(request.param)
 

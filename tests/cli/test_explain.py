@@ -22,7 +22,7 @@ from captum_mllm.model import loading
 from captum_mllm.model.loading import prepare_inputs
 from captum_mllm.validation import ArgumentError
 from tests.adapters.test_families import as_full_processor
-from tests.oracle.families import NAMES, PLACEHOLDER, family
+from tests.oracle.families import NAMES, PLACEHOLDER, above, family
 
 MADE_BY = {  # method: name and number of scales in its result
     "lens": ("JointNormalization(LogitLens)", 1),
@@ -164,7 +164,7 @@ def test_chat_template_is_used_with_one_start_token(start, picture):
         ("--scales", "-1", "positive numbers"),
         ("--scales", "0.01", "smaller than one"),
         ("--scales", "1,1", "distinct"),
-        ("--layer", "7", "layer must be"),
+        ("--layer", "7", "must be an int in"),
         ("--device", "toaster", "toaster"),
         ("--dtype", "int8", "'float32'"),
         ("--max-new-tokens", "0", "at least 1"),
@@ -357,7 +357,7 @@ def template(name):
     return TEMPLATE.replace("PICTURE", repr(PLACEHOLDER.get(name, "<image>")))
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=above())
 def kin(request):
     return kin_of(request.param)
 
