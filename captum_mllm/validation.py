@@ -84,17 +84,17 @@ def picture_size(size: Any) -> tuple[int, int]:
 
 
 def check_scales(scales: Any) -> tuple[float, ...]:
-    """Factors of the input's height and width: finite, above 0, distinct.
+    """Check factors of the image's height and width: finite, above 0, distinct.
 
     Args:
         scales: a sequence of numbers.
 
     Returns:
-        The factors.
+        The factors as floats.
 
     Raises:
-        TypeError: not a sequence of numbers.
-        ValueError: empty, repeated, or not finite and above 0.
+        TypeError: ``scales`` is not a sequence of numbers.
+        ArgumentError: it is empty, or holds a number that is repeated, not finite or not above 0.
 
     Example:
         >>> check_scales([1, 1.5])
@@ -116,15 +116,18 @@ def check_scales(scales: Any) -> tuple[float, ...]:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """One of several words.
+    """Check that an argument is one of several words.
 
     Args:
         name: the argument's name.
-        value: what came.
-        choices: the words that exist.
+        value: the value given for it.
+        choices: the valid words.
+
+    Returns:
+        The value.
 
     Raises:
-        ValueError: another word.
+        ArgumentError: the value is not one of them.
 
     Example:
         >>> check_choice("aggregation", "mean", ("mean", "median"))
