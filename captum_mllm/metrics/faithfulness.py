@@ -26,6 +26,7 @@ from captum_mllm.model.baselines import (
     mask_shape,
 )
 from captum_mllm.model.forward import evaluating
+from captum_mllm.model.inputs import Sample
 from captum_mllm.model.targets import chosen_tokens, read_question
 from captum_mllm.validation import check_number
 
@@ -244,14 +245,8 @@ def insertion_deletion(
     shown = ChangeablePictures(adapter, sample, baseline, black)
     dark = shown if baseline == "black" else ChangeablePictures(adapter, sample, "black", black)
 
+    ends = _ends(sample, shown, dark, len(chosen))
     sizes = step_sizes(sum(prod(mask_shape(grid)) for grid in sample.grids), steps)
-    everyone = tuple(range(len(chosen)))
-    ends = [
-        Version(shown, all_masks(sample, False), everyone),
-        Version(shown, all_masks(sample, True), everyone),
-        Version(dark, all_masks(sample, True), everyone),
-    ]
-    ends = ends[: 2 if dark is shown else 3]
     total = len(ends) + 2 * (steps - 1) * len(maps)
     with (
         evaluating(adapter),
@@ -277,6 +272,20 @@ def insertion_deletion(
         areas=tuple(areas),
         sensitive_above=sensitive_above,
     )
+
+
+def _ends(
+    sample: Sample, shown: ChangeablePictures, dark: ChangeablePictures, n_chosen: int
+) -> list[Version]:
+    """The ends of the curves: the whole image, the baseline, and black where that is another."""
+    everyone = tuple(range(n_chosen))
+    ends = [
+        Version(shown, all_masks(sample, False), everyone),
+        Version(shown, all_masks(sample, True), everyone),
+    ]
+    if dark is not shown:
+        ends.append(Version(dark, all_masks(sample, True), everyone))
+    return ends
 
 
 def _check(baseline: Any, steps: Any, areas: Sequence[float], per_eval: Any) -> None:
