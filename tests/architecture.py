@@ -74,11 +74,23 @@ def imports(root: Path, path: Path) -> Iterator[tuple[int, str, str | None]]:
 
 
 def ours(root: Path, path: Path) -> Iterator[tuple[int, str]]:
-    """(line, module) of the package's own modules that a file imports, or names of them."""
+    """(line, module) of the package's own modules that a file imports, whole or names of them."""
     for line, module, name in imports(root, path):
-        if module.split(".")[0] == root.name and name != "__version__":
-            inner = f"{module}.{name}"
+        inner = f"{module}.{name}"
+        if module.split(".")[0] == root.name and not for_version(root, path, module, name):
             yield line, inner if inner in modules(root) else module
+
+
+def for_version(root: Path, path: Path, module: str, name: str | None) -> bool:
+    """Whether an import of the root itself is there for ``__version__`` alone."""
+    used = {
+        node.attr
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == root.name
+    }
+    return module == root.name and (
+        name == "__version__" or (name is None and used == {"__version__"})
+    )
 
 
 def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:

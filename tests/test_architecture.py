@@ -125,6 +125,11 @@ BAD = {  # what a bad folder shows -> its rule, its files, what the rule must sa
         {"attr/a.py": "def f():\n    from captum_mllm import bridge", "bridge/__init__.py": ""},
         "attr/a.py:2 imports captum_mllm.bridge",
     ),
+    "an import of the root": (
+        rules.floors,
+        {"attr/a.py": "import captum_mllm\ncaptum_mllm.__version__, captum_mllm.MSEA"},
+        "attr/a.py:1 imports captum_mllm",
+    ),
     "an import from the root": (
         rules.floors,
         {"attr/a.py": "from captum_mllm import MSEA, __version__"},
@@ -290,6 +295,7 @@ def test_good_files_pass(tmp_path):
         "out = adapter.model(**inputs)\n",
         "functional/lens.py": '"""F.\n\n' + "Text.\n" * 300 + '"""\n# A comment.\n\n' + "a = 1\n" * 300,  # noqa: E501
         "cli/__init__.py": '"""M."""\nfrom captum_mllm import __version__\n'
+        "import captum_mllm\nprint(captum_mllm.__version__)\n"
         "def main():\n    print(model_forward(model))\n" + "    a = 1\n" * 48,
     }  # fmt: skip
     written(tmp_path / "captum_mllm", files)

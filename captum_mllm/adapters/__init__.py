@@ -1,7 +1,10 @@
-"""Adapters: what differs between families of models. ``register_adapter`` adds one."""
+"""Adapters: everything that differs between families of models, and nothing else.
+
+``register_adapter`` adds one. Families that share a layout share a base: :class:`PatchGridAdapter`
+(one patch per cell) and :class:`TileAdapter` (square tiles and an overview).
+"""
 
 from captum_mllm.adapters.base import Adapter, View
-from captum_mllm.adapters.frames import PatchGridAdapter
 from captum_mllm.adapters.gemma3 import Gemma3Adapter
 from captum_mllm.adapters.hooks import interpolated_positions
 from captum_mllm.adapters.idefics import IdeficsAdapter
@@ -9,6 +12,7 @@ from captum_mllm.adapters.internvl import InternVLAdapter
 from captum_mllm.adapters.llava import LlavaAdapter
 from captum_mllm.adapters.llava_next import LlavaNextAdapter
 from captum_mllm.adapters.paligemma import PaliGemmaAdapter
+from captum_mllm.adapters.patch_grid import PatchGridAdapter
 from captum_mllm.adapters.qwen_vl import Qwen3VLAdapter, QwenVLAdapter
 from captum_mllm.adapters.registry import (
     find_adapter,

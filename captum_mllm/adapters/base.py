@@ -10,21 +10,21 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from captum_mllm.adapters.canvases import PictureCanvases
 from captum_mllm.adapters.devices import input_device
 from captum_mllm.adapters.head import Matrix, head_matrix, head_size
-from captum_mllm.adapters.picture_canvases import PictureCanvases
 from captum_mllm.functional import WHOLE, Box
 from captum_mllm.geometry import ImageGrid
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One regular grid of image tokens over an image's frame or a part of it.
+    """One regular grid of image tokens over an image's canvas or a part of it.
 
     Args:
-        tokens: (rows, cols), or (steps, rows, cols) of a video: for each cell the index of its
-            token among the image's own tokens (newline and class tokens are in no view).
-        box: (left, upper, right, lower) of the grid in fractions of the frame, default all of it.
+        tokens: (rows, cols), or (steps, rows, cols) of a video: for each cell, the index of its
+            token among the image's tokens (newline and class tokens are in no view).
+        box: (left, upper, right, lower) of the grid in fractions of the canvas, default all of it.
     """
 
     tokens: Int64[Tensor, " ..."]
@@ -43,21 +43,22 @@ _SPECIAL_IDS = (
 
 
 class Adapter(PictureCanvases, ABC):
-    """What one family needs so that every method works on it.
+    """Everything that every method needs to know about one family of models.
 
-    A subclass declares where the modules are and how image tokens lie on the grid; it holds no
-    method. All tensors it gets are those of *one* sample, on the model's device, without padding.
+    A subclass declares where the modules are and how image tokens lie on the grid; it contains no
+    attribution method. All tensors it gets are those of *one* sample, on the model's device,
+    without padding.
 
     Args:
-        model: the user's model; never changed, hooks are only set while we run.
+        model: the user's model; it is never changed, and hooks are set only while it runs.
     """
 
     pixel_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
-    """Inputs with pixels; a sample needs at least one of them."""
+    """Names of the pixel inputs; a sample needs at least one of them."""
 
     required: ClassVar[Mapping[str, str]] = {}
-    """Further inputs that must be there, and what happens without: transformers may compute wrong
-    values in silence where they are missing."""
+    """Further required inputs, and what happens without each: transformers may silently compute
+    wrong values where they are missing."""
 
     token_wise: ClassVar[tuple[str, ...]] = (
         "input_ids",
@@ -65,22 +66,22 @@ class Adapter(PictureCanvases, ABC):
         "token_type_ids",
         "mm_token_type_ids",
     )
-    """Inputs with one entry per token, in step with ``input_ids``."""
+    """Inputs with one entry per token, aligned with ``input_ids``."""
 
     suffix_fill: ClassVar[Mapping[str, int]] = {
         "attention_mask": 1,
         "token_type_ids": 0,
         "mm_token_type_ids": 0,
     }
-    """Value of each token-wise input at appended (answer) tokens."""
+    """Value of each token-wise input at the answer's tokens, which are appended."""
 
     bidirectional_prompt: ClassVar[bool] = False
-    """Whether prompt tokens see those after them (a prefix LM): then none of them was predicted,
-    so none is a target or context, and maps need the whole prompt."""
+    """Whether prompt tokens attend to later prompt tokens (a prefix LM). Then none of them was
+    predicted, so none is a target or context, and maps need the whole prompt."""
 
     fixed_size: ClassVar[bool] = False
-    """Whether the model takes one size only: then larger scales are seen through windows of the
-    enlarged image (:meth:`window_pixels`), and smaller ones are dropped."""
+    """Whether the model takes images of one size only. Then larger scales are computed through
+    windows of the enlarged image (:meth:`window_pixels`), and smaller ones are dropped."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -89,7 +90,7 @@ class Adapter(PictureCanvases, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs must be, and where what the hooks saw is brought."""
+        """Device of the inputs, to which captured tensors are moved."""
         return input_device(self.model)
 
     # ---- modules ----------------------------------------------------------------------------
@@ -133,11 +134,11 @@ class Adapter(PictureCanvases, ABC):
             ids: token ids; or a slice of the vocabulary, whose rows stay on the head's device.
 
         Returns:
-            (classes, dim) rows of the head's matrix, and (classes,) its bias, or None if it has
-            none.
+            The rows of the head's matrix (classes, dim), and its bias (classes,), or None if it
+            has no bias.
 
         Raises:
-            ValueError: the head is no plain matrix (see
+            ValueError: the head is not a plain matrix (see
                 :func:`~captum_mllm.adapters.head.head_matrix`).
         """
         weight, bias = self._matrix or head_matrix(self.head)
@@ -157,7 +158,7 @@ class Adapter(PictureCanvases, ABC):
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids that are no text, as far as the model's configs tell (bos, eos, pad, visual)."""
+        """Ids that are not text, as far as the model's configs tell (bos, eos, pad, visual)."""
         found: set[int] = set(self.visual_ids)
         configs = (self.config, self.config.get_text_config(), self.model.generation_config)
         for config in configs:
@@ -167,53 +168,55 @@ class Adapter(PictureCanvases, ABC):
         return frozenset(found)
 
     def placeholder(self, grid: ImageGrid) -> int:
-        """Id of an image's (a video's) placeholders.
+        """Id of the placeholders of an image or a video.
 
         Args:
-            grid: the image's or video's.
+            grid: the grid of the image or video.
 
         Returns:
-            The token id; default the first of :attr:`visual_ids`.
+            The token id; by default the first of :attr:`visual_ids`.
         """
         del grid
         return self.visual_ids[0]
 
     def runs(self, grid: ImageGrid) -> tuple[int, ...]:
-        """Lengths of the unbroken runs of placeholders that an image takes; default one run.
+        """Lengths of the unbroken runs of an image's placeholders; by default one run.
 
-        More than one where other tokens stand between them (tiles with their names, times).
+        There is more than one run where other tokens stand between the placeholders (names of
+        tiles, times).
 
         Args:
-            grid: the image's.
+            grid: the image's grid.
 
         Returns:
-            Numbers of tokens, in the order of the prompt; their sum is the image's tokens.
+            Numbers of tokens, in the order of the prompt; their sum is that of the image.
         """
         return (grid.cells,)
 
     def views(self, grid: ImageGrid) -> tuple[View, ...]:
-        """The views that an image's tokens make; default one, row by row.
+        """The views that an image's tokens form; by default one, row by row.
 
         Args:
-            grid: the image's.
+            grid: the image's grid.
 
         Returns:
-            The views; the frame's map is their mean, cell by cell
+            The views; the image's map is their mean, cell by cell
             (:func:`captum_mllm.functional.merge_views`).
         """
         return (View(torch.arange(grid.cells).reshape(grid.shape)),)
 
     def block(self, ids: Int64[Tensor, " tokens"], where: Tensor) -> range:
-        """Positions that belong to an image; default its first to its last placeholder.
+        """Positions that belong to an image; by default its first to its last placeholder.
 
-        Beside the placeholders: what the processor put around them (markers, tiles' names, times).
+        In addition to the placeholders, this includes what the processor put around them (markers,
+        names of tiles, times).
 
         Args:
             ids: the prompt.
             where: positions of the image's placeholders.
 
         Returns:
-            Positions in the prompt, without a gap.
+            Contiguous positions in the prompt.
         """
         del ids
         return range(int(where[0]), int(where[-1]) + 1)
@@ -221,7 +224,7 @@ class Adapter(PictureCanvases, ABC):
     # ---- inputs -----------------------------------------------------------------------------
 
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
-        """Raise where a side input is missing, or would make the model compute something else.
+        """Raise if a side input is missing or would make the model compute wrong values.
 
         Args:
             inputs: the model's inputs of one sample.
@@ -238,7 +241,7 @@ class Adapter(PictureCanvases, ABC):
 
     @abstractmethod
     def grids(self, inputs: Mapping[str, Tensor]) -> tuple[ImageGrid, ...]:
-        """Grid and frame of each image, then of each video.
+        """Grid and canvas of each image, then of each video.
 
         Args:
             inputs: the model's inputs of one sample.
@@ -247,7 +250,7 @@ class Adapter(PictureCanvases, ABC):
             One per image, then one per video, in the order of the prompt.
 
         Raises:
-            ValueError: pixels of a shape or size that the family can't take.
+            ValueError: the pixels have a shape or size that the family can't take.
         """
 
     @abstractmethod
@@ -255,11 +258,11 @@ class Adapter(PictureCanvases, ABC):
         """The nearest grid that the model accepts for an image rescaled by ``scale``.
 
         Args:
-            grid: the image's at its own scale.
+            grid: the image's grid at scale 1.
             scale: factor of height and width, > 0.
 
         Returns:
-            The grid; its frame has the size in pixels that makes it.
+            The grid; its canvas is the size in pixels that the image has to be resized to.
 
         Raises:
             ValueError: the image would be smaller than one patch.
@@ -272,26 +275,26 @@ class Adapter(PictureCanvases, ABC):
 
         Args:
             inputs: the model's inputs of one sample.
-            grids: the images' grids at their own scale.
+            grids: the images' grids at scale 1.
             boxes: per image, (left, upper, right, lower) in fractions of what the image shows.
 
         Returns:
             Replacements of the pixel inputs; keys and shapes as in ``inputs``.
 
         Raises:
-            NotImplementedError: the family takes other sizes, so it needs no windows.
+            NotImplementedError: the family takes images of other sizes and needs no windows.
         """
         raise NotImplementedError(f"{type(self).__name__} takes images of other sizes.")
 
-    def window_frame(self, grid: ImageGrid, box: Box) -> Box:
-        """Where the frame of a window lies in the image's frame; default the box itself.
+    def window_canvas(self, grid: ImageGrid, box: Box) -> Box:
+        """Where the canvas of a window lies on the image's canvas; by default the box itself.
 
         Args:
-            grid: the image's grid at its own scale.
+            grid: the image's grid at scale 1.
             box: the window, in fractions of what the image shows.
 
         Returns:
-            The box of the window's frame, in fractions of the image's frame.
+            The box of the window's canvas, in fractions of the image's canvas.
         """
         del grid
         return box
@@ -299,17 +302,17 @@ class Adapter(PictureCanvases, ABC):
     def rescale_pixels(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> dict[str, Tensor]:
-        """The inputs that hold or describe pixels, brought to those grids; keys as in ``inputs``.
+        """Resize the inputs that hold or describe pixels to those grids; keys as in ``inputs``.
 
         Args:
             inputs: the model's inputs of one sample.
-            grids: the grids to reach, as :meth:`scaled_grid` gives them.
+            grids: the target grids, as :meth:`scaled_grid` returns them.
 
         Returns:
-            Replacements of those inputs; the rest of ``inputs`` stays.
+            Replacements of those inputs; the rest of ``inputs`` is left unchanged.
 
         Raises:
-            NotImplementedError: the family is of one fixed size.
+            NotImplementedError: the family takes images of one size only.
         """
         raise NotImplementedError(f"{type(self).__name__} takes images of one size only.")
 
@@ -317,24 +320,24 @@ class Adapter(PictureCanvases, ABC):
     def pixels_from_pictures(
         self, pictures: Sequence[Any], settings: Any, grids: Sequence[ImageGrid]
     ) -> dict[str, Tensor]:
-        """``pixel_values`` made anew from the original pictures, on those grids.
+        """Compute ``pixel_values`` on those grids again from the original pictures.
 
         Args:
             pictures: PIL pictures.
             settings: the user's image processor.
-            grids: the grids to reach, one per picture.
+            grids: the target grids, one per picture.
 
         Returns:
-            Replacements of the inputs with pixels, normalised as the processor does it.
+            Replacements of the pixel inputs, normalised as the processor does it.
         """
 
-    # ---- what the tower gave ----------------------------------------------------------------
+    # ---- output of the tower ----------------------------------------------------------------
 
     def tower_calls(self, grids: Sequence[ImageGrid]) -> list[Sequence[ImageGrid]]:
-        """The images of each of the tower's calls in one forward; default one call for all.
+        """The images of each of the tower's calls in one forward; by default one call for all.
 
         Args:
-            grids: of all images of the sample.
+            grids: the grids of all images of the sample.
 
         Returns:
             The grids of each call, in the order of the calls.
@@ -342,13 +345,13 @@ class Adapter(PictureCanvases, ABC):
         return [grids]
 
     def features(self, tower_output: Any) -> Tensor:
-        """The features in the tower's output, (images or tiles, tokens, dim) or (tokens, dim).
+        """The features in the tower's output.
 
         Args:
             tower_output: what the vision encoder returned.
 
         Returns:
-            The features before the projector.
+            The features before the projector, (images or tiles, tokens, dim) or (tokens, dim).
         """
         return tower_output.last_hidden_state
 
@@ -357,7 +360,7 @@ class Adapter(PictureCanvases, ABC):
         """Shape that :meth:`features` must have for those images, without its last axis.
 
         Args:
-            grids: of the images of one call.
+            grids: the grids of the images of one call.
 
         Returns:
             (images or tiles, tokens) or (tokens,).
@@ -368,28 +371,28 @@ class Adapter(PictureCanvases, ABC):
 
         Args:
             tower_output: what the vision encoder returned.
-            grids: of the images of that call.
+            grids: the grids of the images of that call.
 
         Raises:
-            ValueError: another number of images or features than the grids say.
+            ValueError: the number of images or features is not that of the grids.
         """
-        found = tuple(self.features(tower_output).shape[:-1])
+        shape = tuple(self.features(tower_output).shape[:-1])
         expected = self.features_shape(grids)
-        if found != expected:
+        if shape != expected:
             raise ValueError(
-                f"model: the vision tower gave features of shape {found}, but the pixels make "
+                f"model: the vision tower gave features of shape {shape}, but the pixels make "
                 f"{expected} (images or tiles, tokens)."
             )
 
     # ---- running ----------------------------------------------------------------------------
 
     def size_hooks(self) -> AbstractContextManager[None]:
-        """Hooks that let the tower take other sizes than its native one; default none."""
+        """Hooks that let the tower take sizes other than its native one; by default none."""
         return nullcontext()
 
     @contextmanager
     def head_kept(self) -> Iterator[None]:
-        """Keep the LM head's matrix while it lasts: it may have to be loaded or computed."""
+        """Cache the LM head's matrix, which may have to be loaded or computed, for the context."""
         self._matrix = head_matrix(self.head)
         try:
             yield

@@ -1,10 +1,10 @@
-"""What stands around a model: wrappers, and weights that are not where they are used.
+"""Wrappers around a model, and weights that are not where they are used.
 
-``accelerate`` *dispatches* a model: parts of it run on several devices, or their weights wait on
-the CPU or on disk and are loaded for each call only (*offloaded*; in between they are ``meta``
+``accelerate`` *dispatches* a model: parts of it run on several devices, or their weights stay on
+the CPU or on disk and are loaded only for each call (*offloaded*; in between they are ``meta``
 tensors, which have a shape and no values). It replaces the ``forward`` of each such module and
 keeps its settings in the module's ``_hf_hook``, an ``accelerate.hooks.ModelHook``. Neither
-``accelerate`` nor ``peft`` is imported: both are known by what their objects have.
+``accelerate`` nor ``peft`` is imported: their objects are recognised by their attributes.
 """
 
 from collections.abc import Iterator
@@ -20,25 +20,25 @@ _OWN_FORWARD = {
     "POLY": "picks its adapters by a task_ids argument",
     "XLORA": "weighs its adapters by a forward of its own",
 }
-"""PEFT methods whose wrapper does more than call the model, and what."""
+"""PEFT methods whose wrapper does more than call the model, and what it does."""
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside of wrappers that don't change what it computes.
+    """The transformers model inside wrappers that don't change what it computes.
 
-    A PEFT model (``PeftModel``) holds the transformers model with the adapters' layers in place:
-    its forward counts them. ``DataParallel`` and ``DistributedDataParallel`` split batches, and we
-    run single samples.
+    A PEFT model (``PeftModel``) holds the transformers model with the adapters' layers in place, so
+    its forward includes them. ``DataParallel`` and ``DistributedDataParallel`` split batches, and
+    we run single samples.
 
     Args:
         model: the user's model.
 
     Returns:
-        The inner model; anything else as it is.
+        The inner model; anything else unchanged.
 
     Raises:
-        ValueError: a wrapper that changes the model's inputs (prompt learning) or cuts its weights
-            into pieces (FSDP): the inner model alone would compute something else.
+        ValueError: a wrapper changes the model's inputs (prompt learning) or shards its weights
+            (FSDP): the inner model alone would compute something else.
 
     Example:
         >>> from torch import nn
@@ -56,7 +56,7 @@ def unwrap(model: Any) -> Any:
             break
     if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(model).__mro__):
         raise ValueError(
-            "model: its weights are cut into pieces over processes (FullyShardedDataParallel). "
+            "model: its weights are sharded over processes (FullyShardedDataParallel). "
             "Save its full state and load it into a plain model to explain it."
         )
     return model
@@ -78,17 +78,17 @@ def _refuse_changed_inputs(model: Any) -> None:
             continue
         raise ValueError(
             f"model: its PEFT adapter {name!r} ({kind}) {why}, so that positions and maps of the "
-            f"model inside would not be those of the whole. Adapters within the layers (LoRA and "
-            f"its like, IA3) work; or pass the base model, to explain it without the adapter."
+            f"inner model would not be those of the whole model. Adapters within the layers (LoRA "
+            f"and its variants, IA3) work; or pass the base model, without the adapter."
         )
 
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
-    """While it lasts, offloaded weights of the module and of its parts are real tensors.
+    """Load the offloaded weights of a module and of its parts while the context lasts.
 
-    They lie where the module's inputs do; afterwards they are ``meta`` tensors again, and tensors
-    taken out meanwhile keep their values. No-op where nothing is offloaded.
+    They are on the device of the module's inputs; afterwards they are ``meta`` tensors again, and
+    tensors taken from them keep their values. No effect where nothing is offloaded.
 
     Args:
         module: a part of the model, not running at the moment.
@@ -109,10 +109,10 @@ def loaded(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tables_loaded(tower: nn.Module) -> Iterator[None]:
-    """While it lasts, the tower finds its embedding tables loaded whenever it runs.
+    """Load the tower's offloaded embedding tables whenever it runs while the context lasts.
 
-    To interpolate position embeddings a tower reads the table's weight itself, past the table's
-    forward, and only that forward would load an offloaded table.
+    To interpolate position embeddings, a tower reads the table's weight itself instead of calling
+    the table, and only the table's forward would load it.
 
     Args:
         tower: the vision encoder.
@@ -129,20 +129,20 @@ def tables_loaded(tower: nn.Module) -> Iterator[None]:
         for table in tables:
             held.enter_context(loaded(table))
 
-    def let_go(_module: nn.Module, _args: Any, _output: Any) -> None:
+    def release(_module: nn.Module, _args: Any, _output: Any) -> None:
         held.close()
 
     with held, ExitStack() as hooks:
         hooks.callback(tower.register_forward_pre_hook(load).remove)
-        hooks.callback(tower.register_forward_hook(let_go, always_call=True).remove)
+        hooks.callback(tower.register_forward_hook(release, always_call=True).remove)
         yield
 
 
 def input_device(model: Any) -> torch.device:
-    """Where the model's inputs belong: where its input embeddings are computed.
+    """The device of the model's inputs: where its input embeddings are computed.
 
-    ``model.device`` is that of the first weight, which is ``meta`` if that one is offloaded, and
-    another device's if the vision encoder lies elsewhere.
+    ``model.device`` is that of the first weight, which is ``meta`` if that weight is offloaded, and
+    another device if the vision encoder is elsewhere.
 
     Args:
         model: a transformers model, unwrapped.
@@ -178,7 +178,7 @@ def input_device(model: Any) -> torch.device:
 
 
 def _execution_device(module: nn.Module) -> torch.device | None:
-    """The device that accelerate runs the module on, if it said so."""
+    """The device that accelerate runs the module on, or None."""
     hook = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):  # a SequentialHook holds several
         device = getattr(each, "execution_device", None)

@@ -1,4 +1,4 @@
-"""Gemma 3: one frame of one fixed size, its patches averaged to few tokens."""
+"""Gemma 3: one canvas of a fixed size, whose patches are averaged to few tokens."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from captum_mllm.adapters.frames import PatchGridAdapter
+from captum_mllm.adapters.patch_grid import PatchGridAdapter
 from captum_mllm.adapters.pixels import cut_window, enlarged
 from captum_mllm.adapters.registry import register_adapter
 from captum_mllm.functional import Box
@@ -17,15 +17,15 @@ from captum_mllm.geometry import ImageGrid
 
 @register_adapter("Gemma3ForConditionalGeneration")
 class Gemma3Adapter(PatchGridAdapter):
-    """Adapter of Gemma 3: one frame of one fixed size, its patches averaged to few tokens.
+    """Adapter of Gemma 3: one canvas of a fixed size, whose patches are averaged to few tokens.
 
-    Larger scales are seen through windows of the enlarged image, smaller ones are dropped.
+    Larger scales are computed through windows of the enlarged image; smaller ones are dropped.
 
-    Pan-and-scan crops are further images: each has a map of its own.
+    Pan-and-scan crops are further images, each with its own map.
     """
 
     required: ClassVar[Mapping[str, str]] = {
-        "token_type_ids": "image tokens don't see each other: all hidden states are others"
+        "token_type_ids": "image tokens don't attend to each other and all hidden states are wrong"
     }
 
     fixed_size = True
@@ -42,20 +42,21 @@ class Gemma3Adapter(PatchGridAdapter):
             inputs["token_type_ids"] == 1, inputs["input_ids"] == self.visual_ids[0]
         ):
             raise ValueError(
-                "token_type_ids must be 1 at the image tokens of input_ids and at no other; pass "
+                "token_type_ids must be 1 at the image tokens of input_ids and 0 elsewhere; pass "
                 "what the processor returns."
             )
 
     @override
     def grids(self, inputs: Mapping[str, Tensor]) -> tuple[ImageGrid, ...]:
-        frames = super().grids(inputs)
-        if (frames[0].height, frames[0].width) != (self.side, self.side):
+        patches = super().grids(inputs)
+        height, width = patches[0].height, patches[0].width
+        if (height, width) != (self.side, self.side):
             raise ValueError(
-                f"pixel_values are {frames[0].height} x {frames[0].width} pixels, but this model "
+                f"pixel_values are {height} x {width} pixels, but this model "
                 f"takes {self.side} x {self.side} only."
             )
         cells = self.cells_per_side
-        return (ImageGrid(cells, cells, self.side, self.side),) * len(frames)
+        return (ImageGrid(cells, cells, self.side, self.side),) * len(patches)
 
     @override
     def scaled_grid(self, grid: ImageGrid, scale: float) -> ImageGrid:
@@ -67,7 +68,9 @@ class Gemma3Adapter(PatchGridAdapter):
     ) -> dict[str, Tensor]:
         size = (self.side, self.side)
         pairs = zip(inputs["pixel_values"], boxes, strict=True)
-        return {"pixel_values": torch.stack([cut_window(own, box, size) for own, box in pairs])}
+        return {
+            "pixel_values": torch.stack([cut_window(pixels, box, size) for pixels, box in pairs])
+        }
 
     @override
     def features_shape(self, grids: Sequence[ImageGrid]) -> tuple[int, ...]:

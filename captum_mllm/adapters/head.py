@@ -23,23 +23,24 @@ def head_matrix(head: nn.Module) -> Matrix:
     """Matrix W and bias b of an LM head that computes ``W h + b``, as its forward uses them.
 
     - Plain layers: their own weight, no copy.
-    - Offloaded (accelerate): the weights loaded anew by each call, where the head's inputs are.
+    - Offloaded (accelerate): the weights, loaded again by each call to the device of the head's
+      inputs.
     - PEFT: ``W + sum of B A * scaling`` over the active LoRA adapters; the trained copy of
       ``modules_to_save``, the trained rows of ``trainable_token_indices``; the layer's own weight
       while adapters are disabled or merged.
-    - Quantised: the float matrix that the forward multiplies with, where there is one (tensors that
-      tell it by ``dequantize()``, as of torchao and quanto; bitsandbytes' 4 bits).
+    - Quantised: the float matrix that the forward multiplies with, where there is one (tensors with
+      ``dequantize()``, such as torchao's and quanto's; bitsandbytes' 4 bits).
 
-    Whether the head really is that map is not seen here; compare with its own logits.
+    Whether the head really computes that map is not checked here; compare with its own logits.
 
     Args:
         head: the LM head, not running at the moment.
 
     Returns:
-        W (vocabulary, dim) and b (vocabulary) or None, in dtypes of their own, without gradients.
+        W (vocabulary, dim) and b (vocabulary,) or None, in their own dtypes, without gradients.
 
     Raises:
-        ValueError: no such matrix can be had; the message says why and what to do.
+        ValueError: there is no such matrix; the message says why and what to do.
 
     Example:
         >>> from torch import nn
@@ -53,13 +54,13 @@ def head_matrix(head: nn.Module) -> Matrix:
 
 
 def head_size(head: nn.Module) -> int:
-    """Number of ids that an LM head scores; loads and computes nothing.
+    """Number of ids that an LM head scores; nothing is loaded or computed if its shape tells.
 
     Args:
         head: the LM head.
 
     Raises:
-        ValueError: it can't be told.
+        ValueError: the size is not known.
 
     Example:
         >>> from torch import nn
@@ -89,7 +90,7 @@ def _matrix(head: Any, name: str) -> Matrix:
 
 
 def _saved_copy(wrapper: Any) -> nn.Module:
-    """The module that PEFT's wrapper of ``modules_to_save`` calls."""
+    """The module that PEFT's ``modules_to_save`` wrapper calls."""
     active, copies = wrapper.active_adapters, wrapper.modules_to_save
     if wrapper.disable_adapters or not active or any(name not in copies for name in active):
         return wrapper.original_module
@@ -97,7 +98,7 @@ def _saved_copy(wrapper: Any) -> nn.Module:
 
 
 def _with_trained_rows(wrapper: Any, name: str) -> Matrix:
-    """Matrix of a layer some of whose rows PEFT trains apart (``trainable_token_indices``)."""
+    """Matrix of a layer with separately trained rows (PEFT's ``trainable_token_indices``)."""
     weight, bias = _matrix(wrapper.original_module, name)
     rows = wrapper.token_adapter
     if wrapper.disable_adapters or rows.merged or not wrapper.active_adapters:
@@ -106,12 +107,12 @@ def _with_trained_rows(wrapper: Any, name: str) -> Matrix:
 
 
 def _adapted(head: Any, name: str) -> Matrix:
-    """Matrix of a layer with PEFT's adapters beside it."""
+    """Matrix of a layer with PEFT adapters next to it."""
     weight, bias = _matrix(head.base_layer, name)
     if head.disable_adapters or head.merged or not head.active_adapters:
         return weight, bias
     if not hasattr(head, "lora_B"):
-        raise _no_matrix(name, "it has an adapter of PEFT that is no LoRA", _MERGE)
+        raise _no_matrix(name, "its PEFT adapter is not a LoRA", _MERGE)
     for adapter in head.active_adapters:
         if adapter not in head.lora_B:
             continue
@@ -156,7 +157,7 @@ def _floats(weight: Any, name: str) -> Float[Tensor, "vocabulary dim"]:
     if hasattr(weight, "full_tensor"):
         raise _no_matrix(
             name,
-            "its weight is cut into pieces over processes (tensor parallel or FSDP)",
+            "its weight is sharded over processes (tensor parallel or FSDP)",
             "Load the model without tp_plan, with device_map='auto' if it is large",
         )
     if weight.ndim != 2 or weight.dtype not in _FLOATS:
@@ -169,8 +170,8 @@ def _floats(weight: Any, name: str) -> Float[Tensor, "vocabulary dim"]:
     return weight.detach()
 
 
-def _no_matrix(name: str, why: str, mend: str) -> ValueError:
+def _no_matrix(name: str, why: str, fix: str) -> ValueError:
     return ValueError(
         f"model: its LM head ({name}) is not the plain linear map W h + b that the logit lens "
-        f"assumes: {why}. {mend}; or register an adapter whose class_weights tells the true map."
+        f"assumes: {why}. {fix}; or register an adapter whose class_weights returns the true map."
     )

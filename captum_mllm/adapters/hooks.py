@@ -1,4 +1,4 @@
-"""Hooks on a user's model for as long as we run it, and the model put back as it was."""
+"""Hooks on a user's model while we run it, and the model restored afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 @contextmanager
 def interpolated_positions(tower: nn.Module) -> Iterator[None]:
-    """Have a CLIP or SigLIP tower interpolate its position embeddings; a no-op at native size.
+    """Make a CLIP or SigLIP tower interpolate its position embeddings; no effect at native size.
 
     Args:
         tower: the vision encoder.
 
     Returns:
-        A context manager; afterwards the tower is as it was.
+        A context manager; afterwards the tower is unchanged.
     """
 
     def interpolate(
@@ -32,11 +32,11 @@ def interpolated_positions(tower: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back every module's plain attributes and forward hooks, whatever happens.
+    """Restore every module's plain attributes and forward hooks, also after an error.
 
-    Not ours alone: transformers sets hooks of its own, and a flag that says so, in the first
-    forward that wants hidden states of the tower, and leaves them in the model; Qwen's models
-    keep the last prompt's offsets of positions (``rope_deltas``).
+    Not only ours: in the first forward that asks for the tower's hidden states, transformers sets
+    hooks of its own and a flag, and leaves them in the model; Qwen's models keep the last prompt's
+    position offsets (``rope_deltas``).
 
     Args:
         model: the user's model.
@@ -56,7 +56,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """Attributes that are no parameters, buffers, modules or tables: flags, numbers, tensors."""
+    """Attributes other than parameters, buffers, modules and tables: flags, numbers, tensors."""
     kinds = (bool, int, float, str, Tensor, type(None))
     return {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
 

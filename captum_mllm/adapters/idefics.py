@@ -31,7 +31,7 @@ class IdeficsAdapter(TileAdapter):
                 f"pixel_values must be (1, tiles, channels, height, width), got shape "
                 f"{tuple(pixels.shape)}; pass what the processor returns for one sample."
             )
-        real = (pixels[0] != 0).flatten(1).any(1)  # as the model tells padding
+        real = (pixels[0] != 0).flatten(1).any(1)  # how the model recognises padding
         if mask is not None and not bool(mask[0][real].bool().all()):
             raise ValueError(
                 "pixel_attention_mask has zeros inside a tile, whose padded part has no place in "
@@ -41,12 +41,12 @@ class IdeficsAdapter(TileAdapter):
 
     @override
     def tiles_per_image(self, ids: Tensor, per_tile: int) -> list[int]:
-        """Counts by the words before each run: the overview's are those of the last run."""
+        """Counts by the names before each run: every overview is called what the last run is."""
         where = (ids == self.visual_ids[0]).nonzero()[:, 0].tolist()
         starts, ends = where[::per_tile], where[per_tile - 1 :: per_tile]
         if not ends or ends[-1] + 1 >= len(ids):
             return [len(starts)]
-        fence = int(ids[ends[-1] + 1])  # stands around every image and tile
+        fence = int(ids[ends[-1] + 1])  # a marker around every image and tile
         names = [self._name(ids, start, fence) for start in starts]
         counts = [0]
         for name in names:
@@ -59,17 +59,17 @@ class IdeficsAdapter(TileAdapter):
     def layouts(
         self, ids: Tensor, counts: Sequence[int], per_tile: int
     ) -> list[tuple[int, int] | None]:
-        """A row of tiles ends with a line break: no fence follows at once."""
+        """Layouts by the line break after each row of tiles, where no fence follows directly."""
         ends = (ids == self.visual_ids[0]).nonzero()[:, 0].tolist()[per_tile - 1 :: per_tile]
         if not ends or ends[-1] + 1 >= len(ids):
             return [None] * len(counts)
         fence = int(ids[ends[-1] + 1])
-        found: list[tuple[int, int] | None] = []
+        layouts: list[tuple[int, int] | None] = []
         for count in counts:
-            own, ends = ends[: count - 1], ends[count:]
-            down = sum(int(ids[end + 1]) != fence for end in own)
-            found.append((down, len(own) // down) if down and len(own) % down == 0 else None)
-        return found
+            tile_ends, ends = ends[: count - 1], ends[count:]
+            n, down = len(tile_ends), sum(int(ids[end + 1]) != fence for end in tile_ends)
+            layouts.append((down, n // down) if down and n % down == 0 else None)
+        return layouts
 
     @override
     def block(self, ids: Tensor, where: Tensor) -> range:  # from fence to fence
@@ -81,7 +81,7 @@ class IdeficsAdapter(TileAdapter):
 
     @staticmethod
     def _name(ids: Tensor, start: int, fence: int) -> tuple[int, ...]:
-        """The ids between the last fence and a run: what the tile is called in the text."""
+        """The ids between the last fence and a run: the tile's name in the text."""
         fences = (ids[:start] == fence).nonzero()[:, 0]
         return tuple(ids[int(fences[-1]) + 1 : start].tolist()) if len(fences) else ()
 
@@ -93,13 +93,13 @@ class IdeficsAdapter(TileAdapter):
 
     @override
     def with_canvases(
-        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], canvases: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """A tile that is 0 everywhere would count as padding: it gets the least value above 0."""
-        made = super().with_canvases(inputs, grids, frames)
-        pixels = made["pixel_values"]
+        """A tile of zeros would count as padding: it gets the smallest value above 0 instead."""
+        changed = super().with_canvases(inputs, grids, canvases)
+        pixels = changed["pixel_values"]
         blank = (pixels == 0).flatten(2).all(2)[:, :, None, None, None]
-        return made | {"pixel_values": pixels + blank * torch.finfo(pixels.dtype).tiny}
+        return changed | {"pixel_values": pixels + blank * torch.finfo(pixels.dtype).tiny}
 
     @override
     def features_shape(self, grids: Sequence[ImageGrid]) -> tuple[int, ...]:

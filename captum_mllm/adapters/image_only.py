@@ -1,15 +1,15 @@
-"""Image-only processors, for places where torchvision is absent.
+"""Image-only processors, for environments without torchvision.
 
 A *processor* of transformers turns text and pictures into a model's inputs: it holds an image
 processor, a tokenizer and, for some families, a video processor. Video processors need
-torchvision, and a processor that asks for one cannot even be built without it, although pictures
-alone never use it. The subclasses here leave the video processor out and are otherwise what they
-inherit: the same ids, the same pixels, the same `mm_token_type_ids` (which say, token by token,
-whether it is text, 0, or image, 1).
+torchvision, and a processor that has one can't be built without it, although pictures never use
+it. The subclasses here leave out the video processor and inherit everything else: the same ids,
+the same pixels, the same `mm_token_type_ids` (which tell for each token whether it is text, 0, or
+image, 1).
 
-The tests, the demo and the loading of models rely on them; no method of this library does. They
-stand on one habit of transformers (checked with 5.5 and 5.23): which parts a processor has, is
-read from the names of its constructor's arguments.
+The tests, the demo and the loading of models use them; no method of this library does. They rely
+on one convention of transformers (checked with 5.5 and 5.23): the names of the constructor's
+arguments tell which parts a processor has.
 
     image_only_processor(name, image_processor, tokenizer, chat_template=None) -> processor
     load_image_only(path) -> processor      from the folder of a saved model
@@ -39,19 +39,20 @@ __all__ = ["image_only_processor", "load_image_only"]
 
 
 class _ImageOnly(ProcessorMixin):
-    """What the image-only processors have in common."""
+    """The base of the image-only processors."""
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any):
-        """As the full processor's call, for images and text."""
+        """Call the processor on images and text, as the full one is called."""
         if videos is not None:
             raise ValueError(
-                f"videos: {type(self).__name__} has no video processor, as it is made for places "
-                f"without torchvision; install torchvision and use {_full_name(self)}."
+                f"videos: {type(self).__name__} has no video processor, as it is made for "
+                f"environments without torchvision; install torchvision and use "
+                f"{_full_name(self)}."
             )
         return super().__call__(images=images, text=text, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The saved settings; they name the full class, so that `AutoProcessor` can read them."""
+        """The settings to save; they name the full class, so that `AutoProcessor` can read them."""
         return {**super().to_dict(), "processor_class": _full_name(self)}
 
 
@@ -74,7 +75,7 @@ class ImageOnlyQwen2_5_VLProcessor(_ImageOnly, Qwen2_5_VLProcessor):  # noqa: N8
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the inputs made here; the full class asks its video processor too."""
+        """Names of the inputs returned; the full class asks its video processor too."""
         parts = (self.tokenizer, self.image_processor)
         names = [name for part in parts for name in part.model_input_names]
         return [*names, "mm_token_type_ids"]
@@ -112,7 +113,7 @@ class ImageOnlyInternVLProcessor(_ImageOnly, InternVLProcessor):
 
 
 class ImageOnlySmolVLMProcessor(_ImageOnly, SmolVLMProcessor):
-    """`SmolVLMProcessor` without a video processor; it needs the package `num2words`.
+    """`SmolVLMProcessor` without a video processor; needs the package `num2words`.
 
     `image_seq_len` is the number of placeholder tokens per tile of the picture.
     """
@@ -134,7 +135,7 @@ class ImageOnlySmolVLMProcessor(_ImageOnly, SmolVLMProcessor):
         )
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As any processor's; the full class asks its video processor for frame rates first."""
+        """Apply the template; the full class first asks its video processor for frame rates."""
         return ProcessorMixin.apply_chat_template(self, conversation, *args, **kwargs)
 
 
@@ -166,7 +167,7 @@ _MODEL_TYPES = {  # `model_type` in a model's config.json -> family
 
 
 def _full_name(processor: ProcessorMixin) -> str:
-    """Name of the class of transformers that an image-only processor stands for."""
+    """Name of the transformers class that an image-only processor replaces."""
     return type(processor).__name__.removeprefix("ImageOnly")
 
 
@@ -181,10 +182,10 @@ def image_only_processor(
 
     Args:
         name: The family: "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "InternVL" or "SmolVLM".
-        image_processor: The family's image processor, either backend (`...Pil` without
+        image_processor: The family's image processor of either backend (`...Pil` works without
             torchvision).
-        tokenizer: The tokenizer, which knows the family's placeholder tokens (the tokens that
-            mark where the picture's features go).
+        tokenizer: The tokenizer, with the family's placeholder tokens (which mark where the
+            picture's features go).
         chat_template: Jinja template that turns a conversation into a prompt.
         **settings: Further settings of the family's processor: `image_seq_length` (InternVL) or
             `image_seq_len` (SmolVLM), the number of placeholder tokens per tile.
@@ -193,12 +194,12 @@ def image_only_processor(
         A processor that is also an instance of the family's own processor class.
 
     Raises:
-        ValueError: If `name` is none of the five.
+        ValueError: If `name` is not one of the five.
     """
     if name not in _CLASSES:
         raise ValueError(
-            f"name: {name!r} is none of {', '.join(_CLASSES)}, the families whose processors "
-            "need torchvision; the others are built as they are."
+            f"name: {name!r} is not one of {', '.join(_CLASSES)}, the families whose processors "
+            "need torchvision; build the others as usual."
         )
     return _CLASSES[name](image_processor, tokenizer, chat_template=chat_template, **settings)
 
@@ -207,25 +208,25 @@ def load_image_only(path: str | Path) -> Any:
     """The image-only processor of a model saved in a folder.
 
     The folder may have been saved by the full processor or by one of those here. Nothing is
-    fetched from elsewhere.
+    downloaded.
 
     Args:
         path: Folder with the files of the image processor and the tokenizer.
 
     Returns:
-        The processor, with the folder's settings and chat template; of Idefics3, which has no
+        The processor, with the folder's settings and chat template; for Idefics3, which has no
         video part, the full one.
 
     Raises:
-        FileNotFoundError: If `path` is no folder.
-        ValueError: If the folder's family is none of the five, nor Idefics3.
+        FileNotFoundError: If `path` is not a folder.
+        ValueError: If the folder's family is neither one of the five nor Idefics3.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"path: {str(folder)!r} is no folder.")
+        raise FileNotFoundError(f"path: {str(folder)!r} is not a folder.")
     name = _family_of(folder)
-    # Without torchvision, transformers 5.5 has AutoImageProcessor only in its own module, and
-    # that does not find all image processors.
+    # Without torchvision, transformers 5.5 exports AutoImageProcessor only from its own module,
+    # and it does not find all image processors.
     loader: Any = _LOADERS.get(name, AutoImageProcessor)
     images = loader.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -234,8 +235,8 @@ def load_image_only(path: str | Path) -> Any:
 
 
 def _family_of(folder: Path) -> str:
-    """Which of the families a folder was saved for, from the class names in its files."""
-    seen: list[str] = []
+    """The family that a folder was saved for, by the class names in its files."""
+    names: list[str] = []
     for file in ("processor_config", "preprocessor_config", "tokenizer_config", "config"):
         if (folder / f"{file}.json").is_file():
             saved = json.loads((folder / f"{file}.json").read_text(encoding="utf-8"))
@@ -244,9 +245,9 @@ def _family_of(folder: Path) -> str:
             name = _MODEL_TYPES.get(saved.get("model_type"), name)
             if name in _LOADED:
                 return name
-            seen += [found for found in (named, saved.get("model_type")) if found]
+            names += [text for text in (named, saved.get("model_type")) if text]
     raise ValueError(
-        f"path: {str(folder)!r} holds {', '.join(seen) or 'no processor'}. Image-only processors, "
-        f"for places without torchvision, exist for {', '.join(_LOADED)}; for other families "
+        f"path: {str(folder)!r} holds {', '.join(names) or 'no processor'}. Image-only processors, "
+        f"for environments without torchvision, exist for {', '.join(_LOADED)}; for other families "
         "use transformers.AutoProcessor, with torchvision installed if it asks for it."
     )

@@ -13,7 +13,7 @@ from captum_mllm.geometry import ImageGrid
 
 @register_adapter("InternVLForConditionalGeneration")
 class InternVLAdapter(TileAdapter):
-    """Adapter of InternVL 2.5 and 3 in their native form: ``pixel_values`` (tiles, 3, s, s)."""
+    """Adapter of InternVL 2.5 and 3 in native form: ``pixel_values`` (tiles, 3, side, side)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -40,7 +40,7 @@ class InternVLAdapter(TileAdapter):
     def tiles_per_image(self, ids: Tensor, per_tile: int) -> list[int]:
         is_image = (ids == self.visual_ids[0]).tolist()
         runs = [len(list(run)) for visual, run in groupby(is_image) if visual]
-        # A run that is no whole number of tiles shows in the sum.
+        # A run that is not a whole number of tiles is noticed by the sum.
         return [max(1, round(run / per_tile)) for run in runs]
 
     @override
@@ -48,7 +48,9 @@ class InternVLAdapter(TileAdapter):
         return (sum(super().runs(grid)),)
 
     @override
-    def block(self, ids: Tensor, where: Tensor) -> range:  # <img> and </img>, in no config
+    def block(
+        self, ids: Tensor, where: Tensor
+    ) -> range:  # with <img> and </img>, which no config names
         return range(max(0, int(where[0]) - 1), min(len(ids), int(where[-1]) + 2))
 
     @override

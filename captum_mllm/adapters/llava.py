@@ -1,4 +1,4 @@
-"""LLaVA-1.5: one CLIP or SigLIP frame per image."""
+"""LLaVA-1.5: one canvas per image, seen by a CLIP or SigLIP tower."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters.base import View
-from captum_mllm.adapters.frames import PatchGridAdapter
+from captum_mllm.adapters.patch_grid import PatchGridAdapter
 from captum_mllm.adapters.registry import register_adapter
 from captum_mllm.geometry import ImageGrid
 
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-"""Extra tokens that each kind of vision tower puts before its patches."""
+"""Number of tokens that each kind of vision tower puts before its patches."""
 
 
 @register_adapter("LlavaForConditionalGeneration")
@@ -21,7 +21,7 @@ class LlavaAdapter(PatchGridAdapter):
     """Adapter of ``LlavaForConditionalGeneration`` with a CLIP or SigLIP tower.
 
     Raises:
-        ValueError: another kind of tower (Pixtral lays its tokens out differently).
+        ValueError: the tower is of another kind (Pixtral lays its tokens out differently).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -58,7 +58,7 @@ class LlavaAdapter(PatchGridAdapter):
         overrides: dict[str, Any] = {"size": size}
         if getattr(settings, "do_center_crop", False):
             overrides["crop_size"] = size
-            # What is cropped keeps its proportion to the crop.
+            # The size before the crop keeps its proportion to the crop.
             crop = dict(settings.crop_size)
             shares = {"height": height / crop["height"], "width": width / crop["width"]}
             overrides["size"] = {
@@ -66,5 +66,5 @@ class LlavaAdapter(PatchGridAdapter):
                 for name, length in dict(settings.size).items()
                 if length
             }
-        made = settings(images=list(pictures), return_tensors="pt", **overrides)
-        return {"pixel_values": made["pixel_values"]}
+        batch = settings(images=list(pictures), return_tensors="pt", **overrides)
+        return {"pixel_values": batch["pixel_values"]}

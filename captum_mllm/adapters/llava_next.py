@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (1.6): base image first, then tiles without padding, a newline after each row."""
+"""LLaVA-NeXT (1.6): the base image, then tiles without padding, a newline after each row."""
 
 from collections.abc import Mapping, Sequence
 from math import ceil
@@ -23,16 +23,16 @@ Size = tuple[int, int]
 class LlavaNextAdapter(Adapter):
     """Adapter of ``LlavaNextForConditionalGeneration``.
 
-    A picture is seen twice: stretched to one tile (base image), and with its aspect kept on a
-    canvas of tiles, one of the config's ``image_grid_pinpoints``, whose padding is cut off the
-    tokens. The frame is that part of the canvas which has tokens: the picture, but for less than
-    one patch at its edges. Tiles are of one fixed size: larger scales are seen through windows of
-    the enlarged picture, each as a picture of its own on the same canvas; smaller ones are dropped.
+    An image is seen twice: stretched to one tile (base image), and with its aspect kept, padded to
+    one of the config's ``image_grid_pinpoints`` and cut into tiles. The tokens of the padding are
+    dropped. The grid covers what has tokens: the picture, except for less than one patch at its
+    edges. Tiles are of one fixed size: larger scales are computed through windows of the enlarged
+    image, each padded and cut as the image is; smaller scales are dropped.
     """
 
     fixed_size = True
     tile_axis = True
-    required: ClassVar[Mapping[str, str]] = {"image_sizes": "the tiles can't be put together"}
+    required: ClassVar[Mapping[str, str]] = {"image_sizes": "the tiles can't be joined"}
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -67,33 +67,33 @@ class LlavaNextAdapter(Adapter):
         needed = max(1 + grid.tiles[0] * grid.tiles[1] for grid in grids)
         if pixels.shape[1] < needed:
             raise ValueError(
-                f"pixel_values hold {pixels.shape[1]} tiles an image, but image_sizes and the "
-                f"model's image_grid_pinpoints make {needed}: is the processor that of the model?"
+                f"pixel_values hold {pixels.shape[1]} tiles per image, but image_sizes and the "
+                f"model's image_grid_pinpoints make {needed}: is this the model's processor?"
             )
         return grids
 
-    def _canvas(self, picture: Size) -> Size:
-        """The pinpoint (height, width) that a picture of that size is put on."""
+    def _pinpoint(self, picture: Size) -> Size:
+        """The size (height, width) in pixels that a picture of that size is padded to."""
         from transformers.image_processing_utils import select_best_resolution
 
         return select_best_resolution(picture, self.config.image_grid_pinpoints)
 
     def _content(self, picture: Size) -> tuple[Size, Size]:
-        """Size of the picture on its canvas, and where its upper left corner lies there."""
+        """Size of the picture within the padding, and the (y, x) of its upper left corner there."""
         height, width = picture
-        canvas_h, canvas_w = self._canvas(picture)
-        by_h, by_w = canvas_h / height, canvas_w / width
+        padded_h, padded_w = self._pinpoint(picture)
+        by_h, by_w = padded_h / height, padded_w / width
         if by_w < by_h:
-            size = min(ceil(height * by_w), canvas_h), canvas_w
+            size = min(ceil(height * by_w), padded_h), padded_w
         else:
-            size = canvas_h, min(ceil(width * by_h), canvas_w)
-        return size, ((canvas_h - size[0]) // 2, (canvas_w - size[1]) // 2)
+            size = padded_h, min(ceil(width * by_h), padded_w)
+        return size, ((padded_h - size[0]) // 2, (padded_w - size[1]) // 2)
 
     def _grid(self, picture: Size) -> ImageGrid:
         height, width = picture
-        canvas_h, canvas_w = self._canvas(picture)
-        rows, cols = canvas_h // self.patch, canvas_w // self.patch
-        # Tokens of the padding are cut off as the model does, in whole tokens.
+        padded_h, padded_w = self._pinpoint(picture)
+        rows, cols = padded_h // self.patch, padded_w // self.patch
+        # Tokens of the padding are dropped as the model does, in whole rows or columns.
         top = left = 0
         if width / height > cols / rows:
             top = (rows - int(round(height * (cols / width), 7))) // 2
@@ -102,9 +102,8 @@ class LlavaNextAdapter(Adapter):
         rows, cols = rows - 2 * top, cols - 2 * left
         if not rows or not cols:
             raise ValueError(
-                f"image_sizes: of a picture of {height} x {width} pixels not one row (column) of "
-                f"tile tokens is left, so it has no map. Pad or crop the picture before the "
-                f"processor."
+                f"image_sizes: a picture of {height} x {width} pixels keeps no row or no column of "
+                f"tile tokens, so it has no map. Pad or crop the picture before the processor."
             )
         (seen_h, seen_w), (y, x) = self._content(picture)
         by_h, by_w = height / seen_h, width / seen_w
@@ -120,7 +119,7 @@ class LlavaNextAdapter(Adapter):
             cols,
             rows * self.patch,
             cols * self.patch,
-            tiles=(canvas_h // self.side, canvas_w // self.side),
+            tiles=(padded_h // self.side, padded_w // self.side),
             picture=picture,
             box=box,
         )
@@ -141,11 +140,11 @@ class LlavaNextAdapter(Adapter):
     @staticmethod
     def _picture(grid: ImageGrid) -> Size:
         if grid.picture is None or grid.box is None:
-            raise ValueError("grid lacks its picture; use the grids that this adapter gives.")
+            raise ValueError("grid lacks its picture; use the grids that this adapter returns.")
         return grid.picture
 
     def _base_box(self, grid: ImageGrid) -> Box:
-        """The whole picture, which the base image shows, in fractions of the frame."""
+        """The box of the whole picture, which the base image shows, in fractions of the grid."""
         height, width = self._picture(grid)
         left, upper, right, lower = grid.box or WHOLE
         wide, high = right - left, lower - upper
@@ -159,28 +158,29 @@ class LlavaNextAdapter(Adapter):
     def canvases(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> tuple[Tensor, ...]:
-        """The whole picture as it lies on its canvas of tiles, without the padding."""
-        found = []
-        for own, grid in zip(inputs["pixel_values"], grids, strict=True):
+        """The whole picture as its tiles show it, without the padding."""
+        canvases = []
+        for tiles, grid in zip(inputs["pixel_values"], grids, strict=True):
             (h, w), (y, x) = self._content(self._picture(grid))
-            canvas = join_tiles(own[1 : 1 + grid.tiles[0] * grid.tiles[1]], grid.tiles)
-            found.append(canvas[None, :, y : y + h, x : x + w])
-        return tuple(found)
+            padded = join_tiles(tiles[1 : 1 + grid.tiles[0] * grid.tiles[1]], grid.tiles)
+            canvases.append(padded[None, :, y : y + h, x : x + w])
+        return tuple(canvases)
 
     @override
     def with_canvases(
-        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], canvases: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        made = []
+        changed = []
         before = self.canvases(inputs, grids)
-        for own, old, new, grid in zip(inputs["pixel_values"], before, frames, grids, strict=True):
+        images = zip(inputs["pixel_values"], before, canvases, grids, strict=True)
+        for tiles, old, new, grid in images:
             (h, w), (y, x) = self._content(self._picture(grid))
             n = 1 + grid.tiles[0] * grid.tiles[1]
-            canvas = join_tiles(own[1:n], grid.tiles).to(new.dtype, copy=True)
-            canvas[:, y : y + h, x : x + w] = new[0]
-            base = own[:1] + resize_pixels(new - old, (self.side, self.side))
-            made.append(torch.cat([base, split_tiles(canvas, grid.tiles), own[n:]]))
-        return {"pixel_values": torch.stack(made)}
+            padded = join_tiles(tiles[1:n], grid.tiles).to(new.dtype, copy=True)
+            padded[:, y : y + h, x : x + w] = new[0]
+            base = tiles[:1] + resize_pixels(new - old, (self.side, self.side))
+            changed.append(torch.cat([base, split_tiles(padded, grid.tiles), tiles[n:]]))
+        return {"pixel_values": torch.stack(changed)}
 
     @override
     def mirrored(
@@ -194,41 +194,41 @@ class LlavaNextAdapter(Adapter):
     def window_pixels(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], boxes: Sequence[Box]
     ) -> dict[str, Tensor]:
-        made = []
-        for own, grid, box in zip(inputs["pixel_values"], grids, boxes, strict=True):
+        windows = []
+        for tiles, grid, box in zip(inputs["pixel_values"], grids, boxes, strict=True):
             (h, w), (y, x) = self._content(self._picture(grid))
-            canvas = join_tiles(own[1 : 1 + grid.tiles[0] * grid.tiles[1]], grid.tiles)
+            padded = join_tiles(tiles[1 : 1 + grid.tiles[0] * grid.tiles[1]], grid.tiles)
             # An odd pixel of padding is at the bottom (right): that corner has some if any has.
-            padding = canvas[:, -1, -1]
-            window = cut_window(canvas[:, y : y + h, x : x + w], box, (h, w))
-            # The canvas has more pixels than the base image: both come from it.
+            padding = padded[:, -1, -1]
+            window = cut_window(padded[:, y : y + h, x : x + w], box, (h, w))
+            # The joined tiles have more pixels than the base image: both are made of them.
             base = resize_pixels(window[None], (self.side, self.side))[0]
-            made.append(self._tiles(base, window, grid, padding))
-        return self._inputs(made, grids, inputs["image_sizes"])
+            windows.append(self._tiles(base, window, grid, padding))
+        return self._inputs(windows, grids, inputs["image_sizes"])
 
     @override
-    def window_frame(self, grid: ImageGrid, box: Box) -> Box:
-        """The frame cuts a little off the picture (or adds some), of a window as of the whole."""
+    def window_canvas(self, grid: ImageGrid, box: Box) -> Box:
+        """The grid cuts a little off a window (or adds some), as it does off the whole picture."""
         left, upper, right, lower = self._base_box(grid)
         x, y, wide, high = box[0], box[1], box[2] - box[0], box[3] - box[1]
-        # A point p of the picture lies at left + p (right - left) in the frame.
+        # A point p of the picture lies at left + p (right - left) on the grid.
         begin_x = left + x * (right - left) - left * wide
         begin_y = upper + y * (lower - upper) - upper * high
         return (begin_x, begin_y, begin_x + wide, begin_y + high)
 
     def _tiles(self, base: Tensor, picture: Tensor, grid: ImageGrid, padding: Tensor) -> Tensor:
-        """Base image and tiles of a picture on the grid's canvas; one padding value a channel."""
+        """Base image and padded tiles of a picture; one padding value per channel."""
         size = self._picture(grid)
         (h, w), (y, x) = self._content(size)
-        canvas = padding[:, None, None].repeat(1, *self._canvas(size))
-        canvas[:, y : y + h, x : x + w] = resize_pixels(picture[None], (h, w))[0]
-        return torch.cat([base[None], split_tiles(canvas, grid.tiles)])
+        padded = padding[:, None, None].repeat(1, *self._pinpoint(size))
+        padded[:, y : y + h, x : x + w] = resize_pixels(picture[None], (h, w))[0]
+        return torch.cat([base[None], split_tiles(padded, grid.tiles)])
 
     def _inputs(
-        self, made: Sequence[Tensor], grids: Sequence[ImageGrid], like: Tensor | None
+        self, images: Sequence[Tensor], grids: Sequence[ImageGrid], like: Tensor | None
     ) -> dict[str, Tensor]:
-        most = max(len(tiles) for tiles in made)
-        padded = [F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, most - len(tiles))) for tiles in made]
+        most = max(len(tiles) for tiles in images)
+        padded = [F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, most - len(tiles))) for tiles in images]
         sizes = torch.tensor([grid.picture for grid in grids])
         sizes = sizes if like is None else sizes.to(like)
         return {"pixel_values": torch.stack(padded), "image_sizes": sizes}
@@ -237,13 +237,13 @@ class LlavaNextAdapter(Adapter):
     def pixels_from_pictures(
         self, pictures: Sequence[Any], settings: Any, grids: Sequence[ImageGrid]
     ) -> dict[str, Tensor]:
-        made = []
+        images = []
         for picture, grid in zip(pictures, grids, strict=True):
             base = picture_pixels(picture, settings, (self.side, self.side))
             pixels = picture_pixels(picture, settings, self._content(self._picture(grid))[0])
             black = picture_pixels(Image.new("RGB", (1, 1)), settings, (1, 1))[:, 0, 0]
-            made.append(self._tiles(base, pixels, grid, black))
-        return self._inputs(made, grids, None)
+            images.append(self._tiles(base, pixels, grid, black))
+        return self._inputs(images, grids, None)
 
     @override
     def features_shape(self, grids: Sequence[ImageGrid]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""PaliGemma 1 and 2: a prefix LM whose whole prompt sees itself."""
+"""PaliGemma 1 and 2: a prefix LM, whose prompt tokens all attend to each other."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -6,16 +6,16 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from captum_mllm.adapters.frames import PatchGridAdapter
+from captum_mllm.adapters.patch_grid import PatchGridAdapter
 from captum_mllm.adapters.registry import register_adapter
 
 
 @register_adapter("PaliGemmaForConditionalGeneration")
 class PaliGemmaAdapter(PatchGridAdapter):
-    """Adapter of PaliGemma 1 and 2: a prefix LM whose whole prompt sees itself."""
+    """Adapter of PaliGemma 1 and 2: a prefix LM, whose prompt tokens all attend to each other."""
 
     required: ClassVar[Mapping[str, str]] = {
-        "token_type_ids": "the prompt is masked causally and every hidden state is another one"
+        "token_type_ids": "the prompt is masked causally and all hidden states are wrong"
     }
     suffix_fill: ClassVar[Mapping[str, int]] = {"attention_mask": 1, "token_type_ids": 1}
     bidirectional_prompt = True

@@ -1,4 +1,4 @@
-"""What adapters share of making pixels: a picture as the processor would give it, windows."""
+"""Pixels for several adapters: a picture as the processor would return it, windows, tiles."""
 
 from dataclasses import replace
 from inspect import signature
@@ -15,12 +15,12 @@ from captum_mllm.geometry import ImageGrid
 def picture_pixels(
     picture: Any, settings: Any, size: tuple[int, int]
 ) -> Float[Tensor, "c height width"]:
-    """A picture stretched to a size, rescaled and normalised as the image processor is set to.
+    """A picture stretched to a size, rescaled and normalised by the image processor's settings.
 
     Args:
         picture: PIL picture.
         settings: the image processor.
-        size: (height, width) to stretch it to, pixels.
+        size: (height, width) of the result, pixels.
 
     Returns:
         (3, height, width), float32.
@@ -40,7 +40,7 @@ def picture_pixels(
 
 
 def _rgb(picture: Any) -> Any:
-    """The picture in RGB, transparent parts as this version of transformers sees them."""
+    """The picture in RGB; transparent parts as this version of transformers converts them."""
     from PIL import Image
     from transformers.image_transforms import convert_to_rgb
 
@@ -51,11 +51,14 @@ def _rgb(picture: Any) -> Any:
 
 
 def enlarged(grid: ImageGrid, scale: float) -> ImageGrid:
-    """The grid that windows of an enlarged image make; the same grid for scales up to 1.
+    """The grid that windows of an enlarged image form; the same grid for scales up to 1.
 
     Args:
-        grid: the grid of a model that takes one size only.
+        grid: the image's grid, of a model that takes one size only.
         scale: factor of height and width.
+
+    Returns:
+        The grid of the enlarged image.
     """
     if scale <= 1:
         return grid
@@ -67,12 +70,15 @@ def enlarged(grid: ImageGrid, scale: float) -> ImageGrid:
 def cut_window(
     pixels: Float[Tensor, "c h w"], box: Box, size: tuple[int, int]
 ) -> Float[Tensor, "c height width"]:
-    """A window of an image, enlarged to a size: the image is resized, then cut.
+    """A window of an image, enlarged to a size: the image is resized, then cropped.
 
     Args:
         pixels: (c, h, w).
         box: (left, upper, right, lower) of the window in fractions of the image.
         size: (height, width) of the window, pixels.
+
+    Returns:
+        The window (c, height, width).
 
     Example:
         >>> import torch
@@ -86,37 +92,43 @@ def cut_window(
     return large[:, top : top + size[0], start : start + size[1]]
 
 
-def tiles_frame(
+def tiles_to_canvas(
     tiles: Float[Tensor, "tiles c h w"], layout: tuple[int, int]
 ) -> Float[Tensor, "1 c height width"]:
-    """The picture that an image's tiles make, its overview left out.
+    """Join the tiles of an image, without its overview.
 
     Args:
         tiles: the tiles row by row, then the overview if there is one.
-        layout: tiles down and across.
+        layout: (down, across), the number of tiles.
+
+    Returns:
+        The image's canvas (1, c, height, width).
     """
     return join_tiles(tiles[: layout[0] * layout[1]], layout)[None]
 
 
-def frame_tiles(
+def canvas_to_tiles(
     tiles: Float[Tensor, "tiles c h w"],
     layout: tuple[int, int],
-    frame: Float[Tensor, "1 c height width"],
+    canvas: Float[Tensor, "1 c height width"],
 ) -> Float[Tensor, "tiles c h w"]:
-    """The same tiles with another picture; the overview changes by what the picture does.
+    """The same tiles with another canvas; the overview changes by the change of the canvas.
 
     Args:
         tiles: the tiles row by row, then the overview if there is one.
-        layout: tiles down and across.
-        frame: the new picture; differentiable.
+        layout: (down, across), the number of tiles.
+        canvas: the new canvas; differentiable.
+
+    Returns:
+        The new tiles and overview (tiles, c, h, w).
 
     Example:
         >>> import torch
         >>> tiles = torch.rand(5, 3, 8, 8)  # 2 x 2 and an overview
-        >>> torch.equal(frame_tiles(tiles, (2, 2), tiles_frame(tiles, (2, 2))), tiles)
+        >>> torch.equal(canvas_to_tiles(tiles, (2, 2), tiles_to_canvas(tiles, (2, 2))), tiles)
         True
     """
     n = layout[0] * layout[1]
-    change = frame - tiles_frame(tiles, layout)
+    change = canvas - tiles_to_canvas(tiles, layout)
     overview = [t[None] + resize_pixels(change, (t.shape[-2], t.shape[-1])) for t in tiles[n:]]
-    return torch.cat([split_tiles(frame[0], layout), *overview])
+    return torch.cat([split_tiles(canvas[0], layout), *overview])

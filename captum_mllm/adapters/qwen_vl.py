@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images and videos of any size, patches merged to tokens."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and videos of any size, patches merged to tokens."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from captum_mllm.functional import frames_to_patches, patches_to_frames, resize_
 from captum_mllm.geometry import ImageGrid
 
 _KINDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
-"""Each pixel input and the input that tells its (steps, patches down, patches across)."""
+"""Each pixel input, and the input that holds its (steps, patches down, patches across)."""
 
 
 @register_adapter(
@@ -58,7 +58,7 @@ class QwenVLAdapter(Adapter):
 
     @override
     def grids(self, inputs: Mapping[str, Tensor]) -> tuple[ImageGrid, ...]:
-        found: list[ImageGrid] = []
+        grids: list[ImageGrid] = []
         for name, shape_name in _KINDS.items():
             if inputs.get(name) is None:
                 continue
@@ -68,15 +68,15 @@ class QwenVLAdapter(Adapter):
                 grid = ImageGrid(h // self.merge, w // self.merge, h * self.patch, w * self.patch)
                 if name != "pixel_values":
                     grid = replace(grid, steps=steps, frames=steps * self.temporal)
-                found.append(grid)
-        return tuple(found)
+                grids.append(grid)
+        return tuple(grids)
 
     def _check_rows(self, name: str, pixels: Tensor, shape_name: str, shapes: Any) -> None:
-        """Raise unless the rows of patches are those of the grids."""
+        """Raise unless the rows of patches match the grids."""
         if not isinstance(shapes, Tensor) or shapes.ndim != 2 or shapes.shape[1] != 3:
             got = "nothing" if shapes is None else getattr(shapes, "shape", type(shapes).__name__)
             raise ValueError(
-                f"inputs must hold {shape_name!r} (images, 3) beside {name!r}, got {got}; pass "
+                f"inputs must hold {shape_name!r} (images, 3) next to {name!r}, got {got}; pass "
                 f"everything that the processor returns."
             )
         values = self.channels * self.temporal * self.patch**2
@@ -109,38 +109,38 @@ class QwenVLAdapter(Adapter):
     def rescale_pixels(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        waiting = list(grids)
+        rescaled: dict[str, Tensor] = {}
+        remaining = list(grids)
         for name, shape_name in _KINDS.items():
             if inputs.get(name) is None:
                 continue
             shapes = inputs[shape_name]
             pieces = inputs[name].split(shapes.prod(-1).tolist())
-            wanted, waiting = waiting[: len(shapes)], waiting[len(shapes) :]
-            made = [
+            targets, remaining = remaining[: len(shapes)], remaining[len(shapes) :]
+            patches = [
                 self._patches(resize_pixels(self._frames(rows, shape), (grid.height, grid.width)))
-                for rows, shape, grid in zip(pieces, shapes.tolist(), wanted, strict=True)
+                for rows, shape, grid in zip(pieces, shapes.tolist(), targets, strict=True)
             ]
-            found[name] = torch.cat(made)
-            found[shape_name] = self._shapes(wanted).to(shapes)
-        return found
+            rescaled[name] = torch.cat(patches)
+            rescaled[shape_name] = self._shapes(targets).to(shapes)
+        return rescaled
 
     @override
     def pixels_from_pictures(
         self, pictures: Sequence[Any], settings: Any, grids: Sequence[ImageGrid]
     ) -> dict[str, Tensor]:
-        made = []
+        patches = []
         for picture, grid in zip(pictures, grids, strict=True):
             pixels = picture_pixels(picture, settings, (grid.height, grid.width))
-            made.append(self._patches(pixels.expand(self.temporal, -1, -1, -1)))
-        return {"pixel_values": torch.cat(made), "image_grid_thw": self._shapes(grids)}
+            patches.append(self._patches(pixels.expand(self.temporal, -1, -1, -1)))
+        return {"pixel_values": torch.cat(patches), "image_grid_thw": self._shapes(grids)}
 
     @override
     def canvases(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> tuple[Tensor, ...]:
-        """One frame of an image (the processor repeats it for a step), all of a video."""
-        found = []
+        """One frame of an image (the processor repeats it for a step), all frames of a video."""
+        canvases = []
         for name, shape_name in _KINDS.items():
             if inputs.get(name) is None:
                 continue
@@ -151,22 +151,22 @@ class QwenVLAdapter(Adapter):
                 frames = self._frames(rows, shape)
                 if name == "pixel_values" and not bool((frames == frames[:1]).all()):
                     raise ValueError(
-                        "pixel_values hold an image whose step in time is of different frames, "
-                        "so it is no picture; pass what the processor returns."
+                        "pixel_values hold an image whose step in time has different frames, so "
+                        "it is not a still image; pass what the processor returns."
                     )
-                found.append(frames[:1] if name == "pixel_values" else frames[None])
-        return tuple(found)
+                canvases.append(frames[:1] if name == "pixel_values" else frames[None])
+        return tuple(canvases)
 
     @override
     def with_canvases(
-        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], canvases: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        made: dict[str, list[Tensor]] = {}
-        for grid, frame in zip(grids, frames, strict=True):
+        patches: dict[str, list[Tensor]] = {}
+        for grid, canvas in zip(grids, canvases, strict=True):
             name = "pixel_values_videos" if grid.steps else "pixel_values"
-            whole = frame[0] if grid.steps else frame.expand(self.temporal, -1, -1, -1)
-            made.setdefault(name, []).append(self._patches(whole))
-        return {name: torch.cat(rows) for name, rows in made.items()}
+            frames = canvas[0] if grid.steps else canvas.expand(self.temporal, -1, -1, -1)
+            patches.setdefault(name, []).append(self._patches(frames))
+        return {name: torch.cat(rows) for name, rows in patches.items()}
 
     def _frames(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         steps, h, w = shape
@@ -197,7 +197,7 @@ class QwenVLAdapter(Adapter):
 
 @register_adapter("Qwen3VLForConditionalGeneration")
 class Qwen3VLAdapter(QwenVLAdapter):
-    """Adapter of Qwen3-VL: each step of a video stands behind its time, in a run of its own."""
+    """Adapter of Qwen3-VL: each step of a video follows its time, in a run of its own."""
 
     @override
     def runs(self, grid: ImageGrid) -> tuple[int, ...]:
@@ -205,7 +205,7 @@ class Qwen3VLAdapter(QwenVLAdapter):
 
     @override
     def block(self, ids: Tensor, where: Tensor) -> range:
-        """From the time before a video's first step, which is as long as that of its second."""
+        """Begins with the time before a video's first step, as long as that of its second."""
         first, last = int(where[0]), int(where[-1])
         between = [gap - 1 for gap in where.diff().tolist() if gap > 1]  # end, time, start
         return range(max(0, first - between[0] + 1) if between else first, last + 1)

@@ -13,13 +13,13 @@ _A = TypeVar("_A", bound=type[Adapter])
 
 
 def register_adapter(*model_classes: str) -> Callable[[_A], _A]:
-    """Class decorator: this adapter serves the named model classes (and their subclasses).
+    """Class decorator that registers an adapter for model classes and their subclasses.
 
     Args:
         model_classes: names of ``transformers`` classes; names, so that nothing is imported.
 
     Returns:
-        The decorator; it gives the class back as it is.
+        The decorator; it returns the class unchanged.
 
     Example:
         >>> from captum_mllm.adapters import LlavaAdapter, register_adapter
@@ -39,7 +39,7 @@ def registered_classes() -> tuple[str, ...]:
     """Names of the model classes that have an adapter, sorted.
 
     Returns:
-        The names, as :func:`register_adapter` was given them.
+        The names, as passed to :func:`register_adapter`.
     """
     return tuple(sorted(_REGISTRY))
 
@@ -75,7 +75,7 @@ def find_adapter(model: nn.Module) -> Adapter:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` made the module, its call or its forward."""
+    """Whether ``torch.compile`` compiled the module, its call or its forward."""
     if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
         return True
     forward = module.forward
@@ -87,7 +87,7 @@ def refuse_compiled(model: nn.Module) -> None:
     """Raise on torch.compile: hooks set later don't fire, or get traced into the user's graph.
 
     Args:
-        model: the user's model; looked at anew before each run.
+        model: the user's model; it is checked again before each run.
 
     Raises:
         ValueError: the model or one of its modules is compiled.

@@ -1,7 +1,7 @@
-"""Families that cut an image into square tiles and add an overview: what they share."""
+"""The base of families that cut an image into square tiles and add an overview."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 from warnings import warn
 
@@ -11,28 +11,28 @@ from torch import Tensor
 from typing_extensions import override
 
 from captum_mllm.adapters.base import Adapter, View
-from captum_mllm.adapters.pixels import frame_tiles, picture_pixels, tiles_frame
+from captum_mllm.adapters.pixels import canvas_to_tiles, picture_pixels, tiles_to_canvas
 from captum_mllm.functional import find_layout, join_tiles, resize_pixels, split_tiles
 from captum_mllm.geometry import ImageGrid
 
 
 class TileAdapter(Adapter):
-    """Tiles row by row, the overview last where there is more than one tile.
+    """Tiles row by row, then the overview if there is more than one tile.
 
-    The overview is the whole picture at the size of one tile ("thumbnail", "global image").
+    The overview is the whole image at the size of one tile ("thumbnail", "global image").
     """
 
     unit: int
-    """Pixels along a side that make one token; tiles are multiples of it."""
+    """Side of a token in pixels; a tile's side is a multiple of it."""
 
     hint: ClassVar[str] = ""
-    """What else may be wrong where tiles and placeholders don't fit."""
+    """What else may be wrong where tiles and placeholders don't match."""
 
-    # ---- what a subclass says ---------------------------------------------------------------
+    # ---- to be implemented by a family ------------------------------------------------------
 
     @abstractmethod
     def tiles(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """All tiles of all images, overviews included, (tiles, channels, height, width).
+        """All tiles of all images, overviews included.
 
         Args:
             inputs: the model's inputs of one sample.
@@ -43,11 +43,11 @@ class TileAdapter(Adapter):
 
     @abstractmethod
     def tiles_per_image(self, ids: Tensor, per_tile: int) -> list[int]:
-        """How many tiles each image has, overview included, as its placeholders tell.
+        """How many tiles each image has, overview included, according to its placeholders.
 
         Args:
-            ids: (tokens,): the prompt.
-            per_tile: placeholders of one tile.
+            ids: the prompt (tokens,).
+            per_tile: number of placeholders of one tile.
 
         Returns:
             One number per image, in the order of the prompt.
@@ -55,7 +55,7 @@ class TileAdapter(Adapter):
 
     @abstractmethod
     def as_inputs(self, tiles: Tensor) -> dict[str, Tensor]:
-        """The model's pixel inputs made of all tiles.
+        """The model's pixel inputs, made of all tiles.
 
         Args:
             tiles: (tiles, channels, height, width), image after image.
@@ -79,26 +79,26 @@ class TileAdapter(Adapter):
                 f"same processor call, and the processor's image_seq_len(gth) must be the "
                 f"model's.{self.hint}"
             )
-        found = []
-        told = self.layouts(inputs["input_ids"][0], counts, cells**2)
-        for own, layout in zip(tiles.split(counts), told, strict=True):
-            down, across = layout or self._layout(own)
+        grids = []
+        layouts = self.layouts(inputs["input_ids"][0], counts, cells**2)
+        for image_tiles, layout in zip(tiles.split(counts), layouts, strict=True):
+            down, across = layout or self._layout(image_tiles)
             rows, cols = down * cells, across * cells
-            found.append(ImageGrid(rows, cols, down * side, across * side, tiles=(down, across)))
-        return tuple(found)
+            grids.append(ImageGrid(rows, cols, down * side, across * side, tiles=(down, across)))
+        return tuple(grids)
 
     def layouts(
         self, ids: Tensor, counts: Sequence[int], per_tile: int
     ) -> list[tuple[int, int] | None]:
-        """Tiles down and across of each image where the prompt tells, else None (default).
+        """Layout of each image's tiles where the prompt tells it, else None (default).
 
         Args:
-            ids: (tokens,): the prompt.
-            counts: tiles of each image, overview included.
-            per_tile: placeholders of one tile.
+            ids: the prompt (tokens,).
+            counts: number of tiles of each image, overview included.
+            per_tile: number of placeholders of one tile.
 
         Returns:
-            Per image (down, across), or None: then the pixels tell.
+            Per image (down, across), or None: then the layout is found from the pixels.
         """
         del ids, per_tile
         return [None] * len(counts)
@@ -113,25 +113,25 @@ class TileAdapter(Adapter):
         if height != width or height % self.unit:
             raise ValueError(
                 f"pixel_values hold tiles of {height} x {width} pixels, but this model takes "
-                f"square tiles whose side is a multiple of {self.unit} pixels: it would scramble "
-                f"others without a word. Let the processor cut the tiles."
+                f"square tiles whose side is a multiple of {self.unit} pixels: it would silently "
+                f"scramble others. Let the processor cut the tiles."
             )
         return height
 
     @staticmethod
-    def _layout(own: Tensor) -> tuple[int, int]:
-        """Tiles down and across of one image."""
-        if len(own) == 1:
+    def _layout(tiles: Tensor) -> tuple[int, int]:
+        """Layout (down, across) of the tiles of one image."""
+        if len(tiles) == 1:
             return 1, 1
-        if len(own) == 2:
+        if len(tiles) == 2:
             raise ValueError(
-                "pixel_values hold an image of 2 tiles: one tile needs no overview and two have "
-                "one, so it must be 1 tile, or 3 and more. Let the processor cut the tiles."
+                "pixel_values hold an image of 2 tiles: one tile has no overview and two tiles "
+                "have one, so it must be 1, or 3 or more. Let the processor cut the tiles."
             )
-        layout, certain = find_layout(own[:-1], own[-1])
+        layout, certain = find_layout(tiles[:-1], tiles[-1])
         if not certain:
             warn(
-                f"pixel_values don't tell how the {len(own) - 1} tiles of an image lie (is it "
+                f"pixel_values don't tell how the {len(tiles) - 1} tiles of an image lie (is it "
                 f"blank, or noise?): {layout[0]} down and {layout[1]} across is assumed.",
                 stacklevel=2,
             )
@@ -156,10 +156,10 @@ class TileAdapter(Adapter):
         """Number of an image's tiles, overview included.
 
         Args:
-            grid: the image's.
+            grid: the image's grid.
 
         Returns:
-            1 for a picture of one tile, which has no overview.
+            The number of tiles; 1 for an image of one tile, which has no overview.
         """
         n = grid.tiles[0] * grid.tiles[1]
         return n if n == 1 else n + 1
@@ -184,55 +184,59 @@ class TileAdapter(Adapter):
     def rescale_pixels(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> dict[str, Tensor]:
-        made = []
-        for own, grid in zip(
-            self.tiles(inputs).split([self.count(grid) for grid in grids]), grids, strict=True
-        ):
+        resized = []
+        for tiles, grid in self._by_image(inputs, grids):
             n = grid.tiles[0] * grid.tiles[1]
-            # Whole pictures are resized, so that nothing happens at the tiles' borders.
-            picture = join_tiles(own[:n], grid.tiles)
+            # The joined image is resized, so that the tiles' borders leave no trace.
+            canvas = join_tiles(tiles[:n], grid.tiles)
             size, side = (grid.height, grid.width), grid.height // grid.tiles[0]
-            made.append(split_tiles(resize_pixels(picture[None], size)[0], grid.tiles))
+            resized.append(split_tiles(resize_pixels(canvas[None], size)[0], grid.tiles))
             if n > 1:
-                made.append(resize_pixels(own[n:], (side, side)))
-        return self.as_inputs(torch.cat(made))
+                resized.append(resize_pixels(tiles[n:], (side, side)))
+        return self.as_inputs(torch.cat(resized))
+
+    def _by_image(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
+    ) -> Iterator[tuple[Tensor, ImageGrid]]:
+        """The tiles of each image, overview included, with its grid."""
+        tiles = self.tiles(inputs).split([self.count(grid) for grid in grids])
+        return zip(tiles, grids, strict=True)
 
     @override
     def canvases(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> tuple[Tensor, ...]:
-        own = self.tiles(inputs).split([self.count(grid) for grid in grids])
-        return tuple(tiles_frame(t, g.tiles) for t, g in zip(own, grids, strict=True))
+        pairs = self._by_image(inputs, grids)
+        return tuple(tiles_to_canvas(tiles, grid.tiles) for tiles, grid in pairs)
 
     @override
     def with_canvases(
-        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], frames: Sequence[Tensor]
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], canvases: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        own = self.tiles(inputs).split([self.count(grid) for grid in grids])
-        made = zip(own, grids, frames, strict=True)
-        return self.as_inputs(torch.cat([frame_tiles(t, g.tiles, new) for t, g, new in made]))
+        pairs = zip(self._by_image(inputs, grids), canvases, strict=True)
+        changed = [canvas_to_tiles(tiles, grid.tiles, canvas) for (tiles, grid), canvas in pairs]
+        return self.as_inputs(torch.cat(changed))
 
     @override
     def mirrored(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> dict[str, Tensor]:
-        made = []
-        own = self.tiles(inputs).split([self.count(grid) for grid in grids])
-        for tiles, grid in zip(own, grids, strict=True):
+        flipped = []
+        for tiles, grid in self._by_image(inputs, grids):
             n = grid.tiles[0] * grid.tiles[1]
-            picture = join_tiles(tiles[:n], grid.tiles).flip(-1)
-            made += [split_tiles(picture, grid.tiles), tiles[n:].flip(-1)]
-        return self.as_inputs(torch.cat(made))
+            canvas = join_tiles(tiles[:n], grid.tiles).flip(-1)
+            flipped += [split_tiles(canvas, grid.tiles), tiles[n:].flip(-1)]
+        return self.as_inputs(torch.cat(flipped))
 
     @override
     def pixels_from_pictures(
         self, pictures: Sequence[Any], settings: Any, grids: Sequence[ImageGrid]
     ) -> dict[str, Tensor]:
-        made = []
+        tiles = []
         for picture, grid in zip(pictures, grids, strict=True):
             side = grid.height // grid.tiles[0]
             pixels = picture_pixels(picture, settings, (grid.height, grid.width))
-            made.append(split_tiles(pixels, grid.tiles))
+            tiles.append(split_tiles(pixels, grid.tiles))
             if self.count(grid) > 1:
-                made.append(picture_pixels(picture, settings, (side, side))[None])
-        return self.as_inputs(torch.cat(made))
+                tiles.append(picture_pixels(picture, settings, (side, side))[None])
+        return self.as_inputs(torch.cat(tiles))

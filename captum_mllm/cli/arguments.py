@@ -156,7 +156,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str]:
     print_progress(f"loading {args.model or SHIPPED} ...")
     name, dtype = args.model, args.dtype
     if name is None:
-        from captum_mllm.reference import model_path
+        from captum_mllm.reference.models import model_path
 
         name = str(model_path())
         dtype = "float32" if dtype == "auto" else dtype  # its weights are stored as float16

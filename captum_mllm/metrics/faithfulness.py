@@ -245,8 +245,8 @@ def insertion_deletion(
     shown = ChangeablePictures(adapter, sample, baseline, black)
     dark = shown if baseline == "black" else ChangeablePictures(adapter, sample, "black", black)
 
-    ends = _ends(sample, shown, dark, len(chosen))
     sizes = step_sizes(sum(prod(mask_shape(grid)) for grid in sample.grids), steps)
+    ends = _ends(sample, shown, dark, len(chosen))
     total = len(ends) + 2 * (steps - 1) * len(maps)
     with (
         evaluating(adapter),
@@ -257,9 +257,8 @@ def insertion_deletion(
         insertion = torch.empty(len(chosen), steps + 1, dtype=torch.float64)
         insertion[:, 0], insertion[:, -1] = base, full
         deletion = insertion.flip(1)
-        for version, probs in run.probs(
-            perturbed_versions(maps, sample, shown, len(chosen), sizes)
-        ):
+        between = perturbed_versions(maps, sample, shown, len(chosen), sizes)
+        for version, probs in run.probs(between):
             curve = deletion if version.deletes else insertion
             curve[list(version.rows), version.step] = probs
     return Faithfulness(
@@ -277,15 +276,11 @@ def insertion_deletion(
 def _ends(
     sample: Sample, shown: ChangeablePictures, dark: ChangeablePictures, n_chosen: int
 ) -> list[Version]:
-    """The ends of the curves: the whole image, the baseline, and black where that is another."""
+    """The whole image, its baseline, and black where that is not the baseline."""
     everyone = tuple(range(n_chosen))
-    ends = [
-        Version(shown, all_masks(sample, False), everyone),
-        Version(shown, all_masks(sample, True), everyone),
-    ]
-    if dark is not shown:
-        ends.append(Version(dark, all_masks(sample, True), everyone))
-    return ends
+    nothing, everything = all_masks(sample, False), all_masks(sample, True)
+    ends = [Version(shown, nothing, everyone), Version(shown, everything, everyone)]
+    return ends if dark is shown else [*ends, Version(dark, everything, everyone)]
 
 
 def _check(baseline: Any, steps: Any, areas: Sequence[float], per_eval: Any) -> None:

@@ -326,7 +326,7 @@ def _through_windows(
     per_image = zip(zip(*windows, strict=True), boxes, pairs, strict=True)
     return tuple(
         join_windows(
-            list(maps), [adapter.window_frame(g, box) for box in image_boxes], (big.rows, big.cols)
+            list(maps), [adapter.window_canvas(g, box) for box in image_boxes], (big.rows, big.cols)
         )
         for maps, image_boxes, (g, big) in per_image
     )

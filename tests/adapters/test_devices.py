@@ -237,7 +237,7 @@ class FullyShardedDataParallel(nn.Module):
 
 
 def test_sharded():
-    with raises("model: its weights are cut into pieces", "FullyShardedDataParallel"):
+    with raises("model: its weights are sharded", "FullyShardedDataParallel"):
         LogitLens(FullyShardedDataParallel())
 
 
@@ -376,7 +376,7 @@ def test_other_adapters(plain, inputs, answer):
 def test_adapters_on_the_head_that_are_more_than_a_sum(plain, inputs, answer):
     weighted = adapted(plain, target_modules=["lm_head"], use_dora=True)
     loha = peft.LoHaConfig(r=2, target_modules=["lm_head"], init_weights=False)
-    for model, why in ((weighted, "more than a plain LoRA"), (adapted(plain, loha), "no LoRA")):
+    for model, why in ((weighted, "more than a plain LoRA"), (adapted(plain, loha), "not a LoRA")):
         with raises("its LM head (Linear) is not the plain linear map", why, "merge_and_unload"):
             LogitLens(model).attribute(inputs, answer)
         merged = copy.deepcopy(model).merge_and_unload()

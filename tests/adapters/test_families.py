@@ -309,11 +309,11 @@ def test_image_only_processors_round_trip(name, save, tmp_path):
 def test_image_only_processors_say_what_they_cannot_do(tmp_path):
     kin = cached_family("Qwen3VL")
     parts = kin.processor.image_processor, kin.processor.tokenizer
-    with pytest.raises(ValueError, match=r"'Llava' is none of Qwen2VL, .* need torchvision"):
+    with pytest.raises(ValueError, match=r"'Llava' is not one of Qwen2VL, .* need torchvision"):
         image_only_processor("Llava", *parts)
     with pytest.raises(ValueError, match=r"install torchvision and use Qwen3VLProcessor"):
         kin.processor(text="<|video_pad|>", videos=[torch.zeros(2, 3, 16, 16)])
-    with pytest.raises(FileNotFoundError, match=r"none such' is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"none such' is not a folder"):
         load_image_only(tmp_path / "none such")
     with pytest.raises(ValueError, match="holds no processor"):
         load_image_only(tmp_path)

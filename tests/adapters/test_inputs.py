@@ -96,7 +96,7 @@ def test_a_window_over_the_whole_picture_is_the_picture(size):
 @pytest.mark.parametrize("size", [(400, 4), (4, 400)])
 def test_a_picture_too_thin_for_tiles_is_refused(size):
     kin = family("LlavaNext")
-    with pytest.raises(ValueError, match=r"image_sizes: of a picture of .* not one row"):
+    with pytest.raises(ValueError, match=r"image_sizes: a picture of .* keeps no row"):
         LogitLens(kin.model).attribute(kin.encode(random_picture(3, size)), kin.answer)
 
 

@@ -186,7 +186,7 @@ def test_mirrored_views_equal_runs_on_flipped_pixels(subject):
     assert not torch.allclose(got, maps_of(model, inputs, answer, **options))
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.above())
 def test_mirrored_views_of_a_mirrored_picture_are_mirrored(name):
     """What no family may lose on the way: tiles, overviews, patches, windows."""
     s = families.family(name)

@@ -25,7 +25,7 @@ from torch.testing import assert_close
 
 from captum_mllm import TokenLogProb
 from captum_mllm.functional import grid_mask
-from tests.oracle.families import NAMES
+from tests.oracle.families import above
 from tests.oracle.frames import by_hand, cells_by_hand, embedded_by_hand
 from tests.oracle.layouts import QWEN, kin_of
 
@@ -59,7 +59,7 @@ METHODS = {  # of a function, its input and a mask of features
 }
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=above())
 def kin(request):
     return kin_of(request.param)
 

@@ -15,7 +15,7 @@ from captum_mllm.geometry import ImageGeometry, cell_mask
 from captum_mllm.reference import load, make_scene, render_pil
 from captum_mllm.reference.models import MODELS
 from studies.prompts import default_inputs
-from tests.oracle.families import NAMES
+from tests.oracle.families import above
 from tests.oracle.layouts import kin_of, pictures_of
 from tests.oracle.published import ARC, MSEA, MultiScaleAttribution
 
@@ -23,7 +23,7 @@ T = 2
 ONE_SIZE = ("Gemma3", "LlavaNext")
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=above())
 def kin(request):
     return kin_of(request.param)
 
@@ -104,7 +104,7 @@ def test_noise_tunnel_over_frames_equals_a_loop(kin, wrap):
 def test_frames_of_another_shape_or_of_several_images_are_refused(kin):
     inputs = kin.encode(kin.wide_picture)
     x = TokenLogProb(kin.model, inputs, kin.answer).pixels
-    with pytest.raises(ValueError, match="inputs must be versions of the frame of one image"):
+    with pytest.raises(ValueError, match="inputs must be versions of the canvas of one image"):
         LogitLens(kin.model).attribute(x[..., :-4], kin.answer, inputs)
     two = kin.encode(*pictures_of(kin, "two"))
     with pytest.raises(ValueError, match=r"which hold 2 image\(s\)"):

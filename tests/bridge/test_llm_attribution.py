@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from captum_mllm import PromptInput, TeacherForced, TokenLogProb
 from captum_mllm.bridge import ExactLabels, check_llm_attribution, image_input
 from captum_mllm.functional import grid_mask
-from tests.oracle.families import NAMES
+from tests.oracle.families import above
 from tests.oracle.frames import log_probs_by_hand
 from tests.oracle.layouts import QWEN, kin_of
 from tests.oracle.published import RankCorrelationDenoiser
@@ -26,7 +26,7 @@ MODES = {
 }
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=above())
 def kin(request):
     return kin_of(request.param)
 

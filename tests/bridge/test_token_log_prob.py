@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from captum_mllm import LogitLens, TokenLogProb
 from captum_mllm.functional import top_k_rankings
 from captum_mllm.geometry import ImageGeometry, maps_to_picture
-from tests.oracle.families import NAMES, video
+from tests.oracle.families import above, video
 from tests.oracle.frames import (
     by_hand,
     cells_by_hand,
@@ -23,7 +23,7 @@ from tests.oracle.layouts import QWEN, at_scale, kin_of, logits_of, pictures_of,
 CASES = ("usual", "wide", "tall", "two")
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=above())
 def kin(request):
     return kin_of(request.param)
 
@@ -290,7 +290,7 @@ def test_frames_of_another_aspect_are_refused(kin):
         f(torch.zeros(1, 3, f.pixels.shape[2] * 2, f.pixels.shape[3]))
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", above(QWEN))
 def test_videos(name):
     kin = kin_of(name)
     inputs = video(kin)
@@ -312,7 +312,7 @@ def test_a_pair_of_different_frames_is_no_picture():
     kin = kin_of("Qwen2VL")
     inputs = kin.encode()
     inputs["pixel_values"] = torch.rand_like(inputs["pixel_values"])
-    with pytest.raises(ValueError, match="step in time is of different frames"):
+    with pytest.raises(ValueError, match="step in time has different frames"):
         TokenLogProb(kin.model, inputs, kin.answer)
 
 

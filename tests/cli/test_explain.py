@@ -22,7 +22,7 @@ from captum_mllm.model import loading
 from captum_mllm.model.loading import prepare_inputs
 from captum_mllm.validation import ArgumentError
 from tests.adapters.test_families import as_full_processor
-from tests.oracle.families import NAMES, PLACEHOLDER, family
+from tests.oracle.families import NAMES, PLACEHOLDER, above, family
 
 MADE_BY = {  # method: name and number of scales in its result
     "lens": ("JointNormalization(LogitLens)", 1),
@@ -357,7 +357,7 @@ def template(name):
     return TEMPLATE.replace("PICTURE", repr(PLACEHOLDER.get(name, "<image>")))
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=above())
 def kin(request):
     return kin_of(request.param)
 

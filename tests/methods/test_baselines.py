@@ -14,12 +14,12 @@ from captum_mllm.methods.ablation import parts_of
 from captum_mllm.methods.attention import _layer
 from captum_mllm.methods.cells import box_on_grid, cell_means, cell_sums, shown_by
 from captum_mllm.model.baselines import nothing
-from tests.oracle.families import NAMES, family
+from tests.oracle.families import above, family
 from tests.oracle.frames import by_hand, frames_by_hand, log_probs_by_hand, view_positions
 from tests.oracle.layouts import frame_shape, kin_of, pictures_of, with_answer
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=above())
 def kin(request):
     return kin_of(request.param)
 

@@ -13,7 +13,7 @@ from captum_mllm import ARC, JointNormalization
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.methods import explain
 from captum_mllm.methods.controls import mask_shares, shuffled_copy
-from tests.oracle.families import NAMES, family
+from tests.oracle.families import above, family
 from tests.oracle.layouts import canvas_of, kin_of, pictures_of
 from tests.oracle.model_state import check_same, state
 
@@ -69,7 +69,7 @@ def test_a_width_of_nothing(sigma, model, inputs, answer):
 # ---- shuffled weights ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", above())
 def test_shuffled_weights(name):
     model = family(name).model
     before = state(model)
@@ -160,7 +160,7 @@ def test_shares_of_cells(box):
     assert_close(got, shares_by_dust(mask, box, (3, 4)), rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", above())
 def test_masks_on_the_models_grid(name):
     """Of two pictures, one of which lacks the object."""
     kin = kin_of(name)

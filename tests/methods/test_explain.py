@@ -10,7 +10,7 @@ from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivatio
 from captum_mllm.methods import METHODS, Method, explain
 from captum_mllm.methods.registry import method as register_method
 from captum_mllm.metrics import insertion_deletion
-from tests.oracle.families import NAMES, family, video
+from tests.oracle.families import above, family, video
 from tests.oracle.layouts import QWEN, frame_shape, kin_of, pictures_of
 from tests.oracle.model_state import check_same, state, worn
 from tests.oracle.tiny import tiny_llava
@@ -19,7 +19,7 @@ OURS = ("lens", "tam", "msea", "arc", "msea+arc")
 FEW = {"steps": 2}
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=above())
 def kin(request):
     return kin_of(request.param)
 
@@ -83,7 +83,7 @@ def test_every_method_in_every_family(kin, method, case):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", above(QWEN))
 def test_videos(name, method):
     kin = kin_of(name)
     got = explain(method, kin.model, None, video(kin), kin.answer, masks={}, **FEW)

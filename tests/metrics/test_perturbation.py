@@ -15,7 +15,7 @@ from captum_mllm.reference.models import load
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import make_scene
 from studies.prompts import answer_words, default_inputs
-from tests.oracle.families import NAMES, family, video
+from tests.oracle.families import above, family, video
 from tests.oracle.model_state import check_same, state, worn
 
 STEPS = 4
@@ -128,7 +128,7 @@ def test_curves_are_those_of_a_plain_loop(name, per_token):
 # --- properties -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", above())
 def test_ends_complement_and_probabilities(name):
     """Insertion of a map is the deletion of its opposite, backwards; ends are full and black."""
     kin = family(name)

@@ -7,9 +7,11 @@ every version of transformers.
 import copy
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from einops import rearrange
@@ -41,6 +43,15 @@ NAMES: tuple[str, ...] = (
     "PaliGemma",
     "Gemma3",
 )
+# Above the adapters a family is no more than its layout of tokens: one family stands for each.
+REPRESENTATIVES = ("Llava", "LlavaNext", "Qwen2_5_VL", "InternVL", "Gemma3")
+
+
+def above(names: Sequence[str] = NAMES) -> list[Any]:
+    """Families for a test above the adapters; the others are left to `make check`."""
+    return [n if n in REPRESENTATIVES else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
 VOCABULARY = 128
 PATCH = 4
 PAD, BOS, EOS = 0, 1, 2

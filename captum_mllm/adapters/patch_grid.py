@@ -1,4 +1,4 @@
-"""Families that see one frame per image, its tokens row by row: what they share."""
+"""The base of families with one canvas per image and one token per cell, row by row."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +16,7 @@ from captum_mllm.geometry import ImageGrid
 
 
 class PatchGridAdapter(Adapter):
-    """``pixel_values`` (images, channels, height, width), one patch per cell, any size."""
+    """``pixel_values`` (images, channels, height, width) of any size, one patch per cell."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -64,8 +64,8 @@ class PatchGridAdapter(Adapter):
         self, pictures: Sequence[Any], settings: Any, grids: Sequence[ImageGrid]
     ) -> dict[str, Tensor]:
         pairs = zip(pictures, grids, strict=True)
-        made = [picture_pixels(p, settings, (g.height, g.width)) for p, g in pairs]
-        return {"pixel_values": torch.stack(made)}
+        pixels = [picture_pixels(p, settings, (g.height, g.width)) for p, g in pairs]
+        return {"pixel_values": torch.stack(pixels)}
 
     @override
     def features_shape(self, grids: Sequence[ImageGrid]) -> tuple[int, ...]:
