@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import captum_mllm
 from captum_mllm.data import COCO_NAMES, CategoryTable, CocoSample, LabelMapDataset
 from captum_mllm.methods import METHODS
 from captum_mllm.methods.registry import check_options
@@ -177,11 +176,8 @@ def fixed_part(settings: Settings, model: Any, data: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "versions": {
-            "captum_mllm": captum_mllm.__version__,
-            **{
-                name: importlib.metadata.version(name)
-                for name in ("captum", "numpy", "torch", "transformers")
-            },
+            name: importlib.metadata.version(name)
+            for name in ("captum_mllm", "captum", "numpy", "torch", "transformers")
         },
     }
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -42,7 +43,6 @@ from typing import Any
 
 import numpy as np
 
-import captum_mllm
 from captum_mllm.data.coco_masks import mask_tools
 from captum_mllm.reference import openmoji
 from captum_mllm.reference.captions import Words, text_of
@@ -207,7 +207,10 @@ def _write(folder: Path, examples: Sequence[Example], size: int) -> None:
     kind = SETS[examples[0].set]
     artwork = THIRD if kind.name == "openmoji" else SHIPPED
     text = NOTICE.format(
-        name=kind.name, about=kind.about, version=captum_mllm.__version__, artwork=artwork
+        name=kind.name,
+        about=kind.about,
+        version=importlib.metadata.version("captum_mllm"),
+        artwork=artwork,
     )
     (folder / "NOTICE.md").write_bytes(text.encode())
 
@@ -221,7 +224,7 @@ def _head(example: Example, size: int) -> dict[str, Any]:
     return {
         "info": {
             "description": f"captum_mllm test set {example.set!r}: {about}",
-            "version": captum_mllm.__version__,
+            "version": importlib.metadata.version("captum_mllm"),
             "contributor": "captum_mllm; drawings: see licenses and NOTICE.md",
             "set": example.set,
             "split": example.split,
