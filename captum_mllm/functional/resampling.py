@@ -227,7 +227,7 @@ def merge_views(
         shape: (rows, cols) of the canvas's grid, or (steps, rows, cols).
 
     Returns:
-        The merged maps (n, *shape); the view itself, unchanged, if it is the only one and on that
+        The merged maps ``(n, *shape)``; the view itself if it is the only one and on that
         grid.
 
     Reference:
