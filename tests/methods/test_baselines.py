@@ -298,7 +298,12 @@ def test_steps_of_a_video():
 @pytest.mark.parametrize(
     ("method", "options", "error", "message"),
     [
-        ("integrated_gradients", {"baseline": "white"}, ValueError, "baseline must be one of black, mean, blur"),
+        (
+            "integrated_gradients",
+            {"baseline": "white"},
+            ValueError,
+            "baseline must be one of black, mean, blur",
+        ),
         (
             "integrated_gradients",
             {"baseline": "black"},
