@@ -39,12 +39,13 @@ class MLLMAttributionResult:
     """Which image regions and which words support every explained token of an answer.
 
     Field names follow ``captum.attr.LLMAttributionResult`` where the meaning is the same. All
-    tensors are on the CPU in float32. As the last value of a notebook's cell a result shows its
-    text heat map; ``print(result)`` gives a few lines.
+    tensors are on the CPU; floating-point ones are float32. As the last value of a notebook cell, a
+    result displays itself as a text heat map; ``print(result)`` gives a few lines.
 
     Args:
-        grid_attr: one tensor per image, (targets, rows, cols): the maps on the model's own grid
-            of image tokens (the finest scale's with several scales; tiles assembled). Per video
+        grid_attr: one tensor per image, (targets, rows, cols): the maps on the model's grid of
+            image tokens (the finest scale's grid with several scales, ``upsampling`` times finer
+            if that is set; tiles assembled). Per video
             (targets, frames, rows, cols): each time step of the model's grid covers several
             frames, which share its values. Images come first, then videos.
         token_attr: (targets, text tokens): attribution of each text token; columns at or after
@@ -368,8 +369,8 @@ class MLLMAttributionResult:
                 None (default) for the sum of all.
             image: which image or video, default the first.
             picture: PIL picture to draw on: the original picture or, if the geometry is not known
-                (see :meth:`to_image`), one of the image's own size. Of a video that frame; without
-                ``frame=``, a sequence of all the frames that the model was given.
+                (see :meth:`to_image`), one of the image's own size. For a video, the picture of
+                ``frame``; without ``frame=``, a sequence of all frames that the model was given.
             frame: draw this frame of a video only, as the model was given them; negative counts
                 from the end.
 
@@ -379,8 +380,9 @@ class MLLMAttributionResult:
 
         Raises:
             IndexError: no such token, image or frame.
-            ValueError: an empty range of tokens; a picture whose geometry is not known; a frame of
-                a still image; one picture, or another number of them, for all frames of a video.
+            ValueError: an empty range of tokens; a picture whose geometry is not known;
+                ``frame=`` for a still image; for all frames of a video, a single picture or a
+                sequence of the wrong length.
         """
         from captum_mllm.visualization.heatmaps import draw_image_heatmap
 

@@ -27,9 +27,9 @@ class RankCorrelationDenoiser(PostProcessor):
     """Post-processes token attributions by activation ranking correlation (ARC).
 
     The relevance of a context token is the rank-biased overlap of the top-k predictions that led
-    to it and to the target. Image side: what *irrelevant* context puts on the map is subtracted,
-    what coherent context shares with the target stays. Text side: the attribution of each context
-    token is multiplied by its relevance.
+    to it and to the target. Image side: the evidence that *irrelevant* context tokens leave
+    on the map is subtracted; what relevant context shares with the target is kept. Text side: the
+    attribution of each context token is multiplied by its relevance (at the default strength).
 
     Args:
         attribution_method: a token attribution that gives raw maps (``LogitLens(model)``,
@@ -38,7 +38,8 @@ class RankCorrelationDenoiser(PostProcessor):
         rbo_p: persistence of the rank-biased overlap in (0, 1), default 0.9.
         strength: lambda >= 0 of the subtraction, default 1; on the text side the factor is
             ``1 - strength * (1 - relevance)``, at least 0.
-        alpha_max: bound > 0 of the fitted alpha, default 0.25; None for none.
+        alpha_max: upper bound (> 0) on the fitted factor alpha of the subtraction, default 0.25;
+            None means no bound.
         upsampling: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default 2.
         calibration: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default 1.5.
 
@@ -94,8 +95,8 @@ class RankCorrelationDenoiser(PostProcessor):
         How the relevance enters the subtraction is our reading, and ``rbo_p`` is our guess.
 
         Args:
-            args: as of the class.
-            options: as of the class; they replace the published settings.
+            args: as for the class itself.
+            options: as for the class itself; they override the published settings.
 
         Returns:
             The attributor.

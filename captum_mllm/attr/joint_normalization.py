@@ -14,10 +14,10 @@ from captum_mllm.result import UNIT, MLLMAttributionResult
 
 
 class JointNormalization(PostProcessor):
-    r"""Raw maps and text scores brought to [0, 1] together, as TAM's and ARC's are.
+    r"""Normalises raw maps and text scores jointly to [0, 1], as TAM and ARC do.
 
-    A comparison needs it: ``LogitLens`` and ``MSEA`` alone give logits, whose thresholds compare
-    with nothing.
+    Use it to compare methods: ``LogitLens`` and ``MSEA`` alone give logits, whose thresholds are
+    not comparable with those of maps in [0, 1].
 
     Args:
         model_or_attribution: a transformers model, or a token attribution that gives logits

@@ -19,19 +19,20 @@ from captum_mllm.words import tokenizer_of
 class LogitLens(TokenAttribution):
     r"""Logit lens: how strongly each image position predicts each token of the answer.
 
-    ``A_t = relu(W[y_t] . h_i)`` at the image positions i, h after the final norm. Since image
-    positions never see the answer, one forward serves all its tokens. A raw map depends on the
-    image, what stands before it (for prefix LMs the whole prompt) and the token id alone: two
-    mentions of "dog" have the same map.
+    ``A_t(i) = relu(W[y_t] . h_i + b[y_t])`` at each image position i, where h is the hidden state
+    after the final norm and W, b is the LM head. Image positions never see the answer, so one
+    forward pass yields the maps of all its tokens. A raw map depends only on the image, the text
+    before it (for prefix LMs, the whole prompt) and the token id: two mentions of "dog" have the
+    same map.
 
     Args:
         model: a transformers model of a registered family; left unchanged.
         processor: its processor; gives labels, string targets, special tokens and the geometry
-            for ``to_image``. Default None: everything else works without.
+            for ``to_image``. Default None: everything else works without it.
         layer: LM layer whose output goes through the final norm and the head, default -1 (the
-            last: the model's own logits). It is the layer's own output: the image features that
-            Qwen3-VL adds after its first layers come in with the next. Rankings and
-            probabilities are always the model's own.
+            last: the model's own logits). The layer's output is read before
+            Qwen3-VL adds further image features to it; those count from the next layer on.
+            Rankings and probabilities are always the model's own.
         context: which prompt text counts: "after_image" (default, the non-special tokens after
             the last image) or "all" (those before it too). The very first token of the sequence
             was predicted from nothing and is never context; nor is any prompt token of a prefix LM

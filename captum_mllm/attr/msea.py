@@ -21,9 +21,10 @@ from captum_mllm.validation import check_choice, check_scales
 class MSEA(TokenAttribution):
     """Multi-scale explanation aggregation: maps at several input scales, aggregated.
 
-    The images are rescaled to the nearest grids that the model accepts, each further view costs
-    one forward over the prefix that ends with the last image, and the maps are brought to the
-    finest grid (bilinear) and aggregated. Text attributions remain those of scale 1.
+    For each scale, the images are resized to the nearest grid that the model accepts. Each view
+    beyond the first costs one forward pass over the prefix that ends with the last image. The maps
+    are then brought to the finest grid (bilinear) and aggregated. Text attributions remain those
+    of scale 1.
 
     Args:
         model_or_attribution: a transformers model, or a token attribution that gives logits
@@ -34,14 +35,16 @@ class MSEA(TokenAttribution):
         aggregation: "mean" (default, the paper's) or "median".
         scale_weights: "adaptive" (default): a scale whose map orders the cells differently from
             scale 1's counts less, token by token
-            (:func:`~captum_mllm.functional.adaptive_weights`; with ``consistency`` also one at
-            which the answer would be another); or "equal". The median takes no weights.
-        mirrored: see the image mirrored (left to right) at each scale too, and mirror the map
-            back, default True: an artefact of reading the cells in order, to the right of an
-            object, then falls to its left half of the time. Twice the forwards. Set it to False
-            where the picture contains text to read: mirrored writing is not writing.
-        consistency: also run the text on each scale's prefix and report how far the scale still
-            predicts the same answer, ``exp(mean_t min(0, log p_s(y_t) - log p_1(y_t)))``;
+            (:func:`~captum_mllm.functional.adaptive_weights`; with ``consistency``, so does a scale
+            that predicts the answer less well); or "equal". The median takes no weights:
+            ``scale_weights`` is unused then.
+        mirrored: also run the image mirrored left to right at each scale, and mirror the map
+            back; default True. The model reads the cells in order, which leaves artefacts to the
+            right of an object; in a mirrored view they fall to its left, so averaging weakens
+            them. Doubles the number of forward passes. Set it to False if the model has to read
+            text in the picture, because mirrored text is unreadable.
+        consistency: also run the text after each scale's prefix, and report how well the scale
+            still predicts the same answer, ``exp(mean_t min(0, log p_s(y_t) - log p_1(y_t)))``;
             default False.
 
     Raises:
@@ -95,8 +98,8 @@ class MSEA(TokenAttribution):
         The list of scales is our guess: the paper's is not known to us.
 
         Args:
-            args: as of the class.
-            options: as of the class; they replace the published settings.
+            args: as for the class itself.
+            options: as for the class itself; they override the published settings.
 
         Returns:
             The attributor.

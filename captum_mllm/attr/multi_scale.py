@@ -38,8 +38,8 @@ class MultiScaleAttribution(Attribution):
         scales: see :class:`MSEA`; default None: (1.0, 1.25, 1.5) for tensors, and MSEA's default
             over a token attribution.
         aggregation: see :class:`MSEA`; default "mean".
-        resize: "mass" (default) keeps the sum of each scale's attributions, "density" their level
-            (Grad-CAM and other maps that sum to nothing); for tensors only.
+        resize: "mass" (default) preserves the sum of each scale's attributions; "density" preserves
+            their values, for Grad-CAM and other maps whose sum has no meaning. For tensors only.
 
     Raises:
         TypeError: not a captum attributor.

@@ -21,24 +21,27 @@ from captum_mllm.validation import check_alpha_max, check_number
 
 
 class TokenActivationMap(PostProcessor):
-    """Token Activation Map: lens maps without what earlier words explain, rank-filtered.
+    """Token Activation Map (TAM): the lens map minus what earlier words explain, then filtered.
 
-    Estimated causal inference, joint normalisation of image and text, rank Gaussian filter.
+    The steps are estimated causal inference (ECI), joint normalisation of image and text, and the
+    rank Gaussian filter.
 
     Args:
         model: a transformers model, or a token attribution that gives the raw maps
             (``TokenActivationMap(MSEA(model))``).
         processor: see :class:`LogitLens`, default None; with an attribution, give it to that.
-        parity: True reproduces the released code's deviations: the first answer token shows the map
-            of the first prompt token with its argmax class; context maps of those two tokens are
-            of other classes than their own; maps are truncated to 256 levels; the chat
-            template's tail is no context. Default False: the formulas.
+        parity: True reproduces the released code's deviations: the first answer token gets
+            the map of the first prompt token's argmax class; the context maps of these two tokens
+            belong to other classes than their own; maps are truncated to 256 levels; the last
+            ``template_tail`` prompt tokens are not used as context. Default False follows the
+            formulas.
         layer: as for ``LogitLens``, default -1.
         rank_filter: apply the filter, default True.
-        alpha_max: see :class:`RankCorrelationDenoiser`; default None (no bound), as TAM.
-        upsampling: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default 1, as TAM.
+        alpha_max: see :class:`RankCorrelationDenoiser`; default None (no bound), as in TAM.
+        upsampling: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default 1, as in
+            TAM.
         calibration: see :class:`~captum_mllm.attr.postprocessing.PostProcessor`; default
-            None, as TAM.
+            None, as in TAM.
         template_tail: with ``parity``, how many of the prompt's last text tokens belong to the
             chat template (the assistant header), default 0.
 

@@ -33,9 +33,9 @@ class TokenLogProb(nn.Module):
 
     A plain ``nn.Module`` for ``captum.attr``: pass it to ``IntegratedGradients``,
     ``FeatureAblation``, ``LayerGradCam``... with :attr:`pixels` or :attr:`embeddings` as inputs
-    and the token to explain as ``target=``. The answer is teacher-forced; one forward of the
-    model per call, of as many copies as captum passes in a batch. Inputs that are not passed keep
-    their values in ``inputs``.
+    and the token to explain as ``target=``. The answer is teacher-forced. Each call runs one
+    forward pass, with as many copies of the sample as captum puts in the batch. Pixels or
+    embeddings that are not passed keep their values from ``inputs``.
 
     Pixels are the *image's canvas* in every family: tiles assembled, Qwen's patches back in place,
     an overview recomputed from its image. Parameters get no gradient, and the model is left
@@ -48,7 +48,8 @@ class TokenLogProb(nn.Module):
         processor: the model's processor, default None; needed for labels, string targets and the
             geometry of :meth:`to_image`.
         explain: the tokens that are scored: "answer" (default), "prompt", "all", or positions in
-            ``input_ids`` + answer; of the prompt the text after the last image.
+            ``input_ids`` followed by the answer. Of the prompt, only the text after the last image
+            can be scored.
         score: "log_prob" (default) or "logit", the raw output of the LM head.
         sequence: True gives one score for the sequence, the sum over those tokens; then captum
             needs no ``target``. Default False.
@@ -218,11 +219,12 @@ class TokenLogProb(nn.Module):
         Args:
             inputs: canvases as :attr:`pixels` gives them (all images or none), and/or embeddings
                 (batch, tokens, width) as :attr:`embeddings`; with a leading batch axis of any
-                length. Canvases may be of another size, one factor for all: they are resized to
-                the nearest size that the model takes.
+                length. Canvases may have another size (the same factor for all): they are resized
+                to the nearest size that the model accepts.
 
         Returns:
-            (batch, targets); with ``sequence=True`` (batch,). float32, or float64 of such a model.
+            (batch, targets), or (batch,) with ``sequence=True``; float64 for a float64 model,
+            float32 otherwise.
 
         Raises:
             TypeError: an input is not a tensor.
