@@ -20,7 +20,7 @@ from captum_mllm.functional import (
 )
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import UNIT, MLLMAttributionResult
-from captum_mllm.validation import check_alpha_max, check_number
+from captum_mllm.validation import ArgumentError, check_alpha_max, check_number
 
 
 class RankCorrelationDenoiser(PostProcessor):
@@ -82,7 +82,7 @@ class RankCorrelationDenoiser(PostProcessor):
             )
         super().__init__(attribution_method, upsampling=upsampling, calibration=calibration)
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-            raise ValueError(f"top_k must be an int >= 1, got {top_k!r}.")
+            raise ArgumentError("top_k", f"must be an int >= 1, got {top_k!r}.")
         self.top_k = top_k
         self.rbo_p = check_number("rbo_p", rbo_p, "strictly between 0 and 1", lambda p: 0 < p < 1)
         self.strength = check_number("strength", strength, "in 0 .. inf", lambda s: 0 <= s < inf)
@@ -257,6 +257,11 @@ class ARC(RankCorrelationDenoiser):
         alpha_max: see :class:`RankCorrelationDenoiser`; default 0.25.
         upsampling: see :class:`RankCorrelationDenoiser`; default 2.
         calibration: see :class:`RankCorrelationDenoiser`; default 1.5.
+
+    Raises:
+        TypeError: neither a model nor a token attribution.
+        ValueError: see :class:`RankCorrelationDenoiser`; ``processor`` or ``layer`` next to an
+            attribution.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ class MSEA(TokenAttribution):
     For each scale, the images are resized to the nearest grid that the model accepts. Each view
     beyond the first costs one forward pass over the prefix that ends with the last image. The maps
     are then brought to the finest grid (bilinear) and aggregated. Text attributions remain those
-    of scale 1.
+    of scale 1. Over an attribution, its ``runner`` and ``attribute_trace`` are used.
 
     Args:
         model_or_attribution: a transformers model, or a token attribution that gives logits

@@ -31,7 +31,8 @@ class MultiScaleAttribution(Attribution):
 
     Over a token attribution, ``MultiScaleAttribution(LogitLens(model), scales, aggregation)`` is
     ``MSEA(LogitLens(model), scales=scales, aggregation=aggregation)``: the call returns the
-    :class:`MSEA`, which has the options for tokens.
+    :class:`MSEA`, which has the options for tokens; its defaults (adaptive weights, mirrored views)
+    apply.
 
     Args:
         attribution_method: a captum attributor.
@@ -79,6 +80,10 @@ class MultiScaleAttribution(Attribution):
             )
         options: dict[str, Any] = {} if scales is None else {"scales": scales}
         return MSEA(attribution_method, aggregation=aggregation, **options)
+
+    def __getnewargs__(self) -> tuple[Attribution]:
+        """What ``copy`` and ``pickle`` hand to ``__new__``."""
+        return (self.attribution_method,)
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """TAM: the predecessor's cleaning of the lens maps (ECI, joint normalisation, rank filter)."""
 
+from math import inf
 from typing import Any
 
 import torch
@@ -75,8 +76,9 @@ class TokenActivationMap(PostProcessor):
                 "upsampling and calibration are not the released code's: leave them out, or parity."
             )
         self.alpha_max = check_alpha_max(alpha_max)
-        tail = check_number("template_tail", template_tail, "at 0 or above", lambda n: n >= 0)
-        self.template_tail = int(tail)
+        whole = "at a whole number from 0 on"
+        check_number("template_tail", template_tail, whole, lambda n: 0 <= n < inf and n == int(n))
+        self.template_tail = int(template_tail)
 
     @override
     def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:

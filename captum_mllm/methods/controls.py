@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from captum_mllm.functional import Box, resample_cells
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.methods.cells import box_on_grid
-from captum_mllm.methods.registry import find_method, method, run_method
+from captum_mllm.methods.registry import METHODS, check_options, method, run_method
 from captum_mllm.methods.request import Request, over_answer
 from captum_mllm.result import MLLMAttributionResult
 from captum_mllm.validation import ArgumentError, check_number
@@ -87,8 +87,12 @@ def randomised_model(request: Request, of: str = "lens", **options: Any) -> MLLM
     Raises:
         ValueError: ``of`` is this control itself, or not a method.
     """
-    if find_method(of).run is randomised_model:
-        raise ArgumentError("of", f"must be another method than {of!r}.")
+    others = [name for name in METHODS if METHODS[name].run is not randomised_model]
+    if of not in others:
+        raise ArgumentError("of", f"must be one of {', '.join(others)}, got {of!r}.")
+    check_options(of, options)
+    if METHODS[of].needs == "masks" and request.masks is None:
+        raise ArgumentError("of", f"can't be {of!r} without masks=.")
     answer = request.run().answer_ids
     model = shuffled_copy(request.model, request.seed)
     result = run_method(of, replace(request, model=model, target=answer, shared=None), **options)

@@ -86,11 +86,11 @@ def _attribute(
         source = kind(source, **_known(options, kind))
     attributor = last(source, **_known(options, last))
     depth = attributor.ranking_depth
-    if request.shared is None:
+    if request.shared is None or images is not None:
         return attributor.attribute_trace(_trace(request, source, depth, images))
     wanted = _common_depth(source) if depth is None else depth
-    settings = repr([*((k.__name__, _settings(options, k)) for k in sources), id(images)])
-    trace = request.shared.get(settings, depth, lambda: _trace(request, source, wanted, images))
+    settings = repr([*((k.__name__, _settings(options, k)) for k in sources)])
+    trace = request.shared.get(settings, depth, lambda: _trace(request, source, wanted, None))
     return attributor.attribute_trace(trace)
 
 

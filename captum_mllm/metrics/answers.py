@@ -203,7 +203,7 @@ def word_obj_iou(
         words: the tokens of each word, in the order of the text, punctuation included (it separates
             words that would otherwise be adjacent).
         labels: per word the category that it names, or None
-            (:func:`captum_mllm.metrics.match_categories`).
+            (:func:`captum_mllm.data.match_categories`).
         masks: per annotated category one mask of all its objects in the picture, (height, width).
             Words of other categories have no mask to be compared with and are left out.
 

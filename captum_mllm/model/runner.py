@@ -64,7 +64,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     known = RunOptions.__annotations__
     if unknown := [name for name in options if name not in known]:
         raise TypeError(
-            f"attribute does not take {', '.join(map(repr, unknown))}; its options are "
+            f"a token attribution does not take {', '.join(map(repr, unknown))}; its options are "
             f"{', '.join(known)}."
         )
 
@@ -124,6 +124,7 @@ class Runner:
             options: see :class:`RunOptions`; ``images`` matters at other scales only.
         """
         adapter = self.adapter
+        check_options(options)
         refuse_compiled(adapter.model)
         explain, gen_args = options.get("explain", "answer"), options.get("gen_args")
         if top_k is not None and not 1 <= top_k <= adapter.vocabulary:

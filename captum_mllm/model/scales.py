@@ -33,6 +33,7 @@ from captum_mllm.model.forward import captured_forward, evaluating, full_logits
 from captum_mllm.model.inputs import Sample, append_answer, cut, rescaled_inputs
 from captum_mllm.model.runner import Run, Runner, RunOptions
 from captum_mllm.model.trace import TokenTrace
+from captum_mllm.validation import check_choice
 
 SCALE_WEIGHTS = ("equal", "adaptive")
 _TOLERANCE = 0.2  # mean difference of pixels, in their standard deviations
@@ -79,17 +80,23 @@ class ScaleViews:
 
         The maps are compared on scale 1's grid. A mirrored view counts as its scale does: that it
         orders the cells differently is its purpose.
+
+        Raises:
+            ValueError: a scale of which there is a mirrored view only.
         """
         base = self.base.cells
-        correlations: list[Tensor] = []
-        for view, flip in zip(self.maps, self.mirrored, strict=True):
-            if flip:
-                correlations.append(correlations[-1])
-                continue
-            pairs = zip(view, self.base.maps, strict=True)
-            near = [upsample(m, (there.shape[-2], there.shape[-1])) for m, there in pairs]
-            correlations.append(rank_correlation(TokenTrace.pack_cells(near), base))
-        return torch.stack(correlations)
+        per_scale: dict[float, Tensor] = {}
+        for scale, view, flip in zip(self.scales, self.maps, self.mirrored, strict=True):
+            if not flip:
+                pairs = zip(view, self.base.maps, strict=True)
+                near = [upsample(m, (there.shape[-2], there.shape[-1])) for m, there in pairs]
+                per_scale[scale] = rank_correlation(TokenTrace.pack_cells(near), base)
+        if alone := [scale for scale in self.scales if scale not in per_scale]:
+            raise ValueError(
+                f"views hold scales {alone} mirrored only, whose agreement is that of the plain "
+                f"view: select that one too, or take scale_weights='equal'."
+            )
+        return torch.stack([per_scale[scale] for scale in self.scales])
 
     def merged(
         self,
@@ -100,11 +107,12 @@ class ScaleViews:
 
         Args:
             aggregation: see :class:`~captum_mllm.MSEA`.
-            scale_weights: see :class:`~captum_mllm.MSEA`.
+            scale_weights: see :class:`~captum_mllm.MSEA`; default "equal" here.
 
         Returns:
             The evidence at scale 1 with aggregated maps.
         """
+        check_choice("scale_weights", scale_weights, SCALE_WEIGHTS)
         weights = None
         if scale_weights == "adaptive" and len(self.maps) > 1:
             agreed = self.consistency

@@ -86,7 +86,7 @@ class TokenTrace:
         """Lay maps of several images end to end.
 
         Args:
-            maps: per image, (n, rows, cols) or (n, frames, rows, cols).
+            maps: per image, (n, rows, cols) or (n, steps, rows, cols).
 
         Returns:
             (n, cells of all images).
@@ -102,7 +102,7 @@ class TokenTrace:
             cells: (targets, cells of all images).
 
         Returns:
-            Per image, (targets, rows, cols) or (targets, frames, rows, cols).
+            Per image, (targets, rows, cols) or (targets, steps, rows, cols).
         """
         return self.unpack_like(cells, self.maps)
 

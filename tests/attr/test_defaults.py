@@ -1,5 +1,6 @@
 """The literal defaults, and the options beyond the plain published methods, on real models."""
 
+import copy
 import inspect
 import json
 import re
@@ -161,6 +162,8 @@ def test_run_options_are_checked(tiny_subject):
     for method in (LogitLens(s.model), MSEA(s.model), ARC(s.model)):
         with pytest.raises(TypeError, match=r"does not take 'explains'; its options are explain,"):
             method.attribute(s.inputs, s.answer, explains="all")
+        with pytest.raises(TypeError, match=r"does not take 'explains'"):
+            method.trace(s.inputs, s.answer, explains="all")
 
 
 def test_the_median_takes_equal_weights_by_itself(model):
@@ -269,6 +272,25 @@ def test_some_views_alone(tiny_subject):
     direct = MSEA.paper(s.model, scales=(1.0, 0.5)).trace(s.inputs, s.answer)
     assert torch.equal(some.merged().maps[0], direct.maps[0])
     assert some.merged().scales == direct.scales
+
+
+def test_agreement_does_not_depend_on_the_order_of_views(tiny_subject):
+    s = tiny_subject
+    views = MSEA.paper(s.model, scales=(1.0, 1.5), mirrored=True).views(s.inputs, s.answer)
+    order = [3, 0, 2, 1]
+    assert torch.equal(views.select(order).agreement(), views.agreement()[order])
+    with pytest.raises(ValueError, match=r"mirrored only.*scale_weights='equal'"):
+        views.select([0, 3]).merged(scale_weights="adaptive")
+    assert len(views.select([0, 3]).merged().maps) == 1
+    with pytest.raises(ValueError, match="scale_weights must be one of equal, adaptive"):
+        views.merged(scale_weights="own")
+
+
+def test_a_wrapper_of_tensors_can_be_copied(model):
+    wrapped = MultiScaleAttribution(Saliency(model), (1.0, 1.5), resize="density")
+    for twin in (copy.copy(wrapped), copy.deepcopy(wrapped)):
+        assert type(twin) is MultiScaleAttribution
+        assert (twin.scales, twin.resize) == ((1.0, 1.5), "density")
 
 
 # ---- the last steps ---------------------------------------------------------------------------

@@ -345,7 +345,7 @@ def test_errors_of_names_and_options(model, processor, inputs, answer):
         explain("randomised_model", model, processor, inputs, answer, scales=(1.0,))
     with pytest.raises(ValueError, match=r"method 'mask' needs masks="):
         explain("mask", model, processor, inputs, answer)
-    with pytest.raises(ValueError, match=r"of must be another method than 'randomised_model'"):
+    with pytest.raises(ValueError, match=r"of must be one of lens, .*, got 'randomised_model'"):
         explain("randomised_model", model, processor, inputs, answer, of="randomised_model")
     with pytest.raises(ValueError, match=r"method must be one of .*, got \['lens'\]"):
         explain(["lens"], model, processor, inputs, answer)

@@ -266,7 +266,7 @@ def test_other_parameters(model):
         MSEA(model, aggregation="max")
     with raises(ValueError, "resize must be one of mass, density", "'area'"):
         MultiScaleAttribution(Saliency(model), resize="area")
-    with raises(ValueError, "template_tail must lie at 0 or above", "-1"):
+    with raises(ValueError, "template_tail must lie at a whole number from 0 on", "-1"):
         TokenActivationMap(model, template_tail=-1)
 
 
