@@ -349,5 +349,5 @@ def test_errors_of_names_and_options(model, processor, inputs, answer):
         explain("randomised_model", model, processor, inputs, answer, of="randomised_model")
     with pytest.raises(ValueError, match=r"method must be one of .*, got \['lens'\]"):
         explain(["lens"], model, processor, inputs, answer)
-    with pytest.raises(ValueError, match=r"method must be one of .*, got 'x'"):
+    with pytest.raises(ValueError, match=r"of must be one of .*, got 'x'"):
         explain("randomised_model", model, processor, inputs, answer, of="x")
