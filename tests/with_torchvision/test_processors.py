@@ -272,4 +272,4 @@ def test_saved_processor_reads_pictures_where_torchvision_is_absent(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "read without its video part" in done.stderr
+    assert "loaded without its video part" in done.stderr
