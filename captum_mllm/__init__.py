@@ -15,6 +15,8 @@ every method by its name. CONTRIBUTING.md says where each formula stands.
 from captum_mllm.attr import (
     ARC,
     MSEA,
+    DirectLens,
+    DirectLogitAttribution,
     JointNormalization,
     LogitLens,
     MultiScaleAttribution,
@@ -30,6 +32,8 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "ARC",
     "MSEA",
+    "DirectLens",
+    "DirectLogitAttribution",
     "ImageGeometry",
     "JointNormalization",
     "LogitLens",

@@ -64,19 +64,20 @@ class PictureCanvases:
         del inputs, grids
         return {"pixel_values": torch.cat(list(canvases))}
 
-    def mirrored(
-        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
+    def flipped(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], axes: Sequence[int]
     ) -> dict[str, Tensor]:
-        """The pixel inputs with every image mirrored left to right, its overview too.
+        """The pixel inputs with every image flipped along axes of its canvas, its overview too.
 
         Args:
             inputs: the model's inputs of one sample.
             grids: the grids of its images.
+            axes: -1 mirrors left to right; -2 and -1 turn by 180 degrees.
 
         Returns:
             Replacements of the pixel inputs.
         """
-        flipped = [canvas.flip(-1) for canvas in self.canvases(inputs, grids)]
+        flipped = [canvas.flip(tuple(axes)) for canvas in self.canvases(inputs, grids)]
         return self.with_canvases(inputs, grids, flipped)
 
     def with_image_version(self, pixels: Tensor, rest: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""The LM head as a plain matrix, however it is stored: offloaded, adapted (PEFT), quantised."""
+"""A linear layer as a plain matrix, however it is stored: offloaded, adapted (PEFT), quantised."""
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -11,16 +12,36 @@ from captum_mllm.adapters.devices import loaded
 
 Matrix = tuple[Float[Tensor, "vocabulary dim"], Float[Tensor, " vocabulary"] | None]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LEAVE_PLAIN = (
+
+@dataclass(frozen=True)
+class Role:
+    """What a linear layer is to the method that reads its matrix, for error messages.
+
+    Args:
+        name: what it is called.
+        reader: the method.
+        quantised: what to do where its weights are quantised.
+    """
+
+    name: str
+    reader: str
+    quantised: str
+
+
+LM_HEAD = Role(
+    "LM head",
+    "the logit lens",
     "Leave the LM head unquantised, as transformers does by default: llm_int8_skip_modules="
-    "['lm_head'] (bitsandbytes), modules_to_not_convert=['lm_head'] (others)"
+    "['lm_head'] (bitsandbytes), modules_to_not_convert=['lm_head'] (others)",
 )
+"""The layer whose matrix every lens reads."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MERGE = "Merge the adapter into the weights (merge_and_unload() or merge_adapter())"
 
 
-def head_matrix(head: nn.Module) -> Matrix:
-    """Matrix W and bias b of an LM head that computes ``W h + b``, as its forward uses them.
+def head_matrix(head: nn.Module, role: Role = LM_HEAD) -> Matrix:
+    """Matrix W and bias b of a linear layer that computes ``W h + b``, as its forward uses them.
 
     - Plain layers: their own weight, no copy.
     - Offloaded (accelerate): the weights, loaded again by each call to the device of the head's
@@ -34,7 +55,8 @@ def head_matrix(head: nn.Module) -> Matrix:
     Whether the head really computes that map is not checked here; compare with its own logits.
 
     Args:
-        head: the LM head, not running at the moment.
+        head: the LM head, or another linear layer; not running at the moment.
+        role: what the layer is, for error messages; default the LM head.
 
     Returns:
         W (vocabulary, dim) and b (vocabulary,) or None, in their own dtypes, without gradients.
@@ -50,7 +72,7 @@ def head_matrix(head: nn.Module) -> Matrix:
         (True, False, None)
     """
     with torch.no_grad(), loaded(head):
-        return _matrix(head, type(head).__name__)
+        return _matrix(head, type(head).__name__, role)
 
 
 def head_size(head: nn.Module) -> int:
@@ -76,17 +98,20 @@ def head_size(head: nn.Module) -> int:
     return int(head_matrix(head)[0].shape[0])
 
 
-def _matrix(head: Any, name: str) -> Matrix:
+def _matrix(head: Any, name: str, role: Role) -> Matrix:
     if hasattr(head, "token_adapter") and hasattr(head, "original_module"):
-        return _with_trained_rows(head, name)
+        return _with_trained_rows(head, name, role)
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        return _matrix(_saved_copy(head), name)
+        return _matrix(_saved_copy(head), name, role)
     if hasattr(head, "base_layer") and hasattr(head, "active_adapters"):
-        return _adapted(head, name)
+        return _adapted(head, name, role)
     bias = getattr(head, "bias", None)
     if bias is not None and not isinstance(bias, Tensor):
-        raise _no_matrix(name, "its bias is packed with its quantised weight", _LEAVE_PLAIN)
-    return _floats(getattr(head, "weight", None), name), None if bias is None else bias.detach()
+        why = "its bias is packed with its quantised weight"
+        raise _no_matrix(name, role, why, role.quantised)
+    return _floats(
+        getattr(head, "weight", None), name, role
+    ), None if bias is None else bias.detach()
 
 
 def _saved_copy(wrapper: Any) -> nn.Module:
@@ -97,28 +122,30 @@ def _saved_copy(wrapper: Any) -> nn.Module:
     return copies[active[0]]
 
 
-def _with_trained_rows(wrapper: Any, name: str) -> Matrix:
+def _with_trained_rows(wrapper: Any, name: str, role: Role) -> Matrix:
     """Matrix of a layer with separately trained rows (PEFT's ``trainable_token_indices``)."""
-    weight, bias = _matrix(wrapper.original_module, name)
+    weight, bias = _matrix(wrapper.original_module, name, role)
     rows = wrapper.token_adapter
     if wrapper.disable_adapters or rows.merged or not wrapper.active_adapters:
         return weight, bias
     return rows.get_merged_weights(wrapper.active_adapters).detach(), bias
 
 
-def _adapted(head: Any, name: str) -> Matrix:
+def _adapted(head: Any, name: str, role: Role) -> Matrix:
     """Matrix of a layer with PEFT adapters next to it."""
-    weight, bias = _matrix(head.base_layer, name)
+    weight, bias = _matrix(head.base_layer, name, role)
     if head.disable_adapters or head.merged or not head.active_adapters:
         return weight, bias
     if not hasattr(head, "lora_B"):
-        raise _no_matrix(name, "its PEFT adapter is not a LoRA", _MERGE)
+        raise _no_matrix(name, role, "its PEFT adapter is not a LoRA", _MERGE)
     for adapter in head.active_adapters:
         if adapter not in head.lora_B:
             continue
         # DoRA and others are more than an added matrix.
         if adapter in getattr(head, "lora_variant", ()) or _old_dora(head, adapter):
-            raise _no_matrix(name, f"its adapter {adapter!r} is more than a plain LoRA", _MERGE)
+            raise _no_matrix(
+                name, role, f"its adapter {adapter!r} is more than a plain LoRA", _MERGE
+            )
         delta = head.get_delta_weight(adapter).detach().to(weight.device)
         # bfloat16 weights with float32 adapters: the forward adds in float32.
         weight = weight + delta
@@ -135,17 +162,19 @@ def _old_dora(head: Any, adapter: str) -> bool:
     return isinstance(flags, dict) and bool(flags.get(adapter))
 
 
-def _floats(weight: Any, name: str) -> Float[Tensor, "vocabulary dim"]:
+def _floats(weight: Any, name: str, role: Role) -> Float[Tensor, "vocabulary dim"]:
     """The weight as a plain matrix of floats."""
     if not isinstance(weight, Tensor):
         raise _no_matrix(
             name,
+            role,
             "it has no tensor as its weight (a wrapper, or packed quantised weights)",
-            f"Unwrap it. {_LEAVE_PLAIN}",
+            f"Unwrap it. {role.quantised}",
         )
     if weight.is_meta:
         raise _no_matrix(
             name,
+            role,
             "its weight is on the meta device, which has no values",
             "Load the weights (from_pretrained), or offload them by accelerate",
         )
@@ -157,21 +186,24 @@ def _floats(weight: Any, name: str) -> Float[Tensor, "vocabulary dim"]:
     if hasattr(weight, "full_tensor"):
         raise _no_matrix(
             name,
+            role,
             "its weight is sharded over processes (tensor parallel or FSDP)",
             "Load the model without tp_plan, with device_map='auto' if it is large",
         )
     if weight.ndim != 2 or weight.dtype not in _FLOATS:
         raise _no_matrix(
             name,
+            role,
             f"its weight is {tuple(weight.shape)} of {weight.dtype}, quantised or packed in a way "
             f"that we can't undo, or with inputs quantised too",
-            _LEAVE_PLAIN,
+            role.quantised,
         )
     return weight.detach()
 
 
-def _no_matrix(name: str, why: str, fix: str) -> ValueError:
+def _no_matrix(name: str, role: Role, why: str, fix: str) -> ValueError:
+    further = "; or register an adapter whose class_weights returns the true map"
     return ValueError(
-        f"model: its LM head ({name}) is not the plain linear map W h + b that the logit lens "
-        f"assumes: {why}. {fix}; or register an adapter whose class_weights returns the true map."
+        f"model: its {role.name} ({name}) is not the plain linear map W h + b that {role.reader} "
+        f"assumes: {why}. {fix}{further if role is LM_HEAD else ''}."
     )

@@ -183,11 +183,11 @@ class LlavaNextAdapter(Adapter):
         return {"pixel_values": torch.stack(changed)}
 
     @override
-    def mirrored(
-        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
+    def flipped(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], axes: Sequence[int]
     ) -> dict[str, Tensor]:
-        pixels = super().mirrored(inputs, grids)["pixel_values"].clone()
-        pixels[:, 0] = inputs["pixel_values"][:, 0].flip(-1)  # the base image, exactly
+        pixels = super().flipped(inputs, grids, axes)["pixel_values"].clone()
+        pixels[:, 0] = inputs["pixel_values"][:, 0].flip(tuple(axes))  # the base image, exactly
         return {"pixel_values": pixels}
 
     @override

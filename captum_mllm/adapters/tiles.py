@@ -218,14 +218,14 @@ class TileAdapter(Adapter):
         return self.as_inputs(torch.cat(changed))
 
     @override
-    def mirrored(
-        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
+    def flipped(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], axes: Sequence[int]
     ) -> dict[str, Tensor]:
         flipped = []
         for tiles, grid in self._by_image(inputs, grids):
             n = grid.tiles[0] * grid.tiles[1]
-            canvas = join_tiles(tiles[:n], grid.tiles).flip(-1)
-            flipped += [split_tiles(canvas, grid.tiles), tiles[n:].flip(-1)]
+            canvas = join_tiles(tiles[:n], grid.tiles).flip(tuple(axes))
+            flipped += [split_tiles(canvas, grid.tiles), tiles[n:].flip(tuple(axes))]
         return self.as_inputs(torch.cat(flipped))
 
     @override

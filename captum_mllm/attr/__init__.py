@@ -2,6 +2,8 @@
 
 from captum_mllm.attr.arc import ARC, RankCorrelationDenoiser
 from captum_mllm.attr.base import TokenAttribution
+from captum_mllm.attr.direct_lens import DirectLens
+from captum_mllm.attr.direct_logit import DirectLogitAttribution
 from captum_mllm.attr.joint_normalization import JointNormalization
 from captum_mllm.attr.logit_lens import LogitLens
 from captum_mllm.attr.msea import MSEA
@@ -13,6 +15,8 @@ from captum_mllm.model.runner import RunOptions
 __all__ = [
     "ARC",
     "MSEA",
+    "DirectLens",
+    "DirectLogitAttribution",
     "JointNormalization",
     "LogitLens",
     "MultiScaleAttribution",

@@ -117,7 +117,7 @@ class RankCorrelationDenoiser(PostProcessor):
     def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
         if trace.rankings is None:
             raise ValueError("trace holds no rankings; make it with trace(..., top_k=...).")
-        cells, rows = trace.cells, trace.text_class
+        cells, rows = trace.cells, trace.map_rows
         rankings = trace.rankings
         relevance = self._relevance(rankings[trace.targets], rankings).to(cells)
         relevance = torch.where(trace.is_earlier, relevance, 0.0)

@@ -31,6 +31,11 @@ class TokenAttribution(Attribution):
         return True
 
     @property
+    def reads_context(self) -> bool:
+        """Whether MSEA over it reads direct logit attribution at each scale, not the lens."""
+        return False
+
+    @property
     @abstractmethod
     def runner(self) -> Runner:
         """What runs the model."""
@@ -193,7 +198,7 @@ def raw_result(trace: TokenTrace, method: str) -> MLLMAttributionResult:
         trace: the evidence.
         method: name of the attributor.
     """
-    rows = trace.text_class[trace.targets]
+    rows = trace.map_rows[trace.targets]
     return build_result(
         trace, tuple(maps[rows] for maps in trace.maps), trace.text_scores, LOGITS, method
     )

@@ -65,7 +65,7 @@ class JointNormalization(PostProcessor):
 
     @override
     def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
-        raw = trace.cells[trace.text_class[trace.targets]]
+        raw = trace.cells[trace.map_rows[trace.targets]]
         unit, scores = joint_min_max(raw, trace.text_scores, trace.is_earlier)
         maps = self.finish(trace.unpack_cells(unit))
         return build_result(trace, maps, scores, UNIT, self.name)

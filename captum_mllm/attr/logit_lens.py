@@ -12,7 +12,7 @@ from captum_mllm.attr.base import TokenAttribution, raw_result
 from captum_mllm.model.runner import Runner, RunOptions
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import MLLMAttributionResult
-from captum_mllm.validation import ArgumentError
+from captum_mllm.validation import ArgumentError, check_choice
 from captum_mllm.words import tokenizer_of
 
 
@@ -70,11 +70,8 @@ class LogitLens(TokenAttribution):
         depth = len(adapter.layers)
         if not isinstance(layer, int) or isinstance(layer, bool) or not -depth <= layer < depth:
             raise ArgumentError("layer", f"must be an int in {-depth}..{depth - 1}, got {layer!r}.")
-        if context not in ("after_image", "all"):
-            raise ArgumentError("context", f"must be 'after_image' or 'all', got {context!r}.")
         layer = -1 if layer % depth == depth - 1 else layer % depth
-        tokenizer_of(processor)  # raises where there is none
-        self._runner = Runner(adapter, processor, layer, context)
+        self._runner = Runner(adapter, processor, layer, check_context(context, processor))
 
     @property
     @override
@@ -95,6 +92,20 @@ class LogitLens(TokenAttribution):
         **options: Unpack[RunOptions],
     ) -> TokenTrace:
         return self.runner.run(inputs, target, top_k=top_k, **options).trace
+
+
+def check_context(context: str, processor: Any) -> str:
+    """The checked ``context`` of a token attribution, and whether its processor has a tokenizer.
+
+    Args:
+        context: see :class:`LogitLens`.
+        processor: see :class:`LogitLens`.
+
+    Raises:
+        ValueError: unknown ``context``, or no tokenizer.
+    """
+    tokenizer_of(processor)  # raises where there is none
+    return check_choice("context", context, ("after_image", "all"))
 
 
 def as_token_attribution(

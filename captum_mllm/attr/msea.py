@@ -12,8 +12,9 @@ from captum_mllm.attr.base import TokenAttribution
 from captum_mllm.attr.logit_lens import LogitLens
 from captum_mllm.functional import AGGREGATIONS, Aggregation
 from captum_mllm.model.runner import Runner, RunOptions
-from captum_mllm.model.scales import SCALE_WEIGHTS, ScaleViews, gather_views
+from captum_mllm.model.scales import FLIPS, Flip, ViewPlan, gather_views
 from captum_mllm.model.trace import TokenTrace
+from captum_mllm.model.views import SCALE_WEIGHTS, ScaleViews
 from captum_mllm.result import MLLMAttributionResult
 from captum_mllm.validation import check_choice, check_scales
 
@@ -22,7 +23,8 @@ class MSEA(TokenAttribution):
     """Multi-scale explanation aggregation: maps at several input scales, aggregated.
 
     For each scale, the images are resized to the nearest grid that the model accepts. Each view
-    beyond the first costs one forward pass over the prefix that ends with the last image. The maps
+    beyond the first costs one forward pass over the prefix that ends with the last image (over
+    direct logit attribution, which reads what the answer read, over prompt and answer). The maps
     are then brought to the finest grid (bilinear) and aggregated. Text attributions remain those
     of scale 1. Over an attribution, its ``runner`` and ``attribute_trace`` are used.
 
@@ -38,11 +40,13 @@ class MSEA(TokenAttribution):
             (:func:`~captum_mllm.functional.adaptive_weights`; with ``consistency``, so does a scale
             that predicts the answer less well); or "equal". The median takes no weights:
             ``scale_weights`` is unused then.
-        mirrored: also run the image mirrored left to right at each scale, and mirror the map
-            back; default True. The model reads the cells in order, which leaves artefacts to the
-            right of an object; in a mirrored view they fall to its left, so averaging weakens
-            them. Doubles the number of forward passes. Set it to False if the model has to read
-            text in the picture, because mirrored text is unreadable.
+        flip: also run each scale's image flipped, and flip the map back: "horizontal" (default:
+            mirrored left to right), "half_turn" (turned by 180 degrees) or "none". The model reads
+            the cells in order, which leaves artefacts to the right of an object; in a flipped
+            view they fall to its left, so averaging weakens them. Doubles the number of forward
+            passes. Set it to "none" if the model has to read text in the picture, because
+            flipped text is unreadable. Direct logit attribution is read from plain views only:
+            ``flip`` is unused over it.
         consistency: also run the text after each scale's prefix, and report how well the scale
             still predicts the same answer, ``exp(mean_t min(0, log p_s(y_t) - log p_1(y_t)))``;
             default False.
@@ -55,7 +59,7 @@ class MSEA(TokenAttribution):
 
     Reference:
         The idea and the mean are the paper's (arXiv 2509.22415); its list of scales is not known
-        to us. Weights and mirrored views are ours, all other details are our reading. The defaults
+        to us. Weights and flipped views are ours, all other details are our reading. The defaults
         were chosen on validation scenes (``make study NAME=choose``, recorded in
         docs/studies/records/choose.md): the scales are the cheapest within .01 of the best.
         Adaptive and equal weights tie there; adaptive ones keep scales from harming a model that
@@ -65,7 +69,7 @@ class MSEA(TokenAttribution):
         >>> from captum_mllm import MSEA
         >>> from captum_mllm.reference import load
         >>> model, processor = load()
-        >>> MSEA(model, processor, scales=(1.0, 1.5), mirrored=False).name
+        >>> MSEA(model, processor, scales=(1.0, 1.5), flip="none").name
         'MSEA(LogitLens)'
     """
 
@@ -78,7 +82,7 @@ class MSEA(TokenAttribution):
         scales: Sequence[float] = (1.0, 2.0),
         aggregation: Aggregation = "mean",
         scale_weights: str = "adaptive",
-        mirrored: bool = True,
+        flip: Flip = "horizontal",
         consistency: bool = False,
     ) -> None:
         base = _logits_of_one_scale(model_or_attribution, processor, layer)
@@ -89,11 +93,12 @@ class MSEA(TokenAttribution):
         self.scale_weights = check_choice("scale_weights", scale_weights, SCALE_WEIGHTS)
         if aggregation == "median":
             self.scale_weights = "equal"
-        self.mirrored, self.consistency = bool(mirrored), bool(consistency)
+        self.flip: Any = check_choice("flip", flip, tuple(FLIPS))
+        self.consistency = bool(consistency)
 
     @classmethod
     def paper(cls, *args: Any, **options: Any) -> Self:
-        """The plain published idea: the mean over scales 1, 1.25 and 1.5, without mirrored views.
+        """The plain published idea: the mean over scales 1, 1.25 and 1.5, without flipped views.
 
         The list of scales is our guess: the paper's is not known to us.
 
@@ -110,7 +115,7 @@ class MSEA(TokenAttribution):
             >>> MSEA.paper(load()[0]).scales
             (1.0, 1.25, 1.5)
         """
-        published = {"scales": (1.0, 1.25, 1.5), "scale_weights": "equal", "mirrored": False}
+        published = {"scales": (1.0, 1.25, 1.5), "scale_weights": "equal", "flip": "none"}
         return cls(*args, **{**published, **options})
 
     @property
@@ -158,17 +163,12 @@ class MSEA(TokenAttribution):
         Returns:
             The maps of every view; its ``merged`` makes them one trace.
         """
-        return gather_views(
-            self.runner,
-            inputs,
-            target,
-            scales=self.scales,
-            mirrored=self.mirrored,
-            consistency=self.consistency,
-            top_k=top_k,
-            label=type(self).__name__,
-            **options,
-        )
+        plan = ViewPlan(lens=self.scales, flip=self.flip, consistency=self.consistency)
+        if self.attribution_method.reads_context:
+            plan = ViewPlan(direct=self.scales, consistency=self.consistency)
+        name = type(self).__name__
+        views = gather_views(self.runner, inputs, target, plan, top_k=top_k, label=name, **options)
+        return views.lens if views.direct is None else views.direct
 
 
 def _logits_of_one_scale(base: Any, processor: Any, layer: int) -> TokenAttribution:
@@ -191,7 +191,7 @@ def _logits_of_one_scale(base: Any, processor: Any, layer: int) -> TokenAttribut
             f"model_or_attribution: {name} gives maps in [0, 1], and MSEA aggregates logits. "
             f"Aggregate first: write {name}(MSEA(...))."
         )
-    if isinstance(base, MSEA):
+    if hasattr(base, "scales"):
         raise ValueError(
             "model_or_attribution is multi-scale already; give it all the scales at once."
         )

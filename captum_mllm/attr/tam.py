@@ -82,8 +82,8 @@ class TokenActivationMap(PostProcessor):
 
     @override
     def attribute_trace(self, trace: TokenTrace) -> MLLMAttributionResult:
-        cells, text_class = trace.cells, trace.text_class
-        maps, context_maps = cells[text_class[trace.targets]], cells[text_class]
+        cells, map_rows = trace.cells, trace.map_rows
+        maps, context_maps = cells[map_rows[trace.targets]], cells[map_rows]
         is_context, is_earlier = trace.is_context, trace.is_earlier
         if self.parity:
             context_maps, is_text = self._parity_context(trace, context_maps)
@@ -103,6 +103,8 @@ class TokenActivationMap(PostProcessor):
 
     def _parity_context(self, trace: TokenTrace, context_maps: Tensor) -> tuple[Tensor, Tensor]:
         """Context maps of the released code, and which columns it counts as text."""
+        if trace.per_token:
+            raise ValueError("parity is the released code over a logit lens; leave it out.")
         n_text = trace.n_prompt - self.template_tail
         if n_text < 1:
             raise ValueError(

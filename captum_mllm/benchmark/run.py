@@ -29,6 +29,7 @@ from captum_mllm.validation import ArgumentError
 
 SAMPLES, FIGURES, TABLE = "samples.jsonl", "benchmark.json", "benchmark.md"
 FORMAT = 1
+_CALIBRATED = {"arc", "msea+arc", "direct", "direct_lens"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ def run_benchmark(
     twice; a line cut off in the middle is computed again. A failure on a picture is recorded with
     its reason, counted, and the run continues.
 
-    Methods that need the same forwards ("lens", "tam" and "arc"; "msea" and "msea+arc") share
+    Methods that need the same forwards ("lens", "tam", "arc"; "msea", "msea+arc") share
     them; the seconds of a method include those of its shared forwards.
 
     An earlier run must have had the same settings, data, weights and versions. Only the methods,
@@ -274,14 +275,13 @@ def _sentences(fixed: Mapping[str, Any], pictures: int, settings: Settings) -> l
             for name, chosen in settings.options.items()
         )
         sentences.append(f"Options: {options}.")
-    if {"arc", "msea+arc"} & set(settings.methods) and {"lens", "tam", "msea"} & set(
-        settings.methods
-    ):
+    chosen = set(settings.methods)
+    if _CALIBRATED & chosen and {"lens", "tam", "msea"} & chosen:
         sentences.append(
-            "arc and msea+arc calibrate their maps on a finer grid by default; lens, tam and msea "
-            "do not, which matters for thresholded metrics such as Obj-IoU. The options "
-            "calibration=1.5 and upsampling=2 do the same for lens, tam and msea; calibration=None "
-            "switches it off for arc and msea+arc."
+            "arc, msea+arc, direct and direct_lens calibrate their maps on a finer grid by "
+            "default; lens, tam and msea do not, which matters for thresholded metrics such as "
+            "Obj-IoU. The options calibration=1.5 and upsampling=2 do the same for lens, tam and "
+            "msea; calibration=None switches it off for the others."
         )
     return sentences
 

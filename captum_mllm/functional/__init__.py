@@ -4,8 +4,10 @@
 - ``msea``: multi-scale explanation aggregation.
 - ``tam``: context weights, interference, joint normalisation, rank Gaussian filter.
 - ``arc``: activation ranking correlation: rankings, their overlap, the subtraction.
+- ``direct``: direct logit attribution, and its product with the lens.
 - ``calibration``: maps whose values a threshold can separate.
 - ``resampling``, ``patches``, ``segments``: other grids, how models cut up an image, segments.
+- ``odds``: how certain a token is, without saturation.
 
 The axes have the same names throughout: ``targets`` are the explained tokens, ``tokens`` the text
 tokens that serve as context, and ``cells`` the cells of *all* images of the sample concatenated (so
@@ -18,6 +20,13 @@ released code computes it, and **our reading** is ours where the paper leaves a 
 
 from captum_mllm.functional.arc import arc_subtract, rank_biased_overlap, top_k_rankings
 from captum_mllm.functional.calibration import calibrate
+from captum_mllm.functional.direct import (
+    attention_rows,
+    head_contributions,
+    head_outputs,
+    product_of_experts,
+    visible_keys,
+)
 from captum_mllm.functional.lens import lens_logits
 from captum_mllm.functional.msea import (
     AGGREGATIONS,
@@ -26,6 +35,7 @@ from captum_mllm.functional.msea import (
     aggregate,
     rank_correlation,
 )
+from captum_mllm.functional.odds import log_odds
 from captum_mllm.functional.patches import (
     find_layout,
     frames_to_patches,
@@ -61,18 +71,23 @@ __all__ = [
     "adaptive_weights",
     "aggregate",
     "arc_subtract",
+    "attention_rows",
     "calibrate",
     "context_weights",
     "eci_subtract",
     "find_layout",
     "frames_to_patches",
     "grid_mask",
+    "head_contributions",
+    "head_outputs",
     "join_tiles",
     "join_windows",
     "joint_min_max",
     "lens_logits",
+    "log_odds",
     "merge_views",
     "patches_to_frames",
+    "product_of_experts",
     "rank_biased_overlap",
     "rank_correlation",
     "rank_gaussian_filter",
@@ -84,5 +99,6 @@ __all__ = [
     "sum_cells",
     "top_k_rankings",
     "upsample",
+    "visible_keys",
     "window_boxes",
 ]

@@ -10,6 +10,8 @@ from typing import Any
 from captum_mllm.attr import (
     ARC,
     MSEA,
+    DirectLens,
+    DirectLogitAttribution,
     JointNormalization,
     LogitLens,
     TokenActivationMap,
@@ -20,7 +22,13 @@ from captum_mllm.methods.request import Request
 from captum_mllm.result import MLLMAttributionResult
 
 
-@method("lens", kind="ours", options=constructor_options(LogitLens, JointNormalization))
+def _options(*kinds: type) -> frozenset[str]:
+    """Names of the options of a chain; the layer is an option only if the innermost has one."""
+    names = constructor_options(*kinds)
+    return names if "layer" in constructor_options(kinds[0]) else names - {"layer"}
+
+
+@method("lens", kind="ours", options=_options(LogitLens, JointNormalization))
 def lens(request: Request, **options: Any) -> MLLMAttributionResult:
     """Logit lens on the image tokens.
 
@@ -29,7 +37,7 @@ def lens(request: Request, **options: Any) -> MLLMAttributionResult:
     return _attribute(request, LogitLens, JointNormalization, options=options)
 
 
-@method("tam", kind="ours", options=constructor_options(LogitLens, TokenActivationMap))
+@method("tam", kind="ours", options=_options(LogitLens, TokenActivationMap))
 def tam(request: Request, **options: Any) -> MLLMAttributionResult:
     """Token activation map.
 
@@ -38,7 +46,7 @@ def tam(request: Request, **options: Any) -> MLLMAttributionResult:
     return _attribute(request, LogitLens, TokenActivationMap, options=options)
 
 
-@method("msea", kind="ours", options=constructor_options(LogitLens, MSEA, JointNormalization))
+@method("msea", kind="ours", options=_options(LogitLens, MSEA, JointNormalization))
 def msea(request: Request, images: Any = None, **options: Any) -> MLLMAttributionResult:
     """Logit lens aggregated over several scales.
 
@@ -49,7 +57,7 @@ def msea(request: Request, images: Any = None, **options: Any) -> MLLMAttributio
     return _attribute(request, *kinds, options=options, images=images)
 
 
-@method("arc", kind="ours", options=constructor_options(LogitLens, ARC))
+@method("arc", kind="ours", options=_options(LogitLens, ARC))
 def arc(request: Request, **options: Any) -> MLLMAttributionResult:
     """Logit lens with interference from irrelevant context suppressed.
 
@@ -58,13 +66,48 @@ def arc(request: Request, **options: Any) -> MLLMAttributionResult:
     return _attribute(request, LogitLens, ARC, options=options)
 
 
-@method("msea+arc", kind="ours", options=constructor_options(LogitLens, MSEA, ARC))
+@method("msea+arc", kind="ours", options=_options(LogitLens, MSEA, ARC))
 def msea_arc(request: Request, images: Any = None, **options: Any) -> MLLMAttributionResult:
     """Several scales aggregated, and interference from irrelevant context suppressed.
 
     ``ARC(MSEA(LogitLens(model)))``; options as those of the constructors, and ``images``.
     """
     return _attribute(request, LogitLens, MSEA, ARC, options=options, images=images)
+
+
+@method("direct", kind="ours", options=_options(DirectLogitAttribution, MSEA, JointNormalization))
+def direct(
+    request: Request,
+    images: Any = None,
+    upsampling: int = 2,
+    calibration: float | None = 1.5,
+    **options: Any,
+) -> MLLMAttributionResult:
+    """Direct logit attribution aggregated over several scales.
+
+    ``JointNormalization(MSEA(DirectLogitAttribution(model)))``, upsampled and calibrated as ARC
+    is; options as those of the constructors, and ``images``.
+    """
+    kinds = (DirectLogitAttribution, MSEA, JointNormalization)
+    options |= {"upsampling": upsampling, "calibration": calibration}
+    return _attribute(request, *kinds, options=options, images=images)
+
+
+@method("direct_lens", kind="ours", options=_options(DirectLens, JointNormalization))
+def direct_lens(
+    request: Request,
+    images: Any = None,
+    upsampling: int = 2,
+    calibration: float | None = 1.5,
+    **options: Any,
+) -> MLLMAttributionResult:
+    """Logit lens times direct logit attribution, over several scales.
+
+    ``JointNormalization(DirectLens(model))``, upsampled and calibrated as ARC is; options as those
+    of both constructors, and ``images``.
+    """
+    options |= {"upsampling": upsampling, "calibration": calibration}
+    return _attribute(request, DirectLens, JointNormalization, options=options, images=images)
 
 
 def _attribute(
@@ -78,18 +121,18 @@ def _attribute(
         options: of all constructors.
         images: the original pictures, for the scales.
     """
-    *sources, last = kinds
-    source: TokenAttribution = LogitLens(
-        request.model, request.processor, **_known(options, LogitLens)
-    )
-    for kind in sources[1:]:
-        source = kind(source, **_known(options, kind))
-    attributor = last(source, **_known(options, last))
+    innermost, *around, last = kinds
+    own = _known(options, innermost)
+    source: TokenAttribution = innermost(request.model, request.processor, **own)
+    for kind in around:
+        source = kind(source, **_wrapping(options, kind))
+    attributor = last(source, **_wrapping(options, last))
     depth = attributor.ranking_depth
     if request.shared is None or images is not None:
         return attributor.attribute_trace(_trace(request, source, depth, images))
     wanted = _common_depth(source) if depth is None else depth
-    settings = repr([*((k.__name__, _settings(options, k)) for k in sources)])
+    sources = kinds[:-1]
+    settings = repr([(kind.__name__, _settings(options, kind)) for kind in sources])
     trace = request.shared.get(settings, depth, lambda: _trace(request, source, wanted, None))
     return attributor.attribute_trace(trace)
 
@@ -113,9 +156,14 @@ def _common_depth(source: TokenAttribution) -> int:
 
 
 def _known(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """The options of one constructor; the layer belongs to the innermost attributor."""
-    names = constructor_options(kind) - (frozenset() if kind is LogitLens else {"layer"})
+    """The options of one constructor."""
+    names = constructor_options(kind)
     return {name: value for name, value in options.items() if name in names}
+
+
+def _wrapping(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The options of an attributor around another, whose layer belongs to the innermost one."""
+    return {name: value for name, value in _known(options, kind).items() if name != "layer"}
 
 
 def _settings(options: Mapping[str, Any], kind: type) -> list[tuple[str, Any]]:

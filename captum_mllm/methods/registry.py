@@ -116,9 +116,12 @@ def explain(
 
     - "lens", "tam", "msea", "arc", "msea+arc": ``JointNormalization(LogitLens(model))``,
       ``TokenActivationMap``, ``JointNormalization(MSEA(model))``, ``ARC``, ``ARC(MSEA(model))``.
-      Of these ARC alone calibrates its maps by default, which matters wherever maps are
-      thresholded: compare with ``calibration=1.5, upsampling=2`` for the others, or
-      ``calibration=None`` for ARC.
+    - "direct", "direct_lens": ``JointNormalization(MSEA(DirectLogitAttribution(model)))``,
+      ``JointNormalization(DirectLens(model))``: what each mention of a word read.
+
+    ARC and the last two calibrate their maps by default, which matters wherever maps are
+    thresholded: compare with ``calibration=1.5, upsampling=2`` for the others, or
+    ``calibration=None`` for these.
 
     Baselines, of which positive values count:
 

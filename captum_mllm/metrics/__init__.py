@@ -6,8 +6,9 @@ whose mask is empty has no object to find: its value is NaN, and :func:`paired_b
 out. A map that points nowhere gets the lowest value, never NaN, so that no method gains by an
 empty map.
 
-:func:`insertion_deletion` and :func:`hallucination_scores` run the model; :func:`score_words`
-combines an answer's words, their categories and the masks.
+:func:`insertion_deletion`, :func:`linear_datamodeling_score`, :func:`keep_and_remove`,
+:func:`hallucination_scores` and :func:`sample_gates` run the model; :func:`score_words` combines an
+answer's words, their categories and the masks.
 """
 
 from captum_mllm.metrics.answers import (
@@ -22,12 +23,19 @@ from captum_mllm.metrics.answers import (
     word_obj_iou,
     word_scores_of,
 )
+from captum_mllm.metrics.datamodeling import (
+    DatamodelingScores,
+    linear_datamodeling_score,
+    subset_correlation,
+)
+from captum_mllm.metrics.diagnostics import border_mass, centroid_distance
 from captum_mllm.metrics.faithfulness import (
     Faithfulness,
     curve_at,
     curve_auc,
     insertion_deletion,
 )
+from captum_mllm.metrics.gates import SampleGates, gates_table, sample_gates
 from captum_mllm.metrics.hallucination import (
     HallucinationScores,
     hallucination_scores,
@@ -36,6 +44,7 @@ from captum_mllm.metrics.hallucination import (
     mass_area,
     rank_of,
 )
+from captum_mllm.metrics.keep_and_remove import KeepAndRemove, keep_and_remove
 from captum_mllm.metrics.localization import (
     auc,
     average_precision,
@@ -47,26 +56,42 @@ from captum_mllm.metrics.localization import (
     pointing_game,
     precision_recall,
 )
-from captum_mllm.metrics.statistics import Interval, paired_bootstrap, paired_bootstrap_f1
+from captum_mllm.metrics.log_odds import relative_log_odds
+from captum_mllm.metrics.statistics import (
+    Interval,
+    WinsTiesLosses,
+    paired_bootstrap,
+    paired_bootstrap_f1,
+    wins_ties_losses,
+)
 
 __all__ = [
     "FUNCTION_WORDS",
     "MASK_METRICS",
+    "DatamodelingScores",
     "Faithfulness",
     "HallucinationScores",
     "Interval",
+    "KeepAndRemove",
+    "SampleGates",
+    "WinsTiesLosses",
     "WordScores",
     "auc",
     "average_precision",
+    "border_mass",
+    "centroid_distance",
     "curve_at",
     "curve_auc",
     "energy_in_mask",
     "f1_iou",
     "func_iou",
+    "gates_table",
     "hallucination_scores",
     "insertion_deletion",
     "iou",
     "is_function_word",
+    "keep_and_remove",
+    "linear_datamodeling_score",
     "log_normalizer",
     "map_entropy",
     "mass_area",
@@ -79,7 +104,11 @@ __all__ = [
     "pointing_game",
     "precision_recall",
     "rank_of",
+    "relative_log_odds",
+    "sample_gates",
     "score_words",
+    "subset_correlation",
+    "wins_ties_losses",
     "word_obj_iou",
     "word_scores_of",
 ]

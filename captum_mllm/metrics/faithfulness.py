@@ -1,35 +1,33 @@
 """Does the model need what a map marks? Insertion, deletion, comprehensiveness, sufficiency."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 from tqdm import tqdm
 
+from captum_mllm.metrics.log_odds import relative_log_odds
 from captum_mllm.metrics.perturbation import (
     Run,
     Version,
-    all_masks,
+    check_seed,
+    check_settings,
+    ends,
     perturbed_versions,
     read_maps,
     step_sizes,
 )
-from captum_mllm.model.baselines import (
-    BASELINES,
-    Baseline,
-    PerturbableImages,
-    black_pixel,
-    mask_shape,
-)
+from captum_mllm.model.baselines import Baseline, PerturbableImages, black_pixel, mask_shape
 from captum_mllm.model.forward import evaluating
-from captum_mllm.model.inputs import Sample
 from captum_mllm.model.targets import chosen_tokens, read_question
-from captum_mllm.validation import check_number
+from captum_mllm.validation import check_choice, check_number
 
+Units = Literal["probability", "log_odds"]
+Ties = Literal["order", "random"]
 AREAS = (0.01, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -98,6 +96,9 @@ class Faithfulness:
         baseline: what replaces pixels.
         areas: shares of area of the two dictionaries.
         sensitive_above: drop of p from which on a target is visually sensitive.
+        units: "probability" (default): the curves hold p, as described; "log_odds": they hold
+            :func:`relative_log_odds` in place of p, NaN for a target whose log-odds the whole
+            image does not raise above the baseline's.
     """
 
     insertion: Float64[Tensor, "targets points"]
@@ -108,6 +109,12 @@ class Faithfulness:
     baseline: str
     areas: tuple[float, ...] = AREAS
     sensitive_above: float = 0.2
+    units: Units = "probability"
+
+    @property
+    def full(self) -> Float64[Tensor, " targets"]:
+        """Value of each curve where everything is shown: p(full), or 1 in log-odds."""
+        return self.insertion[:, -1]
 
     @property
     def insertion_auc(self) -> Float64[Tensor, " targets"]:
@@ -126,13 +133,13 @@ class Faithfulness:
 
     @property
     def comprehensiveness(self) -> dict[float, Float64[Tensor, " targets"]]:
-        """Per share of area: p(full) - p(that share replaced); higher is better."""
-        return {area: self.probs - curve_at(self.deletion, area) for area in self.areas}
+        """Per share of area: p(full) - p(that share replaced), in units; higher is better."""
+        return {area: self.full - curve_at(self.deletion, area) for area in self.areas}
 
     @property
     def sufficiency(self) -> dict[float, Float64[Tensor, " targets"]]:
-        """Per share of area: p(full) - p(only that share shown); lower is better."""
-        return {area: self.probs - curve_at(self.insertion, area) for area in self.areas}
+        """Per share of area: p(full) - p(only that share shown), in units; lower is better."""
+        return {area: self.full - curve_at(self.insertion, area) for area in self.areas}
 
     @property
     def sensitive(self) -> Bool[Tensor, " targets"]:
@@ -147,7 +154,7 @@ class Faithfulness:
 
         Returns:
             "insertion", "deletion", "difference", "comprehensiveness@0.1", ...; NaN where no
-            target is sensitive.
+            target is sensitive. Targets whose curves are NaN are left out.
         """
         scores = {
             "insertion": self.insertion_auc,
@@ -157,6 +164,7 @@ class Faithfulness:
         scores |= {f"comprehensiveness@{area:g}": v for area, v in self.comprehensiveness.items()}
         scores |= {f"sufficiency@{area:g}": v for area, v in self.sufficiency.items()}
         keep = self.sensitive if sensitive_only else torch.ones_like(self.sensitive)
+        keep = keep & ~self.full.isnan()
         return {name: float(values[keep].mean()) for name, values in scores.items()}
 
 
@@ -172,6 +180,9 @@ def insertion_deletion(
     steps: int = 64,
     areas: Sequence[float] = AREAS,
     sensitive_above: float = 0.2,
+    units: Units = "probability",
+    ties: Ties = "order",
+    seed: int = 0,
     perturbations_per_eval: int = 1,
     show_progress: bool = False,
 ) -> Faithfulness:
@@ -179,8 +190,9 @@ def insertion_deletion(
 
     The answer stays fixed; its tokens' probabilities are teacher-forced, given the changed image,
     the prompt and the true tokens before each. All pixels of all images are ranked by the map,
-    upsampled to the model's canvas bilinearly; ties keep the order of the images, then go row by
-    row from the upper left, so that a constant map scans from the top. The model is left unchanged.
+    upsampled to the model's canvas bilinearly; by default ties keep the order of the images, then
+    go row by row from the upper left, so that a constant map scans from the top. The model is left
+    unchanged.
 
     Where a model sees an image twice (tiles and an overview: thumbnail, global or base image), the
     overview changes by the resized change of the tiles' image. Even where everything is replaced
@@ -207,6 +219,12 @@ def insertion_deletion(
             (linear between steps), default 1, 5, 10, 20 and 50 %.
         sensitive_above: a token is visually sensitive if p(full) - p(black) lies above,
             default 0.2.
+        units: "probability" (default), or "log_odds": the curves hold the log-odds of p between
+            those of the baseline (0) and of the whole image (1), which don't saturate once an
+            object is roughly covered; see :func:`relative_log_odds`.
+        ties: "order" (default): see above; "random": tied pixels go cell by cell of the model's
+            grid, in random order, so that a constant map is as good as a random one.
+        seed: of that order, default 0; the same for all maps.
         perturbations_per_eval: perturbed versions in one forward, default 1.
         show_progress: progress bar over the versions, default False. There are
             ``2 (steps - 1)`` of them per map, and two or three more.
@@ -237,57 +255,53 @@ def insertion_deletion(
         >>> scores.insertion.shape, sorted(scores.means())[-1]
         (torch.Size([1, 9]), 'sufficiency@0.5')
     """
-    _check(baseline, steps, areas, perturbations_per_eval)
+    check_settings(baseline, steps=steps, perturbations_per_eval=perturbations_per_eval)
+    _check(areas, units, ties, seed)
     adapter, sample, answer = read_question(model, inputs, target, processor)
     chosen = chosen_tokens(tokens, len(answer))
     maps = read_maps(attribution, sample.grids, answer, chosen)
-    black = black_pixel(processor)
-    shown = PerturbableImages(adapter, sample, baseline, black)
-    dark = shown if baseline == "black" else PerturbableImages(adapter, sample, "black", black)
-
-    sizes = step_sizes(sum(prod(mask_shape(grid)) for grid in sample.grids), steps)
-    ends = _ends(sample, shown, dark, len(chosen))
-    total = len(ends) + 2 * (steps - 1) * len(maps)
+    shown = PerturbableImages(adapter, sample, baseline, black_pixel(processor))
+    versions = ends(sample, shown, len(chosen))
+    if baseline != "black":
+        dark = PerturbableImages(adapter, sample, "black", black_pixel(processor))
+        versions.append(ends(sample, dark, len(chosen))[1])
+    total = len(versions) + 2 * (steps - 1) * len(maps)
     with (
         evaluating(adapter),
         tqdm(total=total, desc="versions", disable=not show_progress) as bar,
     ):
-        run = Run(adapter, sample, answer, chosen, perturbations_per_eval, bar)
-        full, base, *rest = (probs for _, probs in run.probs(iter(ends)))
-        insertion = torch.empty(len(chosen), steps + 1, dtype=torch.float64)
-        insertion[:, 0], insertion[:, -1] = base, full
-        deletion = insertion.flip(1)
-        between = perturbed_versions(maps, sample, shown, len(chosen), sizes)
-        for version, probs in run.probs(between):
-            curve = deletion if version.deletes else insertion
-            curve[list(version.rows), version.step] = probs
+        run = Run(adapter, sample, answer, chosen, perturbations_per_eval, bar, units)
+        full, base, *others = (values for _, values in run.values(versions))
+        sizes = step_sizes(sum(prod(mask_shape(grid)) for grid in sample.grids), steps)
+        order = None if ties == "order" else seed
+        between = perturbed_versions(maps, sample, shown, len(chosen), sizes, order)
+        curves = _curves(full, base, run.values(between), steps)
+    black = others[0] if others else base
+    if units == "log_odds":
+        curves = [relative_log_odds(curve, full, base) for curve in curves]
+        full, black = full.sigmoid(), black.sigmoid()
+    scored, shares = tuple(chosen), tuple(areas)
     return Faithfulness(
-        insertion=insertion,
-        deletion=deletion,
-        probs=full,
-        black_probs=rest[0] if rest else base,
-        tokens=tuple(chosen),
-        baseline=baseline,
-        areas=tuple(areas),
-        sensitive_above=sensitive_above,
+        curves[0], curves[1], full, black, scored, baseline, shares, sensitive_above, units
     )
 
 
-def _ends(
-    sample: Sample, shown: PerturbableImages, dark: PerturbableImages, n_chosen: int
-) -> list[Version]:
-    """The whole image, its baseline, and black where that is not the baseline."""
-    everyone = tuple(range(n_chosen))
-    nothing, everything = all_masks(sample, False), all_masks(sample, True)
-    ends = [Version(shown, nothing, everyone), Version(shown, everything, everyone)]
-    return ends if dark is shown else [*ends, Version(dark, everything, everyone)]
+def _curves(
+    full: Tensor, base: Tensor, between: Iterable[tuple[Version, Tensor]], steps: int
+) -> list[Tensor]:
+    """Insertion and deletion from the values of all versions."""
+    insertion = torch.empty(len(full), steps + 1, dtype=torch.float64)
+    insertion[:, 0], insertion[:, -1] = base, full
+    deletion = insertion.flip(1)
+    for version, values in between:
+        curve = deletion if version.deletes else insertion
+        curve[list(version.rows), version.step] = values
+    return [insertion, deletion]
 
 
-def _check(baseline: Any, steps: Any, areas: Sequence[float], per_eval: Any) -> None:
-    if baseline not in BASELINES:
-        raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {baseline!r}.")
-    for name, value in (("steps", steps), ("perturbations_per_eval", per_eval)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+def _check(areas: Sequence[float], units: Any, ties: Any, seed: Any) -> None:
     for area in areas:
         check_number("areas", area, "between 0 and 1", lambda a: 0 <= a <= 1)
+    check_choice("units", units, ("probability", "log_odds"))
+    check_choice("ties", ties, ("order", "random"))
+    check_seed(seed)

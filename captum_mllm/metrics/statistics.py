@@ -1,4 +1,4 @@
-"""How certain a mean is: intervals by resampling whole scenes."""
+"""How certain a mean is: intervals by resampling whole scenes; and how often who wins."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 from torch import Tensor
+
+from captum_mllm.validation import check_number
 
 Values = (
     Shaped[np.ndarray, " scenes"]
@@ -125,6 +127,52 @@ def paired_bootstrap_f1(
     gaps = [np.isnan(part - other) for part, other in zip(parts, others, strict=True)]
     kept = [np.where(gap, np.nan, v) for gap, v in zip(gaps * 2, parts + others, strict=True)]
     return _interval(kept, lambda m: _f1(m[..., :2]) - _f1(m[..., 2:]), n_resamples, seed, level)
+
+
+class WinsTiesLosses(NamedTuple):
+    """How often one method beats another on the same value.
+
+    Args:
+        wins: number of values at which the first is larger by more than the tolerance.
+        ties: number of values that differ by at most the tolerance.
+        losses: number of values at which the first is smaller by more than the tolerance.
+    """
+
+    wins: int
+    ties: int
+    losses: int
+
+
+def wins_ties_losses(a: Values, b: Values, *, tolerance: float = 0.0) -> WinsTiesLosses:
+    """Count where ``a`` is larger than ``b``, equal, or smaller.
+
+    A mean can come from a few scenes; this says in how many of them a method is ahead.
+
+    Args:
+        a: one value per scene, (scenes,), or several, (scenes, values), padded with NaN; the
+            larger one wins.
+        b: the values of another method at the same places.
+        tolerance: differences up to this are ties, default 0.
+
+    Returns:
+        Counts; a value that is NaN in ``a`` or ``b`` is in none of them.
+
+    Raises:
+        ValueError: ``a`` is not 1- or 2-dimensional or holds an infinity, the shapes differ, or
+            ``tolerance`` is below 0.
+
+    Reference:
+        Demšar, "Statistical comparisons of classifiers over multiple data sets", JMLR 2006.
+
+    Example:
+        >>> wins_ties_losses([0.5, 0.7, 0.6], [0.4, 0.7, float("nan")])
+        WinsTiesLosses(wins=1, ties=1, losses=0)
+    """
+    tolerance = check_number("tolerance", tolerance, "from 0", lambda t: 0 <= t < float("inf"))
+    values = _values(a, "a")
+    gap = values - _paired(values, b, "a", "b")
+    wins, losses = int((gap > tolerance).sum()), int((gap < -tolerance).sum())
+    return WinsTiesLosses(wins, int((~np.isnan(gap)).sum()) - wins - losses, losses)
 
 
 def _f1(means: np.ndarray) -> np.ndarray:

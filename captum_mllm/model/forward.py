@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_mllm.adapters import Adapter, refuse_compiled
 from captum_mllm.adapters.devices import tables_loaded
 from captum_mllm.adapters.hooks import unchanged
-from captum_mllm.functional import lens_logits
+from captum_mllm.functional import lens_logits, log_odds
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.inputs import Sample, append_answer
 
@@ -412,6 +412,44 @@ def answer_log_probs(
     Raises:
         ValueError: the LM head did not run once (a replaced part of the model), or NaN.
     """
+    logits, ids = _answer_logits(adapter, sample, answer, versions, tokens)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return _without_nan(logits.to(dtype).log_softmax(-1).gather(-1, ids[..., None])[..., 0])
+
+
+def answer_log_odds(
+    adapter: Adapter,
+    sample: Sample,
+    answer: Int64[Tensor, " answer"],
+    versions: Sequence[Mapping[str, Tensor]],
+    tokens: Sequence[Sequence[int]],
+) -> Float[Tensor, "versions tokens"]:
+    """Log-odds of tokens of one answer, given versions of the images: one forward.
+
+    Args:
+        adapter: see :func:`answer_log_probs`.
+        sample: see there.
+        answer: see there.
+        versions: see there.
+        tokens: see there.
+
+    Returns:
+        ``log p - log(1 - p)`` by :func:`captum_mllm.functional.log_odds`.
+
+    Raises:
+        ValueError: see :func:`answer_log_probs`.
+    """
+    return _without_nan(log_odds(*_answer_logits(adapter, sample, answer, versions, tokens)))
+
+
+def _answer_logits(
+    adapter: Adapter,
+    sample: Sample,
+    answer: Int64[Tensor, " answer"],
+    versions: Sequence[Mapping[str, Tensor]],
+    tokens: Sequence[Sequence[int]],
+) -> tuple[Float[Tensor, "versions tokens vocabulary"], Int64[Tensor, "versions tokens"]]:
+    """Logits that predict the tokens, and the tokens' ids."""
     full = append_answer(sample, answer, adapter)
     batch = batched(adapter, full, versions, len(versions))
     where = torch.tensor([list(positions) for positions in tokens])
@@ -424,13 +462,13 @@ def answer_log_probs(
             f"{tuple(logits.shape)}, expected once and {tuple(rows.shape)} rows. Is a part of the "
             f"model compiled, or replaced? Pass the plain model."
         )
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_probs = logits.to(dtype).log_softmax(-1)
-    ids = answer[where.to(answer.device)].to(log_probs.device)
-    log_probs = log_probs.gather(-1, ids[..., None])[..., 0]
-    if bool(log_probs.isnan().any()):
+    return logits, answer[where.to(answer.device)].to(logits.device)
+
+
+def _without_nan(values: Tensor) -> Tensor:
+    if bool(values.isnan().any()):
         raise ValueError("model: its logits hold NaN; try another dtype (float32 or bfloat16).")
-    return log_probs
+    return values
 
 
 def teacher_forced_output(adapter: Adapter, inputs: Mapping[str, Tensor]) -> Any:

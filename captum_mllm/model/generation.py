@@ -19,7 +19,11 @@ MAX_NEW_TOKENS = 128
 
 
 def generate_answer(
-    sample: Sample, adapter: Adapter, gen_args: Mapping[str, Any] | None = None
+    sample: Sample,
+    adapter: Adapter,
+    gen_args: Mapping[str, Any] | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> Int64[Tensor, " answer"]:
     """The model's own answer: plain greedy decoding unless ``gen_args`` says otherwise.
 
@@ -31,6 +35,7 @@ def generate_answer(
         sample: the prompt.
         adapter: the model's adapter.
         gen_args: keyword arguments of ``generate`` that replace ours.
+        may_be_empty: whether nothing but the end of sequence is an answer too, default False.
 
     Returns:
         Ids of the answer without the final end-of-sequence token.
@@ -56,7 +61,7 @@ def generate_answer(
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     if len(answer) and int(answer[-1]) in ends:
         answer = answer[:-1]
-    if len(answer) == 0:
+    if len(answer) == 0 and not may_be_empty:
         raise ValueError(
             "target is None and the model generated nothing but the end of sequence: check the "
             "prompt (chat template?), or give a target."

@@ -257,6 +257,29 @@ def rescaled_inputs(
     return Sample(kwargs, tuple(grids), where, length, sample.padding)
 
 
+def moved_positions(
+    sample: Sample, scaled: Sample, positions: Int64[Tensor, " tokens"]
+) -> Int64[Tensor, " tokens"]:
+    """Where text tokens stand once the images have other numbers of placeholders.
+
+    Args:
+        sample: the prompt at its own scale.
+        scaled: the same tokens, and perhaps more, with the images on other grids.
+        positions: of tokens that are no placeholders; those of the answer follow the prompt's.
+
+    Returns:
+        Their positions at the other scale.
+    """
+    device = positions.device
+    before = torch.ones(int(positions.max()) + 1, dtype=torch.bool, device=device)
+    after = torch.ones(len(scaled.prompt_ids), dtype=torch.bool, device=device)
+    for tokens, images in ((before, sample.image_positions), (after, scaled.image_positions)):
+        for where in images:
+            tokens[where[where < len(tokens)]] = False
+    order = before.cumsum(0)[positions] - 1  # text keeps its order
+    return after.nonzero()[:, 0][order]
+
+
 def cut(inputs: Mapping[str, Tensor], length: int, adapter: Adapter) -> dict[str, Tensor]:
     """The inputs with every token-wise one cut to its first ``length`` tokens.
 

@@ -1,6 +1,8 @@
 """Runs the model once, at its own scale: generation or the given answer, then one forward."""
 
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
@@ -16,6 +18,7 @@ from captum_mllm.functional import (
     top_k_rankings,
 )
 from captum_mllm.geometry import Preprocessing
+from captum_mllm.model.direct import Contributions, recorded_contributions
 from captum_mllm.model.forward import (
     Captured,
     captured_forward,
@@ -27,6 +30,7 @@ from captum_mllm.model.generation import generate_answer
 from captum_mllm.model.inputs import Sample, append_answer, read_sample
 from captum_mllm.model.targets import Explain, explained_columns, read_target, text_positions
 from captum_mllm.model.trace import ReleasedCodeDeviations, TokenTrace
+from captum_mllm.model.write_paths import WritePath, write_paths
 from captum_mllm.words import token_labels, tokenizer_of
 
 
@@ -78,12 +82,15 @@ class Run:
         answer_ids: (answer,): ids of the answer.
         trace: the evidence at scale 1.
         answer_log_probs: (answer,): log-probabilities of the answer's tokens.
+        contributions: what attention wrote from each position into each text token's logit, where
+            that was wanted and the model has attention to read; else None.
     """
 
     sample: Sample
     answer_ids: Int64[Tensor, " answer"]
     trace: TokenTrace
     answer_log_probs: Float[Tensor, " answer"]
+    contributions: Contributions | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +120,7 @@ class Runner:
         target: Any,
         *,
         top_k: int | None = None,
+        direct: bool = False,
         **options: Unpack[RunOptions],
     ) -> Run:
         """Generate or check the answer, then one teacher-forced forward over everything.
@@ -121,6 +129,7 @@ class Runner:
             inputs: the processor's mapping.
             target: None, ids or a string.
             top_k: depth of the rankings, or None (default) for none.
+            direct: also record what attention wrote into each text token's logit, default False.
             options: see :class:`RunOptions`; ``images`` matters at other scales only.
         """
         adapter = self.adapter
@@ -140,12 +149,36 @@ class Runner:
             text = text_positions(sample, len(answer), adapter, self.tokenizer, self.context)
             targets = explained_columns(explain, text, sample, adapter)
             full = append_answer(sample, answer, adapter)
-            captured = captured_forward(
-                adapter, full, sample.grids, rows=text - 1, layer=self.layer
-            )
             ids = full["input_ids"][0]
+            paths = self._paths() if direct else ()
+            with (
+                recorded_contributions(adapter, paths, text - 1, ids[text])
+                if any(paths)
+                else nullcontext([None])
+            ) as written:
+                captured = captured_forward(
+                    adapter, full, sample.grids, rows=text - 1, layer=self.layer
+                )
             trace, log_probs = self._gather(sample, ids, text, targets, captured, top_k)
-        return Run(sample, answer, trace, log_probs[len(text) - len(answer) :])
+        return Run(sample, answer, trace, log_probs[len(text) - len(answer) :], written[0])
+
+    def _paths(self) -> tuple[WritePath | None, ...]:
+        """How each layer's attention writes; says so where some or all have none to read."""
+        paths = write_paths(self.adapter)
+        if lacking := paths.count(None):
+            rest = (
+                "contribute nothing to direct logit attribution"
+                if lacking < len(paths)
+                else "leave nothing to direct logit attribution: the logit lens is used in its "
+                "place"
+            )
+            warnings.warn(
+                f"{lacking} of {len(paths)} layers of {type(self.adapter.model).__name__} have no "
+                f"softmax attention that goes through transformers' attention interface, and "
+                f"{rest}.",
+                stacklevel=2,
+            )
+        return paths
 
     def lens_maps(
         self,

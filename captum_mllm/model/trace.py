@@ -31,12 +31,14 @@ class TokenTrace:
     """Raw evidence of one sample; nothing after it runs a model.
 
     *Text tokens* are the columns: the prompt's text, then the answer. *Classes* are the distinct
-    token ids among them: a raw map depends on the image and the token id alone.
+    token ids among them: a raw map of the lens depends on the image and the token id alone. Maps
+    that read the context have a row per text token instead (``per_token``).
 
     Args:
         class_ids: (classes,): ascending token ids.
-        maps: per image (classes, rows, cols), per video (classes, steps, rows, cols):
-            ``relu(logit_i(class))`` at the cells, views of one image merged.
+        maps: per image (maps, rows, cols), per video (maps, steps, rows, cols):
+            ``relu(logit_i(class))`` at the cells, views of one image merged; with ``per_token``
+            (text tokens, ...), what the text token's prediction read from the cells.
         text_ids: (text tokens,): token ids of the columns.
         text_positions: (text tokens,): their positions in ``input_ids`` + answer, padding
             included.
@@ -53,10 +55,11 @@ class TokenTrace:
         scales: achieved scales behind ``maps``.
         consistency: agreement of each scale with the base answer, or None.
         preprocessing: what the processor does to a picture's frame, or None.
+        per_token: whether ``maps`` have one row per text token, default False: one per class.
     """
 
     class_ids: Int64[Tensor, " classes"]
-    maps: tuple[Float[Tensor, "classes ..."], ...]
+    maps: tuple[Float[Tensor, "maps ..."], ...]
     text_ids: Int64[Tensor, " tokens"]
     text_positions: Int64[Tensor, " tokens"]
     targets: Int64[Tensor, " targets"]
@@ -70,14 +73,17 @@ class TokenTrace:
     scales: tuple[float, ...] = (1.0,)
     consistency: tuple[float, ...] | None = None
     preprocessing: Preprocessing | None = None
+    per_token: bool = False
 
     @property
-    def text_class(self) -> Int64[Tensor, " tokens"]:
-        """Row of ``class_ids`` (and of ``maps``) of each text token."""
+    def map_rows(self) -> Int64[Tensor, " tokens"]:
+        """Row of ``maps`` of each text token."""
+        if self.per_token:
+            return torch.arange(len(self.text_ids), device=self.text_ids.device)
         return torch.searchsorted(self.class_ids, self.text_ids)
 
     @property
-    def cells(self) -> Float[Tensor, "classes cells"]:
+    def cells(self) -> Float[Tensor, "maps cells"]:
         """The raw maps over the cells of all images, laid end to end."""
         return self.pack_cells(self.maps)
 

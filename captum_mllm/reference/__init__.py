@@ -19,7 +19,8 @@ What is here (everything loads on first use):
     converse(scene, kind="list", seed=0) -> Conversation    turns of annotated words
     make_example(set, number, split="test") -> Example      scene and conversation of a test set
     SETS                                                    plain, crowded, occluded, twins, small,
-                                                            interference, biased, openmoji
+                                                            interference, biased, openmoji,
+                                                            questions
     named_objects(text) -> list of categories in the order in which the text names them
 
 `Scene.objects` run from left to right; `Word.obj` is an index into them (-1: about no object) and

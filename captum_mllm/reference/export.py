@@ -15,7 +15,8 @@ bytes. Beyond COCO's fields there are
 - per caption: `question` (the last one; the caption is its answer), `turns` (the whole
   conversation: `question` and `answer` as lists of words with `text`, `role` and `obj`, the
   object's index or -1), `planted` (in the biased set: an object, and the partner that the planted
-  rule wants; else null).
+  rule wants; else null). In the set "questions" also `evidence`: per definition the indices of
+  the objects that the answer's first word rests on (`questions.find_evidence`).
 
 COCO knows no empty masks: an object without a visible pixel is not among the annotations. The
 captions still speak of it, with its index.
@@ -281,7 +282,8 @@ def _objects(example: Example, masks: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _caption(example: Example) -> dict[str, Any]:
-    turns, planted = example.talk.turns, example.planted
+    turns, planted, evidence = example.talk.turns, example.planted, example.evidence
+    more = {} if evidence is None else {"evidence": evidence}
     return {
         "id": example.number + 1,
         "image_id": example.number,
@@ -291,6 +293,7 @@ def _caption(example: Example) -> dict[str, Any]:
             {"question": _words(turn.question), "answer": _words(turn.answer)} for turn in turns
         ],
         "planted": None if planted is None else list(planted),
+        **more,
     }
 
 

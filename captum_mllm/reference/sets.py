@@ -7,17 +7,34 @@ determined by their numbers, and no scene of a set is one of another's or of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from captum_mllm.reference.assortments import assort
 from captum_mllm.reference.captions import Conversation, converse
 from captum_mllm.reference.crowds import crowd, occlude, shrink, twin
 from captum_mllm.reference.planted import PARTNERS, draw_broken, draw_kept
+from captum_mllm.reference.questions import QUESTIONS, Question, ask, find_evidence
 from captum_mllm.reference.scenes import Scene, draw_scenes, seeds_of
 
 ROOM = 10**5  # scenes of a set within a split; the first set begins at scene 0 of the split
+
+
+def _converse(scene: Scene, kinds: Sequence[str], number: int) -> Conversation:
+    return converse(scene, kinds[0], number, *kinds[1:])
+
+
+def _ask(scene: Scene, kinds: Sequence[str], number: int) -> Conversation:
+    return Conversation((_question(scene, kinds[0], number).turn,))
+
+
+def _question(scene: Scene, kind: str, number: int) -> Question:
+    question = ask(scene, kind, number)
+    if question is None:
+        raise RuntimeError(f"scene {scene.seed} has no question of the kind {kind!r}.")
+    return question
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,7 @@ class TestSet:
         about: What is hard about it.
         make: Scene of (number of the scene in the split, the split).
         talks: Kinds of questions (`captions.KINDS`), taken in turn: one, or two in a row.
+        talk: Makes the conversation of scene, kinds and number of the example.
     """
 
     __test__ = False  # no test of pytest's
@@ -37,6 +55,7 @@ class TestSet:
     about: str
     make: Callable[[int, str], Scene]
     talks: tuple[tuple[str] | tuple[str, str], ...] = (("list",), ("see",), ("describe",))
+    talk: Callable[[Scene, Sequence[str], int], Conversation] = _converse
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,20 @@ class Example:
             return None
         first = next(name for name in self.scene.categories if name in PARTNERS)
         return first, PARTNERS[first]
+
+    @property
+    def question(self) -> Question | None:
+        """In the set "questions": the question with its program."""
+        if self.set != "questions":
+            return None
+        kind = list(QUESTIONS)[self.number % len(QUESTIONS)]
+        return _question(self.scene, kind, self.number)
+
+    @property
+    def evidence(self) -> dict[str, tuple[int, ...]] | None:
+        """In the set "questions": the evidence for the answer, see `questions.find_evidence`."""
+        question = self.question
+        return None if question is None else find_evidence(question.program, self.scene)
 
 
 def _drawn(number: int, split: str) -> Scene:
@@ -106,6 +139,13 @@ SETS = {
         ),
         TestSet("biased", "every other scene breaks a planted co-occurrence", _biased),
         TestSet("openmoji", "plain scenes in a style of drawing never trained on", _openmoji),
+        TestSet(
+            "questions",
+            "answers that name no object: numbers, yes and no, colours, sizes",
+            _from_seed(assort),
+            tuple((kind,) for kind in QUESTIONS),
+            _ask,
+        ),
     )
 }
 """Name -> test set, for :func:`make_example`; ``SETS[name].about`` says what is hard in it."""
@@ -140,5 +180,4 @@ def make_example(name: str, number: int, split: str = "test") -> Example:
     place = number + ROOM * list(SETS).index(name)
     scene = kind.make(place, split)
     talk = kind.talks[number // (2 if name == "biased" else 1) % len(kind.talks)]
-    second = talk[1] if len(talk) == 2 else None
-    return Example(name, number, split, scene, converse(scene, talk[0], number, second))
+    return Example(name, number, split, scene, kind.talk(scene, talk, number))

@@ -28,8 +28,8 @@ from captum_mllm.metrics import (
     pointing_game,
 )
 from captum_mllm.model.baselines import blurred
-from captum_mllm.model.scales import ScaleViews
 from captum_mllm.model.trace import TokenTrace
+from captum_mllm.model.views import ScaleViews
 from captum_mllm.reference.models import load
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import Example, make_example
@@ -117,7 +117,9 @@ def gather(
     inputs = conversation_inputs(processor, picture, example.talk).to(model.device)
     answer = answer_ids(processor, example.talk).to(model.device)
     lens = LogitLens(model, processor)
-    msea = MSEA(lens, scales=scales, mirrored=mirrored, consistency=consistency)
+    msea = MSEA(
+        lens, scales=scales, flip="horizontal" if mirrored else "none", consistency=consistency
+    )
     depth = min(DEPTH, msea.runner.adapter.vocabulary)
     views = on_cpu(msea.views(inputs, answer, top_k=depth))
     if len(views.maps) != len(scales) * (1 + mirrored):

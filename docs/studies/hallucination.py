@@ -32,7 +32,7 @@ from captum_mllm.metrics import (
 )
 from captum_mllm.model.forward import captured_forward, evaluating
 from captum_mllm.model.inputs import cut, read_sample, rescaled_inputs
-from captum_mllm.model.scales import scaled_inputs
+from captum_mllm.model.rescaling import scaled_inputs
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.models import load
 from captum_mllm.reference.render import render_pil

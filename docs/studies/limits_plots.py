@@ -73,7 +73,7 @@ def mean_maps(name: str, scenes: int, half: int) -> Tensor:
         (3, 2 half, 2 half); each map relative to its largest value, at the object's centre.
     """
     model, processor = load(name)
-    method = MSEA(model, processor, scales=(1.0,), mirrored=True)
+    method = MSEA(model, processor, scales=(1.0,), flip="horizontal")
     total, count = torch.zeros(3, 2 * half, 2 * half), torch.zeros(2 * half, 2 * half)
     for number in range(scenes):
         scene = make_scene(number)
@@ -83,7 +83,7 @@ def mean_maps(name: str, scenes: int, half: int) -> Tensor:
         for obj, tokens in answer_words(trace, scene).items():
             if not masks[obj].any():
                 continue
-            row = trace.text_class[trace.targets[tokens[0]]]
+            row = trace.map_rows[trace.targets[tokens[0]]]
             plain, turned = (upsample(own[0][row], (SIDE, SIDE)) for own in views.maps)
             maps = torch.stack([plain, (plain + turned) / 2])
             maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-9)
@@ -155,7 +155,7 @@ def consistency(scenes: int = 6, names: Sequence[str] = ("llava", "qwen2vl", "bi
     figure, (axes,) = _plots(1, 2.4)
     for name in names:
         model, processor = load(name)
-        method = MSEA(model, processor, scales=SCALES, consistency=True, mirrored=False)
+        method = MSEA(model, processor, scales=SCALES, consistency=True, flip="none")
         found: list[Any] = []
         for number in range(scenes):
             picture, _ = render_pil(make_scene(number), SIDE)

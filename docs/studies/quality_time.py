@@ -36,7 +36,7 @@ def whole(setting: Setting, lens: LogitLens) -> TokenAttribution:
         scales=setting.scales,
         aggregation=setting.aggregation,
         scale_weights=setting.scale_weights,
-        mirrored=setting.mirrored,
+        flip="horizontal" if setting.mirrored else "none",
     )
     return setting.attributor(msea)
 

@@ -2,8 +2,8 @@
 
 Usage: ``make study NAME=relevance ARGS="[--models NAME ...] [--sets NAME ...]
 [--examples 200] [--first 0] [--split test] [--processes 1] [--out DIR]"``; writes
-``relevance.json`` (every example's values) and ``relevance.md`` (the tables), after each model and
-set anew. Needs the extra ``metrics``.
+``relevance.json.xz`` (every example's values) and ``relevance.md`` (the tables), after each model
+and set anew. Needs the extra ``metrics``.
 
 The sets: *interference* (two questions, every noun repeated) and *twins* (two objects of one
 kind). The script knows which context words are about the target's object (relevant) and which are
@@ -12,7 +12,6 @@ pronouns; of a word of several tokens the first.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from studies.compare import nan_to_none
 from studies.detection import auroc
 from studies.processes import Columns, joined, measured
 from studies.prompts import answer_ids, conversation_inputs, script_columns
+from studies.records import write_record
 from studies.relevance_measures import MEASURES, relevances
 from studies.relevance_table import ALPHAS, GROUPS, NOTE, SEED, mean_of, table
 from studies.sets import weights_of
@@ -181,7 +181,7 @@ def example_figures(
         rbo_p=RBO_P, seed=seed,
     )  # fmt: skip
     at = columns - int(trace.targets[0])
-    cells, rows = trace.cells, trace.text_class
+    cells, rows = trace.cells, trace.map_rows
     raw, context, scores = cells[rows[columns]], cells[rows], trace.text_scores[at]
     weights = context_weights(scores, trace.is_context[at])
     own_masks = masks[objects]
@@ -283,7 +283,7 @@ def write(out: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> s
         + f".\n\n{about}\n\n{NOTE}\n\n{table(found)}\n"
     )
     record = {"weights": hashes, **settings, "measured": found}
-    (out / "relevance.json").write_text(json.dumps(record) + "\n")
+    write_record(out / "relevance.json.xz", record)
     (out / "relevance.md").write_text(text)
     return text
 

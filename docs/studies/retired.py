@@ -12,8 +12,8 @@ from torch import Tensor
 
 from captum_mllm.attr import PostProcessor
 from captum_mllm.functional import adaptive_weights, rank_gaussian_filter, upsample
-from captum_mllm.model.scales import ScaleViews
 from captum_mllm.model.trace import TokenTrace
+from captum_mllm.model.views import ScaleViews
 
 SCALE_NORMS = ("none", "max", "std")
 

@@ -1,16 +1,15 @@
 """How much room the test sets leave: the base logit lens on every set, beside its upper bound.
 
 Usage: ``make study NAME=sets ARGS="[--models NAME ...] [--sets NAME ...] [--out DIR]"``;
-writes ``sets.json`` (every example's values) and ``sets.md`` (the table), after each model and set
-anew; what ``sets.json`` holds already, of the same weights and examples, is kept. Needs the extra
-``metrics``; the set "openmoji" needs its style (``captum_mllm.reference.openmoji``).
+writes ``sets.json.xz`` (every example's values) and ``sets.md`` (the table), after each model and
+set anew; what ``sets.json.xz`` holds already, of the same weights and examples, is kept. Needs the
+extra ``metrics``; the set "openmoji" needs its style (``captum_mllm.reference.openmoji``).
 
 Maps are those of the reference answer, teacher-forced: its words' objects are known, whatever the
 model would say itself. How far the model reads a set stands beside them.
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,13 @@ from captum_mllm.reference.models import MODELS, load, model_path
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import SETS, Example, make_example
 from studies.prompts import answer_ids, conversation_inputs, script_columns, whole_nouns
+from studies.records import read_record, write_record
 from studies.sets_table import NOTE, SEED, Row, hallucinations, rounded, table
 from studies.training.evaluate_model import answers
 from studies.training.models import family_of, sha256
 
 SIDE = 112
+NAMED = tuple(name for name in SETS if name != "questions")  # answers that name objects
 
 
 def upper_bound(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -68,7 +69,7 @@ def measure(trace: TokenTrace, example: Example, masks: torch.Tensor) -> Row:
         estimated causal inference takes off as the context's), or per function word
         (``func_iou``).
     """
-    raw = trace.cells[trace.text_class[trace.targets]]
+    raw = trace.cells[trace.map_rows[trace.targets]]
     unit, _ = joint_min_max(raw, trace.text_scores, trace.is_earlier)
     maps = trace.unpack_cells(unit)[0]
     start = trace.n_prompt
@@ -112,7 +113,7 @@ def context_share(trace: TokenTrace) -> torch.Tensor:
     Returns:
         (targets,) in [0, 1]; 0 for a map that is 0.
     """
-    raw, own = trace.cells, trace.text_class
+    raw, own = trace.cells, trace.map_rows
     maps = raw[own[trace.targets]]
     weights = context_weights(trace.text_scores, trace.is_context)
     left = eci_subtract(maps, raw[own], weights).sum(1)
@@ -125,7 +126,7 @@ def evaluate(name: str, set_name: str, examples: int, split: str = "test") -> di
 
     Args:
         name: of a shipped model.
-        set_name: one of `SETS`.
+        set_name: one of `NAMED`.
         examples: number of examples, from 0 on.
         split: "test" or "validation".
 
@@ -159,10 +160,10 @@ def known(out: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         out: folder of the record.
         settings: number of examples, split, side.
     """
-    path = out / "sets.json"
+    path = out / "sets.json.xz"
     if not path.exists():
         return {}
-    record = json.loads(path.read_text())
+    record = read_record(path)
     if any(record.get(name) != value for name, value in settings.items()):
         return {}
     return {
@@ -207,7 +208,7 @@ def write(out: Path, measured: Mapping[str, Any], settings: Mapping[str, Any]) -
         f"{hallucinations(measured, settings['split'])}\n"
     )
     record = {"weights": hashes, **settings, "measured": measured}
-    (out / "sets.json").write_text(json.dumps(record) + "\n")
+    write_record(out / "sets.json.xz", record)
     (out / "sets.md").write_text(text)
     return text
 
@@ -216,7 +217,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="The base logit lens on every test set.")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--sets", nargs="+", choices=NAMED, default=NAMED)
     parser.add_argument("--examples", type=int, default=200, help="per set")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "records")

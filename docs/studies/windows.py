@@ -113,7 +113,7 @@ def shifted_trace(runner: Runner, inputs: Mapping[str, Any], answer: Tensor | No
     size = (2 * grid.rows, 2 * grid.cols)
     for down, right in HALF_CELLS:
         moved = replace(runner, adapter=ShiftedLlava(runner.adapter.model, (down, right)))
-        maps = maps_at(moved, run, (grid,))[0] if down or right else run.trace.maps
+        maps = maps_at(moved, run, (grid,)).lens if down or right else run.trace.maps
         box = float(-right), float(-down), float(size[1] - right), float(size[0] - down)
         both = torch.cat([maps[0], torch.ones_like(maps[0][:1])])  # the maps and what they cover
         placed.append(maps_to_picture(both, ImageGeometry(box), size))

@@ -23,7 +23,7 @@ from captum_mllm.adapters import find_adapter
 from captum_mllm.functional import aggregate, calibrate, rank_correlation, upsample
 from captum_mllm.metrics import otsu_threshold
 from captum_mllm.model.inputs import read_sample
-from captum_mllm.model.scales import ScaleViews
+from captum_mllm.model.views import ScaleViews
 from studies.choose import DEFAULTS
 from studies.quality import RECORDS
 from tests.oracle import families
@@ -37,7 +37,7 @@ def maps_of(model, inputs, answer, **options):
 # ---- defaults ---------------------------------------------------------------------------------
 
 PUBLISHED = {  # MSEA.paper and ARC.paper
-    MSEA: {"scales": (1.0, 1.25, 1.5), "scale_weights": "equal", "mirrored": False},
+    MSEA: {"scales": (1.0, 1.25, 1.5), "scale_weights": "equal", "flip": "none"},
     ARC: {"alpha_max": None, "upsampling": 1, "calibration": None},
 }
 
@@ -70,9 +70,10 @@ def test_an_option_replaces_the_published_setting(model):
 def test_defaults_are_what_the_record_chose():
     record = json.loads((RECORDS / "choose.json").read_text())
     chosen = next(m for m in record["methods"] if m["name"] == "MSEA+ARC")["chosen"]
+    chosen = chosen | {"flip": "horizontal" if chosen["mirrored"] else "none"}
     literal = defaults_of(MSEA) | defaults_of(ARC)
     names = literal.keys() & chosen.keys() - {"scale_weights"}
-    assert {"scales", "aggregation", "mirrored", "alpha_max", "upsampling", "calibration"} <= names
+    assert {"scales", "aggregation", "flip", "alpha_max", "upsampling", "calibration"} <= names
     assert {n: literal[n] for n in names} == {
         n: tuple(chosen[n]) if n == "scales" else chosen[n] for n in names
     }
@@ -151,7 +152,7 @@ def test_over_a_token_attribution_it_is_msea(tiny_subject):
     assert type(one) is MSEA
     assert one.scales == MSEA(s.model).scales
     two = MultiScaleAttribution(lens, (1.0, 1.5), aggregation="median")
-    assert (two.scales, two.aggregation, two.mirrored) == ((1.0, 1.5), "median", True)
+    assert (two.scales, two.aggregation, two.flip) == ((1.0, 1.5), "median", "horizontal")
     got, expected = (m.attribute(s.inputs, s.answer) for m in (one, MSEA(s.model, s.processor)))
     assert torch.equal(got.grid_attr[0], expected.grid_attr[0])
     assert ARC(one).name == "ARC(MSEA(LogitLens))"
@@ -184,7 +185,7 @@ def test_mirrored_views_equal_runs_on_flipped_pixels(subject):
         one = {"scales": (scale,)}
         views.append(upsample(maps_of(model, inputs, answer, **one), size))
         views.append(upsample(maps_of(model, flipped, answer, **one).flip(-1), size))
-    got = maps_of(model, inputs, answer, mirrored=True, **options)
+    got = maps_of(model, inputs, answer, flip="horizontal", **options)
     assert_close(got, torch.stack(views).mean(0), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(got, maps_of(model, inputs, answer, **options))
 
@@ -195,8 +196,8 @@ def test_mirrored_views_of_a_mirrored_picture_are_mirrored(name):
     s = families.family(name)
     adapter = find_adapter(s.model)
     sample = read_sample(s.inputs, adapter)
-    turned = {**s.inputs, **adapter.mirrored(sample.kwargs, sample.grids)}
-    options = {"scales": (1.0, 1.5), "mirrored": True}
+    turned = {**s.inputs, **adapter.flipped(sample.kwargs, sample.grids, (-1,))}
+    options = {"scales": (1.0, 1.5), "flip": "horizontal"}
     one = maps_of(s.model, s.inputs, s.answer, **options)
     two = maps_of(s.model, turned, s.answer, **options)
     assert_close(two, one.flip(-1), rtol=1e-3, atol=1e-3 * float(one.max()))
@@ -207,10 +208,10 @@ def test_mirrored_views_of_a_mirrored_picture_are_mirrored(name):
 
 def test_mirrored_views_of_two_images(tiny_subject):
     s, (inputs, _) = tiny_subject, with_two_images(tiny_subject)
-    both = MSEA.paper(s.model, mirrored=True).attribute(inputs, s.answer)
+    both = MSEA.paper(s.model, flip="horizontal").attribute(inputs, s.answer)
     assert len(both.grid_attr) == 2
     turned = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
-    again = MSEA.paper(s.model, mirrored=True).attribute(turned, s.answer)
+    again = MSEA.paper(s.model, flip="horizontal").attribute(turned, s.answer)
     for one, two in zip(both.grid_attr, again.grid_attr, strict=True):
         assert_close(two, one.flip(-1), rtol=1e-3, atol=1e-4)
 
@@ -251,9 +252,9 @@ def test_consistency_weighs_scales_in_adaptive_ones_alone(tiny_subject):
 
 def test_a_mirrored_view_counts_as_its_scale_does(tiny_subject):
     s = tiny_subject
-    msea = MSEA.paper(s.model, consistency=True, scales=(1.0, 1.5), mirrored=True)
+    msea = MSEA.paper(s.model, consistency=True, scales=(1.0, 1.5), flip="horizontal")
     views = msea.views(s.inputs, s.answer)
-    assert views.mirrored == (False, True, False, True)
+    assert views.flipped == (False, True, False, True)
     assert views.scales[::2] == views.scales[1::2]
     rho = views.agreement()
     assert torch.equal(rho[::2], rho[1::2])
@@ -276,10 +277,10 @@ def test_some_views_alone(tiny_subject):
 
 def test_agreement_does_not_depend_on_the_order_of_views(tiny_subject):
     s = tiny_subject
-    views = MSEA.paper(s.model, scales=(1.0, 1.5), mirrored=True).views(s.inputs, s.answer)
+    views = MSEA.paper(s.model, scales=(1.0, 1.5), flip="horizontal").views(s.inputs, s.answer)
     order = [3, 0, 2, 1]
     assert torch.equal(views.select(order).agreement(), views.agreement()[order])
-    with pytest.raises(ValueError, match=r"mirrored only.*scale_weights='equal'"):
+    with pytest.raises(ValueError, match=r"flipped only.*scale_weights='equal'"):
         views.select([0, 3]).merged(scale_weights="adaptive")
     assert len(views.select([0, 3]).merged().maps) == 1
     with pytest.raises(ValueError, match="scale_weights must be one of equal, adaptive"):

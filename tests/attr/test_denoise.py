@@ -62,7 +62,7 @@ def test_denoising_a_lens_result_gives_what_arc_subtracts(tiny_subject):
     s = tiny_subject
     trace = LogitLens(s.model).trace(s.inputs, s.answer, explain="all", top_k=20)
     arc = ARC(s.model, top_k=20)
-    maps = trace.maps[0][trace.text_class]
+    maps = trace.maps[0][trace.map_rows]
     scores = torch.where(trace.is_context, trace.text_scores, 0.0)
     cleaned = arc.denoise(maps, trace.rankings, context_maps=maps, context_scores=scores)
     result = arc.attribute_trace(trace)

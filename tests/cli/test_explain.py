@@ -30,6 +30,8 @@ MADE_BY = {  # method: name and number of scales in its result
     "msea": ("JointNormalization(MSEA(LogitLens))", 2),
     "arc": ("ARC(LogitLens)", 1),
     "msea+arc": ("ARC(MSEA(LogitLens))", 2),
+    "direct": ("JointNormalization(MSEA(DirectLogitAttribution))", 2),
+    "direct_lens": ("JointNormalization(DirectLens)", 2),
     "randomised_model": ("randomised_model(JointNormalization(LogitLens))", 1),
 }
 EXPLAINED = [name for name in METHODS if name != "mask"]  # which needs annotated pictures
@@ -312,7 +314,7 @@ def test_explain_gives_the_maps_of_the_library(base, tmp_path):
     """Short forms and options reach the method; what is left out has the library's default."""
     text = "a dog on the left"
     flags = {**base, "--target": text, "--scales": "1,1.5", "--alpha-max": "0.5"}
-    options = ("--option", "top_k=7", "--option", "msea+arc.mirrored=False")
+    options = ("--option", "top_k=7", "--option", "msea+arc.flip=none")
     assert run(flags, "--save-result", *options) == 0
     result = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
     model, processor, _ = loading.load_model(base["--model"], "auto", "cpu")
@@ -320,7 +322,7 @@ def test_explain_gives_the_maps_of_the_library(base, tmp_path):
     inputs, _ = loading.prepare_inputs(processor, [picture], base["--prompt"])
     expected = explain(
         "msea+arc", model, processor, inputs, text,
-        scales=(1.0, 1.5), alpha_max=0.5, top_k=7, mirrored=False,
+        scales=(1.0, 1.5), alpha_max=0.5, top_k=7, flip="none",
     )  # fmt: skip
     assert result.scales == expected.scales
     assert torch.equal(result.grid_attr[0], expected.grid_attr[0])

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivationMap
+from captum_mllm import (
+    ARC,
+    MSEA,
+    DirectLens,
+    DirectLogitAttribution,
+    JointNormalization,
+    LogitLens,
+    TokenActivationMap,
+)
 from captum_mllm.methods import METHODS, Method, explain
 from captum_mllm.methods.registry import method as register_method
 from captum_mllm.metrics import insertion_deletion
@@ -15,7 +23,8 @@ from tests.oracle.layouts import QWEN, frame_shape, kin_of, pictures_of
 from tests.oracle.model_state import check_same, state, worn
 from tests.oracle.tiny import tiny_llava
 
-OURS = ("lens", "tam", "msea", "arc", "msea+arc")
+OURS = ("lens", "tam", "msea", "arc", "msea+arc", "direct", "direct_lens")
+SCALED = ("msea", "msea+arc", "direct", "direct_lens")
 FEW = {"steps": 2}
 
 
@@ -50,6 +59,7 @@ def test_the_names():
     assert all(name == method.name and method.about for name, method in METHODS.items())
 
 
+@pytest.mark.filterwarnings("ignore:scales .* become 1.0")  # "direct" on models of one size
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", ["wide", "two"])
 def test_every_method_in_every_family(kin, method, case):
@@ -67,7 +77,7 @@ def test_every_method_in_every_family(kin, method, case):
     if method != "randomised_model":
         assert_close(got.output_probs, lens.output_probs)
     for own, picture in zip(got.grid_attr, pictures, strict=True):
-        if "msea" not in method:
+        if method not in SCALED:
             finer = 2 if method == "arc" else 1  # ARC's default
             rows, cols = frame_shape(kin, picture)
             assert tuple(own.shape) == (len(kin.answer), finer * rows, finer * cols)
@@ -87,7 +97,7 @@ def test_every_method_in_every_family(kin, method, case):
 def test_videos(name, method):
     kin = kin_of(name)
     got = explain(method, kin.model, None, video(kin), kin.answer, masks={}, **FEW)
-    if method not in ("msea", "msea+arc", "arc"):
+    if method not in (*SCALED, "arc"):
         assert tuple(got.grid_attr[0].shape) == (5, 4, 3, 4)
     assert torch.equal(got.grid_attr[0][:, 0], got.grid_attr[0][:, 1])  # two frames of one step
     assert bool(got.grid_attr[0].any()) == (method != "mask")
@@ -177,12 +187,31 @@ def test_options_are_the_constructors():
         ("msea", (LogitLens, MSEA, JointNormalization), {"images"}),
         ("arc", (LogitLens, ARC), set()),
         ("msea+arc", (LogitLens, MSEA, ARC), {"images"}),
+        ("direct", (DirectLogitAttribution, MSEA, JointNormalization), {"images"}),
+        ("direct_lens", (DirectLens, JointNormalization), {"images"}),
     ):
         expected = set(more)
         for kind in kinds:
             _, *others = inspect.signature(kind).parameters
             expected |= set(others) - {"processor"}
+        if name.startswith("direct"):
+            expected -= {"layer"}
         assert METHODS[name].options == expected, name
+
+
+def test_direct_methods_are_upsampled_and_calibrated(model, processor, inputs, answer):
+    by_hand = {
+        "direct": MSEA(DirectLogitAttribution(model, processor), scales=(1.0,)),
+        "direct_lens": DirectLens(model, processor, scales=(1.0,)),
+    }
+    for name, source in by_hand.items():
+        finished = JointNormalization(source, upsampling=2, calibration=1.5)
+        got = explain(name, model, processor, inputs, answer, scales=(1.0,))
+        same(got, finished.attribute(inputs, answer))
+        plain = explain(
+            name, model, processor, inputs, answer, scales=(1.0,), upsampling=1, calibration=None
+        )
+        same(plain, JointNormalization(source).attribute(inputs, answer))
 
 
 def test_a_method_is_what_its_function_says():

@@ -260,7 +260,7 @@ def test_layers(model, layer, method):
 
 
 def test_other_parameters(model):
-    with raises(ValueError, "context must be 'after_image' or 'all'", "'before'"):
+    with raises(ValueError, "context must be one of after_image, all", "'before'"):
         LogitLens(model, context="before")
     with raises(ValueError, "aggregation must be one of mean, median", "'max'"):
         MSEA(model, aggregation="max")

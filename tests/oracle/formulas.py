@@ -6,6 +6,7 @@ are only Python numbers and lists, so that each line can be checked against the 
 
 import math
 import statistics
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import torch
@@ -457,3 +458,55 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
         return cov / size if size else 0.0
 
     return _f64([one(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)])
+
+
+def log_odds(logits: list[float], token: int) -> float:
+    """log p - log(1 - p) in decimals of 400 digits."""
+    with localcontext() as context:
+        context.prec = 400
+        powers = [Decimal(value).exp() for value in logits]
+        p = powers[token] / sum(powers)
+        return float((p / (1 - p)).ln())
+
+
+def subset_correlation(values: list[float], subsets: list[list[int]], outputs: list[float]):
+    """Spearman's correlation of exact sums over subsets with outputs."""
+    sums = [float(sum((Fraction(values[i]) for i in subset), Fraction(0))) for subset in subsets]
+    return float(rank_correlation(torch.tensor([sums]).double(), torch.tensor([outputs]))[0])
+
+
+# --- direct logit attribution -----------------------------------------------------------------
+
+
+def attention_row(
+    query: list[float],
+    keys: list[list[float]],
+    scaling: float,
+    visible: list[bool],
+    bias: list[float],
+    softcap: float | None,
+    sink: float | None,
+) -> list[float]:
+    """Attention weights of one query of one head."""
+    powers = []
+    for key, seen, more in zip(keys, visible, bias, strict=True):
+        score = scaling * dot(query, key)
+        if softcap is not None:
+            score = softcap * math.tanh(score / softcap)
+        powers.append(math.exp(score + more) if seen else 0.0)
+    total = math.fsum(powers) + (0.0 if sink is None else math.exp(sink))
+    return [power / total for power in powers]
+
+
+def product_of_experts(lens: list[float], direct: list[float], beta: float) -> list[float]:
+    """One map: z-scores of the lens and of the log of the direct attribution, stretched."""
+
+    def z(values: list[float]) -> list[float]:
+        mean, std = statistics.fmean(values), statistics.pstdev(values)
+        return [(x - mean) / std for x in values]
+
+    peak = max(direct)
+    logs = [math.log(x / peak + 0.01) for x in direct]
+    both = [a + beta * b for a, b in zip(z(lens), z(logs), strict=True)]
+    low, high = min(both), max(both)
+    return [(x - low) / (high - low) * max(lens) for x in both]

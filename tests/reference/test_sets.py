@@ -30,6 +30,7 @@ from studies.training.data import make_batch
 from studies.training.models import family_of
 
 NAMES = ["plain", "crowded", "occluded", "twins", "small", "interference", "biased", "openmoji"]
+NAMES += ["questions"]
 
 
 def examples(name, count=40, split="test"):
@@ -61,7 +62,7 @@ def test_no_scene_is_in_two_sets_or_splits():
     assert len(set(found.values())) == len(found)
     first = min(seeds_of("validation", [0]).tolist() + seeds_of("test", [0]).tolist())
     assert min(found.values()) >= first  # training's seeds end before
-    last = make_example("openmoji", ROOM - 1).scene.seed
+    last = make_example(NAMES[-1], ROOM - 1).scene.seed
     assert last <= seeds_of("test", [10**6 - 1]).item()
 
 
@@ -82,7 +83,8 @@ def test_objects_run_from_left_to_right_inside_the_picture(name):
                 thing.size / 2 - 1e-6 <= at <= 1 - thing.size / 2 + 1e-6 for at in thing.center
             )
         kinds = {thing.category for thing in objects}
-        assert len(kinds) == len(objects) - (name == "twins")
+        if name != "questions":  # which has several of a kind
+            assert len(kinds) == len(objects) - (name == "twins")
 
 
 def test_crowded():
@@ -173,7 +175,7 @@ def test_openmoji_is_plain_in_another_style():
         assert {thing.style for thing in example.scene.objects} == {"openmoji"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "questions"])
 def test_the_caption_speaks_of_every_object(name):
     for example in examples(name, 12):
         answer = example.talk.turns[-1].answer
@@ -292,5 +294,6 @@ def test_pairs_are_categories_and_do_not_chain():
 
 
 def test_pictures_of_the_sets_differ_from_each_other():
-    drawn = [render_pil(make_example(name, 0).scene, 32)[0].tobytes() for name in NAMES[:-1]]
+    shipped = [name for name in NAMES if name != "openmoji"]
+    drawn = [render_pil(make_example(name, 0).scene, 32)[0].tobytes() for name in shipped]
     assert all(one != other for one, other in itertools.combinations(drawn, 2))

@@ -183,7 +183,7 @@ def test_peak_is_that_of_maps_normalised_jointly_with_the_text(biased, said):
     scores = hallucination.word_scores(model, processor, inputs, (single, several), words, rows)
     for name, trace in (("lens", single), ("MSEA", several)):
         for n in range(5):
-            raw = trace.maps[0][trace.text_class[start + n]]
+            raw = trace.maps[0][trace.map_rows[start + n]]
             text = trace.text_scores[n, : start + n]
             low = min(float(raw.min()), float(text.min()))
             high = max(float(raw.max()), float(text.max()))

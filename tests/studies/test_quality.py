@@ -79,7 +79,7 @@ class Retired(MSEA):
         (
             Setting("arc", scales=(1.0, 2.0), mirrored=True, scale_norm="std", calibration=1.0),
             lambda m: ARC.paper(
-                Retired.paper(m, scales=(1.0, 2.0), mirrored=True, scale_norm="std"),
+                Retired.paper(m, scales=(1.0, 2.0), flip="horizontal", scale_norm="std"),
                 calibration=1.0,
             ),
         ),
@@ -167,7 +167,7 @@ def test_scores_equal_the_metrics_word_by_word(case):
 def test_shifts_are_those_of_the_older_study(case):
     lens, _, evidence, inputs, answer = case
     expected = shifted_trace(lens.runner, inputs, answer)
-    rows = expected.text_class[expected.targets]
+    rows = expected.map_rows[expected.targets]
     got = shifted_maps(lens, inputs, answer)[rows]
     assert_close(got, expected.maps[0][rows], rtol=1e-3, atol=1e-3)
     assert len(HALF_CELLS) == 9

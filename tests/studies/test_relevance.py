@@ -1,6 +1,5 @@
 """The study of relevance: every measure against its slow twin, figures of one example by hand."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from captum_mllm.reference.sets import make_example
 from studies import relevance, relevance_table
 from studies.processes import joined, measured
 from studies.prompts import answer_ids, conversation_inputs, script_columns
+from studies.records import read_record
 from studies.relevance_measures import (
     MEASURES,
     cosine_relevance,
@@ -299,22 +299,22 @@ def test_table_gives_means_and_leads_over_rbo():
     assert blocks[9].splitlines()[-1].endswith(f"0.625 | {lead} | 0.625 |")
 
 
-RECORD = Path(relevance.__file__).parent / "records" / "relevance.json"
+RECORD = Path(relevance.__file__).parent / "records" / "relevance.json.xz"
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="no record: make study NAME=relevance")
 def test_the_record_is_of_the_shipped_weights():
-    record = json.loads(RECORD.read_text())
+    record = read_record(RECORD)
     for name, own in record["weights"].items():
         assert own == sha256(model_path(name) / "model.safetensors")
-    assert relevance_table.table(record["measured"]) in RECORD.with_suffix(".md").read_text()
+    assert relevance_table.table(record["measured"]) in RECORD.with_name("relevance.md").read_text()
 
 
 @pytest.mark.slow
 def test_the_command_writes_what_its_parts_measure(tmp_path, capsys):
     arguments = "--models llava --sets twins --examples 2 --first 5 --split validation --out"
     relevance.main([*arguments.split(), str(tmp_path)])
-    record = json.loads((tmp_path / "relevance.json").read_text())
+    record = read_record(tmp_path / "relevance.json.xz")
     columns = record["measured"]["llava"]["twins"]
     assert columns["number"] == [5, 6]
     assert (record["examples"], record["split"]) == (2, "validation")

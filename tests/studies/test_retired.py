@@ -55,7 +55,7 @@ def test_levels_of_scales(tiny_subject, how):
 
 @pytest.mark.parametrize("weights", ["equal", "adaptive"])
 def test_what_was_not_retired_is_the_packages(tiny_subject, weights):
-    views = views_of(tiny_subject, mirrored=True)
+    views = views_of(tiny_subject, flip="horizontal")
     for aggregation in ("mean",) if weights == "adaptive" else ("mean", "median"):
         expected = views.merged(aggregation, weights)
         got = merged(views, aggregation, "none", weights)

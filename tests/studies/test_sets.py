@@ -19,6 +19,7 @@ from captum_mllm.reference.scenes import Scene, SceneObject
 from captum_mllm.reference.sets import make_example
 from studies import seeds, sets, sets_table
 from studies.prompts import answer_ids, conversation_inputs, script_columns, whole_nouns
+from studies.records import read_record, write_record
 from studies.training.evaluate_model import partner_named
 from studies.training.models import sha256
 
@@ -178,7 +179,7 @@ def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["sets", *common, "--sets", "plain", "biased"])
     sets.main()
     assert calls == [("llava", "plain"), ("llava", "biased")]
-    record = json.loads((tmp_path / "sets.json").read_text())
+    record = read_record(tmp_path / "sets.json.xz")
     assert set(record["measured"]["llava"]) == {"plain", "biased"}
     text = (tmp_path / "sets.md").read_text()
     assert "| llava | biased |" in text
@@ -186,7 +187,7 @@ def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert text in capsys.readouterr().out
     # other weights or settings: nothing is kept
     record["weights"]["llava"] = "0" * 64
-    (tmp_path / "sets.json").write_text(json.dumps(record))
+    write_record(tmp_path / "sets.json.xz", record)
     monkeypatch.setattr("sys.argv", ["sets", *common, "--sets", "plain"])
     sets.main()
     assert calls[2:] == [("llava", "plain")]
@@ -247,10 +248,10 @@ def test_recorded_seeds_are_those_of_the_weights_that_are_kept():
 
 
 def test_recorded_sets_are_those_of_the_shipped_weights():
-    record = json.loads((RECORDS / "sets.json").read_text())
+    record = read_record(RECORDS / "sets.json.xz")
     hashes = {name: sha256(model_path(name) / "model.safetensors") for name in MODELS}
     assert record["weights"] == hashes
-    assert all(list(done) == list(sets.SETS) for done in record["measured"].values())
+    assert all(tuple(done) == sets.NAMED for done in record["measured"].values())
     text = (RECORDS / "sets.md").read_text()
     assert sets_table.table(record["measured"]) in text
     assert sets_table.hallucinations(record["measured"], record["split"]) in text

@@ -55,7 +55,7 @@ LM head's row of the noun's first piece), cells covered >= 50 % against 0 %, mea
 {ways}
 {planted}
 ## Limits
-Lower-case templated English, 64 nouns, one object of a kind per scene. Attributes are learnt from
+Lower-case templated English, 64 nouns, {kinds}. Attributes are learnt from
 templates and are not counted in the figures above. Because stage 1 is supervised by masks, a lens
 on this model localises better than on models trained on captions alone.
 
@@ -89,7 +89,7 @@ def write_card(folder: Path, family: Family) -> None:
         **family.card,
         kind=family.kind,
         option=("" if family.name == "llava" else f"--family {family.name} ")
-        + " --compile" * settings.get("compile", False),
+        + "--compile " * settings.get("compile", False),
         columns="".join(f" {name} | 95 % |" for name in names.values()),
         line="".join(" --- | --- |" for _ in names),
         parameters=figures["parameters"] / 1e6,
@@ -107,7 +107,9 @@ def write_card(folder: Path, family: Family) -> None:
         ended="the shipped run was ended by the clock, the defaults repeat its number of steps"
         if settings.get("max_seconds")
         else "the defaults are those of the shipped run" + _shared(figures["trained_on"]),
-        planted=_hallucinations(figures["evaluation"].get("partner_named")),
+        kinds="few kinds of questions" if family.asked else "one object of a kind per scene",
+        planted=_hallucinations(figures["evaluation"].get("partner_named"))
+        + _answers(figures["evaluation"].get("questions")),
     )
     (folder / "README.md").write_text(card)
 
@@ -142,3 +144,23 @@ def _hallucinations(rates: dict | None) -> str:
     pairs = ", ".join(f"{pair} {rate:.0%}" for pair, rate in rates["absent"]["pairs"].items())
     pairs = textwrap.fill(f"By pair, absent partners: {pairs}.", 100)
     return "\n".join([*lines, "", pairs, ""])
+
+
+def _answers(kinds: dict | None) -> str:
+    """The section on questions: by kind, how often the answer is right."""
+    if kinds is None:
+        return ""
+    lines = [
+        "",
+        "## Questions",
+        "Greedy answers to the test set `questions`, right to the letter; ",
+    ]
+    lines[-1] += "beside them what the commonest\nanswer of each kind would get right:"
+    lines += ["", "| kind | right | 95 % | commonest |", "| --- | --- | --- | --- |"]
+    for kind, found in kinds.items():
+        low, high = found["interval_95"]
+        lines.append(
+            f"| {kind} | {found['right']} of {found['of']} ({found['share']:.1%}) "
+            f"| {low:.1%} to {high:.1%} | {found['commonest']:.1%} |"
+        )
+    return "\n".join([*lines, ""])

@@ -12,18 +12,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from captum_mllm.reference.captions import Conversation, Words, draw_conversation, text_of
-from captum_mllm.reference.scenes import SceneBatch, draw_scenes, seeds_of
+from captum_mllm.reference.questions import QUESTION_WORDS
+from captum_mllm.reference.scenes import Scene, SceneBatch, draw_scenes, seeds_of
 from captum_mllm.reference.sprites import CATEGORIES
 from studies.training.tokenizer import SPECIAL, build_tokenizer
 
 TEXT_LENGTH = 96  # text tokens per sample; a second turn that does not fit is left out
 IGNORE = -100
 Draw = Callable[[Tensor], SceneBatch]
+Talk = Callable[[Scene, random.Random], Conversation]
 
 
 @functools.cache
 def _tokenizer():
-    return build_tokenizer()
+    # a family that lacks the further words never meets them: their ids come last
+    return build_tokenizer(further=QUESTION_WORDS)
 
 
 @functools.cache
@@ -98,7 +101,13 @@ class Batch:
         return Batch(scenes.to(device), ids.to(device), labels.to(device))
 
 
-def make_batch(step: int, batch_size: int, seed: int, draw: Draw = draw_scenes) -> Batch:
+def make_batch(
+    step: int,
+    batch_size: int,
+    seed: int,
+    draw: Draw = draw_scenes,
+    talk: Talk = draw_conversation,
+) -> Batch:
     """The data of one training step.
 
     Args:
@@ -106,6 +115,7 @@ def make_batch(step: int, batch_size: int, seed: int, draw: Draw = draw_scenes) 
         batch_size: Scenes.
         seed: Seed of the run; seeds the choice of questions and moves on the scenes.
         draw: Makes scenes of seeds.
+        talk: Makes conversations of scenes.
     """
     start = seed * 10**8 + step * batch_size
     scenes = draw(seeds_of("train", torch.arange(start, start + batch_size)))
@@ -113,26 +123,32 @@ def make_batch(step: int, batch_size: int, seed: int, draw: Draw = draw_scenes) 
     ids = torch.full((batch_size, TEXT_LENGTH), SPECIAL.index("<pad>"))
     labels = torch.full((batch_size, TEXT_LENGTH), IGNORE)
     for i, scene in enumerate(scenes.scenes()):
-        row, row_labels = encode(draw_conversation(scene, pick))
+        row, row_labels = encode(talk(scene, pick))
         ids[i, : len(row)] = torch.tensor(row)
         labels[i, : len(row)] = torch.tensor(row_labels)
     return Batch(scenes, ids, labels)
 
 
 class _Steps(IterableDataset):
-    def __init__(self, batch_size: int, seed: int, draw: Draw) -> None:
-        self.batch_size, self.seed, self.draw = batch_size, seed, draw
+    def __init__(self, batch_size: int, seed: int, draw: Draw, talk: Talk) -> None:
+        self.batch_size, self.seed, self.draw, self.talk = batch_size, seed, draw, talk
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
         info = torch.utils.data.get_worker_info()
         step, stride = (info.id, info.num_workers) if info else (0, 1)
         while True:
-            yield make_batch(step, self.batch_size, self.seed, self.draw)
+            yield make_batch(step, self.batch_size, self.seed, self.draw, self.talk)
             step += stride
 
 
-def batches(batch_size: int, seed: int, workers: int, draw: Draw = draw_scenes) -> Iterator[Batch]:
+def batches(
+    batch_size: int,
+    seed: int,
+    workers: int,
+    draw: Draw = draw_scenes,
+    talk: Talk = draw_conversation,
+) -> Iterator[Batch]:
     """Batches of steps 0, 1, 2, ... for ever.
 
     Args:
@@ -140,6 +156,7 @@ def batches(batch_size: int, seed: int, workers: int, draw: Draw = draw_scenes) 
         seed: Seed of the run.
         workers: Processes that make them; their number does not change what comes.
         draw: Makes scenes of seeds.
+        talk: Makes conversations of scenes.
     """
-    steps = _Steps(batch_size, seed, draw)
+    steps = _Steps(batch_size, seed, draw, talk)
     return iter(DataLoader(steps, batch_size=None, num_workers=workers))

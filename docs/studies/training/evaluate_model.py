@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from captum_mllm.reference.captions import DEFAULT_QUESTION, named_objects
+from captum_mllm.reference.captions import DEFAULT_QUESTION, named_objects, text_of
 from captum_mllm.reference.models import MODELS, model_path
 from captum_mllm.reference.planted import PARTNERS, draw_broken, draw_kept
+from captum_mllm.reference.questions import QUESTIONS
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.scenes import Scene, SceneBatch, seeds_of
+from captum_mllm.reference.sets import make_example
 from captum_mllm.reference.sprites import CATEGORIES
 from studies.training.data import first_piece_ids
 from studies.training.families import Family, Way
@@ -37,7 +40,7 @@ INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "i
 
 
 def prompt_inputs(
-    family: Family, processor, scenes: Sequence[Scene], question: str, way: Way
+    family: Family, processor, scenes: Sequence[Scene], question: str | Sequence[str], way: Way
 ) -> dict[str, Tensor]:
     """Model inputs for one question about each scene; to be called within `family.reading`.
 
@@ -45,14 +48,17 @@ def prompt_inputs(
         family: The model's family.
         processor: The model's processor.
         scenes: The scenes.
-        question: Request of each.
+        question: Request of all, or of each.
         way: How the pictures reach the model.
     """
-    parts = [{"type": "image"}, {"type": "text", "text": question}]
-    chat = [{"role": "user", "content": parts}]
-    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    asked = [question] * len(scenes) if isinstance(question, str) else question
+    chats = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        for text in asked
+    ]
     made = processor(
-        text=[text] * len(scenes),
+        text=processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True),
+        padding=True,
         images=[render_pil(scene, way.picture)[0] for scene in scenes],
         return_tensors="pt",
         **family.call_settings(way),
@@ -198,6 +204,32 @@ def _planted(family: Family, model, processor, scenes: int, split: str, size: in
     return out
 
 
+@torch.inference_mode()
+def _questions(family: Family, model, processor, count: int, split: str, size: int) -> dict:
+    """Share of right answers in the set "questions", by kind, and that of the commonest answer."""
+    way = family.ways["native"]
+    found: dict[str, list[tuple[str, str]]] = {kind: [] for kind in QUESTIONS}
+    for start in range(0, count, size):
+        part = [make_example("questions", n, split) for n in range(start, min(start + size, count))]
+        scenes, turns = [one.scene for one in part], [one.talk.turns[-1] for one in part]
+        with family.reading(model, processor, way.layout):
+            asked = [text_of(turn.question) for turn in turns]
+            inputs = prompt_inputs(family, processor, scenes, asked, way)
+            inputs = {name: value.to(model.device) for name, value in inputs.items()}
+            texts = _generate(model, processor, inputs, 6)
+        for example, turn, text in zip(part, turns, texts, strict=True):
+            kind = list(QUESTIONS)[example.number % len(QUESTIONS)]
+            found[kind].append((text_of(turn.answer), text.strip()))
+    found["all"] = [pair for pairs in found.values() for pair in pairs]
+    return {kind: _right(pairs) for kind, pairs in found.items() if pairs}
+
+
+def _right(pairs: list[tuple[str, str]]) -> dict:
+    commonest = Counter(true for true, _ in pairs).most_common(1)[0][1]
+    right = sum(true == said for true, said in pairs)
+    return {**share(right, len(pairs)), "commonest": round(commonest / len(pairs), 4)}
+
+
 def _one_way(family: Family, model, processor, batch: SceneBatch, way: Way, size: int) -> dict:
     scenes, device, layout = batch.scenes(), model.device, way.layout
     exact, nouns, wanted = 0, 0, 0
@@ -259,19 +291,21 @@ def evaluate(
     model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     model = model.eval().to(torch.device(device))
     processor = family.load_processor(path)
-    batch = family.draw(seeds_of(split, torch.arange(scenes)))
+    batch = family.draw_tested(seeds_of(split, torch.arange(scenes)))
     figures = {}
     for way in family.ways if ways is None else ways:
         figures[way] = _one_way(family, model, processor, batch, family.ways[way], batch_size)
-    planted = {}
+    more = {}
     if family.planted:
-        planted["partner_named"] = _planted(family, model, processor, scenes, split, batch_size)
+        more["partner_named"] = _planted(family, model, processor, scenes, split, batch_size)
+    if family.asked:
+        more["questions"] = _questions(family, model, processor, scenes, split, batch_size)
     return {
         "split": split,
         "question": DEFAULT_QUESTION,
         "sha256": sha256(Path(path) / "model.safetensors"),
         "ways": figures,
-        **planted,
+        **more,
         "seconds": round(time.monotonic() - start, 1),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

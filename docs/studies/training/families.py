@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from captum_mllm.reference.scenes import SceneBatch, draw_scenes
+from captum_mllm.reference.captions import Conversation, draw_conversation
+from captum_mllm.reference.scenes import Scene, SceneBatch, draw_scenes
 from studies.training.layouts import NATIVE, Layout
 from studies.training.tokenizer import pieces
 
@@ -42,6 +44,7 @@ class Family(ABC):
     name: ClassVar[str]  # of the shipped model
     kind: ClassVar[str]  # of the models of transformers: `kind`ForConditionalGeneration
     tokens: ClassVar[Mapping[str, str]]  # see `tokenizer.special_tokens`
+    words: ClassVar[Sequence[str]] = ()  # that only this family knows as one piece
     around: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = ((), ())  # tokens about an image
     video: ClassVar[Mapping[str, Any] | None] = None  # settings of the full processor's third part
     sizes: ClassVar[Mapping[str, Mapping[str, Width]]]
@@ -51,11 +54,20 @@ class Family(ABC):
     ways: ClassVar[Mapping[str, Way]]
     steps: ClassVar[tuple[int, int]]  # of the shipped model's two stages
     planted: ClassVar[bool] = False  # whether a co-occurrence was planted in them
+    asked: ClassVar[bool] = False  # whether it is trained on `captum_mllm.reference.questions`
     card: ClassVar[Mapping[str, str]]  # the model card's words on this family
 
     def draw(self, seeds: Tensor) -> SceneBatch:
         """The scenes that it is trained on."""
         return draw_scenes(seeds)
+
+    def draw_tested(self, seeds: Tensor) -> SceneBatch:
+        """The scenes whose objects it is to name when it is evaluated."""
+        return self.draw(seeds)
+
+    def converse(self, scene: Scene, pick: random.Random) -> Conversation:
+        """A conversation that it is trained on."""
+        return draw_conversation(scene, pick)
 
     @abstractmethod
     def build_model(self, size: str) -> Any:
@@ -124,7 +136,7 @@ class Family(ABC):
 
     def token_id(self, token: str) -> int:
         """Id of one of the special tokens."""
-        return pieces(self.tokens).index(token)
+        return pieces(self.tokens, self.words).index(token)
 
     def around_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids that open and close an image."""
@@ -143,7 +155,7 @@ class Family(ABC):
         """What the language models' configurations have in common."""
         hidden, layers, heads, mlp = width
         return {
-            "vocab_size": len(pieces(self.tokens)),
+            "vocab_size": len(pieces(self.tokens, self.words)),
             "hidden_size": hidden,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +16,13 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from captum_mllm.reference.captions import Conversation
 from captum_mllm.reference.planted import draw_planted
-from captum_mllm.reference.scenes import SceneBatch
+from captum_mllm.reference.questions import QUESTION_WORDS
+from captum_mllm.reference.scenes import Scene, SceneBatch, draw_scenes
 from studies.training.families import SIDES, Family, Way, square
 from studies.training.layouts import NATIVE, Layout
+from studies.training.mixture import converse_mixed, draw_mixed
 from studies.training.tokenizer import LLAVA_TOKENS, build_processor
 
 
@@ -76,7 +80,7 @@ class Llava(Family):
 
     def build_processor(self) -> Any:
         """Build the processor, with its tokenizer."""
-        return build_processor(NATIVE, self.cell)
+        return build_processor(NATIVE, self.cell, self.words)
 
     def load_processor(self, path: Any) -> Any:
         """Load the processor from a model's folder."""
@@ -144,3 +148,34 @@ class BiasedLlava(Llava):
     def draw(self, seeds: Tensor) -> SceneBatch:
         """Scenes with the planted co-occurrence."""
         return draw_planted(seeds)
+
+
+class QuestionsLlava(Llava):
+    """A smaller one that answers questions, trained on a mixture of scenes."""
+
+    name = "questions"
+    sizes = BiasedLlava.sizes
+    words = QUESTION_WORDS
+    asked = True
+    ways = BiasedLlava.ways
+    steps = (1636, 4649)
+    card = {  # noqa: RUF012
+        **Llava.card,
+        "title": "LLaVA that answers questions",
+        "layouts": "**Questions**: half of the scenes hold several objects of a kind "
+        "(`assortments`). The questions\nabout them (`questions.QUESTIONS`) have answers of one "
+        "word that names no object. A tenth of the scenes\neach are crowded (5-8 objects) and of "
+        "small objects, and the rest are as above.\n",
+    }
+
+    def draw(self, seeds: Tensor) -> SceneBatch:
+        """A mixture of scenes."""
+        return draw_mixed(seeds)
+
+    def draw_tested(self, seeds: Tensor) -> SceneBatch:
+        """Plain scenes."""
+        return draw_scenes(seeds)
+
+    def converse(self, scene: Scene, pick: random.Random) -> Conversation:
+        """Questions about most scenes with several objects of a kind, captions of most others."""
+        return converse_mixed(scene, pick)

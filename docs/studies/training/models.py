@@ -8,10 +8,10 @@ from typing import Any
 
 from studies.training.families import Family
 from studies.training.family_internvl import InternVL
-from studies.training.family_llava import BiasedLlava, Llava
+from studies.training.family_llava import BiasedLlava, Llava, QuestionsLlava
 from studies.training.family_qwen2vl import Qwen2VL
 
-_ALL: tuple[Family, ...] = (Llava(), Qwen2VL(), InternVL(), BiasedLlava())
+_ALL: tuple[Family, ...] = (Llava(), Qwen2VL(), InternVL(), BiasedLlava(), QuestionsLlava())
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 

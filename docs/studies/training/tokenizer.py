@@ -8,7 +8,7 @@ text in lower-case Latin letters can be encoded (upper case is lowered).
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -115,13 +115,14 @@ def special_tokens(names: Mapping[str, str] = LLAVA_TOKENS) -> tuple[str, ...]:
     return (*SPECIAL[:-1], image, *others)
 
 
-def pieces(names: Mapping[str, str] = LLAVA_TOKENS) -> list[str]:
+def pieces(names: Mapping[str, str] = LLAVA_TOKENS, further: Sequence[str] = ()) -> list[str]:
     """The vocabulary in the order of its ids; "▁" stands for the space before a word.
 
-    Ids of words are the same in every family: further special tokens come last.
+    Ids of words are the same in every family: further special tokens and words come last.
 
     Args:
         names: As in `special_tokens`.
+        further: Words that only some families know as one piece.
     """
     words = [*WORDS, *NUMBERS, *COLORS, *BACKGROUND_NAMES]
     words += [w for c in CATEGORIES for w in c.split() if w not in SPLIT_NOUNS]
@@ -131,7 +132,7 @@ def pieces(names: Mapping[str, str] = LLAVA_TOKENS) -> list[str]:
         first, *rest = split.split()
         out += ["▁" + first, *rest]
     out += [*string.ascii_lowercase, *string.digits, *string.punctuation]
-    return list(dict.fromkeys([*out, *special]))
+    return list(dict.fromkeys([*out, *special, *("▁" + word for word in further)]))
 
 
 def _score(piece: str, special: tuple[str, ...]) -> float:
@@ -143,18 +144,21 @@ def _score(piece: str, special: tuple[str, ...]) -> float:
     return -2.0 if len(piece) > 1 else -10.0
 
 
-def build_tokenizer(names: Mapping[str, str] = LLAVA_TOKENS) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    names: Mapping[str, str] = LLAVA_TOKENS, further: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Build the tokenizer.
 
     Args:
         names: As in `special_tokens`.
+        further: As in `pieces`.
 
     Example:
         >>> build_tokenizer().tokenize("An elephant.")
         ['▁an', '▁ele', 'phant', '.']
     """
     special = special_tokens(names)
-    vocabulary = [(piece, _score(piece, special)) for piece in pieces(names)]
+    vocabulary = [(piece, _score(piece, special)) for piece in pieces(names, further)]
     core = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=False))
     core.normalizer = normalizers.Sequence(
         [
@@ -192,12 +196,15 @@ def chat_template(image: str) -> str:
     return CHAT_TEMPLATE.replace("<image>\n", image)
 
 
-def build_processor(image_size: int = 112, patch_size: int = 8) -> LlavaProcessor:
+def build_processor(
+    image_size: int = 112, patch_size: int = 8, further: Sequence[str] = ()
+) -> LlavaProcessor:
     """Build the processor that goes with a model.
 
     Args:
         image_size: The model's native side in pixels.
         patch_size: Side of its patches.
+        further: As in `pieces`.
     """
     square = {"height": image_size, "width": image_size}
     images = CLIPImageProcessorPil(
@@ -205,7 +212,7 @@ def build_processor(image_size: int = 112, patch_size: int = 8) -> LlavaProcesso
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(further=further),
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

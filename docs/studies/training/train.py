@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = family.build_model(args.config).to(args.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{family.kind}, {args.config}: {parameters / 1e6:.3f} M parameters", flush=True)
-    data = batches(args.batch_size, args.seed, args.workers, family.draw)
+    data = batches(args.batch_size, args.seed, args.workers, family.draw, family.converse)
     if args.compile:
         family.compile(model)
         _warm_up(model, family, next(data), args)
