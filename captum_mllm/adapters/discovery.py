@@ -3,7 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -127,6 +127,25 @@ def discovery_of(model: nn.Module) -> Discovery:
         model: the user's model.
     """
     return _FOUND.setdefault(model, Discovery())
+
+
+def carry_over(model: nn.Module, copy: nn.Module) -> None:
+    """Let a copy of a model know what was found about the model.
+
+    Args:
+        model: the model.
+        copy: of the same modules, with other weights.
+    """
+    if (found := _FOUND.get(model)) is None:
+        return
+    facts = found.facts
+    if facts is not None:
+        names = {id(module): name for name, module in model.named_modules()}
+        norm, tower = (
+            copy.get_submodule(names[id(module)]) for module in (facts.final_norm, facts.tower)
+        )
+        facts = replace(facts, final_norm=norm, tower=tower)
+    _FOUND[copy] = Discovery(facts, found.layouts, found.samples, found.pictures)
 
 
 def pixel_digest(inputs: Mapping[str, Tensor], keys: Sequence[str]) -> str:

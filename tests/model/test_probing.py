@@ -13,6 +13,7 @@ from captum_mllm import MSEA, LogitLens, TokenLogProb
 from captum_mllm.adapters import DiscoveredAdapter, find_adapter, registry
 from captum_mllm.adapters.layout import LayoutError, TokenLayout
 from captum_mllm.adapters.painting import PixelSource, paint
+from captum_mllm.methods import explain
 from captum_mllm.model.discovery import discover, probe_layout
 from captum_mllm.model.facts import head_law
 from captum_mllm.validation import ArgumentError
@@ -364,3 +365,13 @@ def test_painted_places_are_those_that_show_in_the_pixels(name):
     assert int((painted.channel[at] < 0).sum()) == 0
     correlation = np.corrcoef(level, painted.flat(inputs)[at])[0, 1]
     assert correlation > 0.97
+
+
+@pytest.mark.parametrize("method", ["lens", "gradcam", "attention", "ablation", "randomised_model"])
+def test_other_methods_know_the_pictures(method, unregistered):
+    kin = family("Llava")
+    picture = smooth((60, 60))
+    inputs = kin.encode(picture)
+    result = explain(method, kin.model, kin.processor, inputs, kin.answer, images=picture)
+    assert tuple(result.grid_attr[0].shape) == (len(kin.answer), 4, 4)
+    assert float(result.grid_attr[0].max()) > 0
