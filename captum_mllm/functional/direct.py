@@ -68,6 +68,9 @@ def added_to_scores(
     Returns:
         What :func:`attention_rows` takes as ``bias``, without ``visible``.
 
+    Reference:
+        The additive masks of transformers' attention interface.
+
     Example:
         >>> import torch
         >>> added_to_scores(torch.tensor([[[True, False]]])).tolist()

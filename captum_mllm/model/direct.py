@@ -1,9 +1,8 @@
 """Direct logit attribution of a forward: what attention copies from each position into a logit."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,20 +11,13 @@ from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter, View
 from captum_mllm.adapters.head import head_matrix
-from captum_mllm.functional import (
-    added_to_scores,
-    attention_rows,
-    head_contributions,
-    merge_views,
-    visible_keys,
-)
+from captum_mllm.functional import added_to_scores, merge_views, visible_keys
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.attention import AttentionCall, observed_attention
 from captum_mllm.model.inputs import Sample
+from captum_mllm.model.layer_sums import Layer, LayerSums, full_precision
 from captum_mllm.model.write_paths import PROJECTION, FrozenNorm, WritePath
 
-_SCRATCH = 2**23  # attention weights that are recomputed at a time
-_HELD = 2**23  # bytes of keys and values that are kept, to compute layers together
 _BLOCK, _ROWS = 2**15, 2**7  # rows of the LM head: in a block, in a part of its sum
 
 
@@ -138,61 +130,10 @@ def recorded_contributions(
     found.append(recorder.finish())
 
 
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """What the contributions of a layer are computed from.
-
-    Args:
-        number: which layer.
-        query: of the rows.
-        key: of all positions.
-        value: of all positions.
-        led_back: directions led back through the output projection.
-        by_kernel: what each head wrote in these directions according to the kernel's output.
-        bias: what is added to the scores, -inf for a key that is not visible.
-        scaling: factor of the scores.
-        softcap: bound of the scores, or None.
-        sinks: logits that take part in the softmax, or None.
-    """
-
-    number: int
-    query: Float[Tensor, "heads rows dim"]
-    key: Float[Tensor, "groups keys dim"]
-    value: Float[Tensor, "groups keys width"]
-    led_back: Float[Tensor, "heads rows width"]
-    by_kernel: Float[Tensor, "heads rows"]
-    bias: Float[Tensor, "#heads rows keys"]
-    scaling: float
-    softcap: float | None
-    sinks: Float[Tensor, " heads"] | None
-
-    @property
-    def can_share(self) -> bool:
-        """Whether layers can be computed together with it, as if they had more heads."""
-        return len(self.bias) == 1 and self.sinks is None
-
-    def is_like(self, other: "_Layer") -> bool:
-        """Whether the two can be computed together.
-
-        Args:
-            other: another layer.
-        """
-
-        def kind(layer: _Layer) -> tuple[Any, ...]:
-            tensors = (layer.query, layer.key, layer.value)
-            shapes = [(t.shape, t.dtype, t.device) for t in tensors]
-            return (*shapes, id(layer.bias), layer.scaling, layer.softcap)
-
-        return self.can_share and other.can_share and kind(self) == kind(other)
-
-
 class _Recorder:
-    """The sums, and what is needed to add a layer to them.
+    """What is gathered of each layer while the forward runs.
 
-    A forward of some hundred tokens waits for the host that launches its kernels. So a layer costs
-    as few of them as can be: layers with few keys and values (grouped ones above all) are kept and
-    added together, what layers share is made once, and nothing waits for the device until
-    :meth:`finish`.
+    What layers share is made once, and nothing waits for the device until :meth:`finish`.
     """
 
     def __init__(
@@ -213,9 +154,7 @@ class _Recorder:
         self._size = directions.norm(dim=1, keepdim=True).clamp(min=1e-30)
         self._directions = directions / self._size
         self._shared: dict[Any, Any] = {}  # what layers share
-        self._sums: dict[torch.device, tuple[Tensor, ...]] = {}  # positive, signed
-        self._held: list[_Layer] = []  # layers that are not in the sums yet
-        self._read: list[tuple[int, Tensor, Tensor]] = []  # layer, sums by head; by the kernel
+        self._layers = LayerSums()
         self._norm_errors: list[tuple[str, Tensor, bool]] = []
         self._calls, self._exact = 0, True
         self._scale = self._logits = torch.zeros(0)
@@ -227,28 +166,23 @@ class _Recorder:
         number, path = self._paths[call.module]
         self._calls += 1
         self._exact &= call.output.dtype in (torch.float32, torch.float64)
-        with _full_precision(call.query.device):
-            self._hold(self._gathered(call, number, path))
+        with full_precision(call.query.device):
+            self._layers.hold(self._gathered(call, number, path))
             if path.norm is None:
-                self._add_if_full()
+                self._layers.settle()
 
     def on_norm(self, norm: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """Multiply the layer by the scale that the norm gives what its attention wrote."""
-        layer = self._held[-1] if self._held else None
-        if layer is None or layer.number != self._numbers[norm]:
+        number, layer = self._numbers[norm], self._layers.last
+        if layer is None or layer.number != number:
             return
         before, after = self._of_rows(args, kwargs, output)
-        name = f"the norm after attention in layer {layer.number}"
-        scale = self._scales(norm, name, before, after).to(layer.by_kernel)
-        self._held[-1] = replace(
-            layer,
-            led_back=layer.led_back * scale[:, None].to(layer.led_back.dtype),
-            by_kernel=layer.by_kernel * scale,
-        )
-        with _full_precision(output.device):
-            self._add_if_full()
+        name = f"the norm after attention in layer {number}"
+        with full_precision(output.device):
+            self._layers.scale_last(self._scales(norm, name, before, after))
+            self._layers.settle()
 
-    def _gathered(self, call: AttentionCall, number: int, path: WritePath) -> "_Layer":
+    def _gathered(self, call: AttentionCall, number: int, path: WritePath) -> Layer:
         """What a layer's contributions are computed from, of the rows alone."""
         device, value, settings = call.query.device, _single(call.value[0]), call.settings
         at = self._at(device)
@@ -260,7 +194,7 @@ class _Recorder:
         if further is not None:
             bias = bias + further[0][:, at].float()
         scaling = settings.get("scaling")
-        return _Layer(
+        return Layer(
             number=number,
             query=call.query[0][:, at],
             key=call.key[0],
@@ -283,56 +217,6 @@ class _Recorder:
         if key not in self._shared:
             self._shared[key] = self._directions.to(device, matrix.dtype)
         return self._shared[key].mm(matrix)
-
-    def _hold(self, layer: "_Layer") -> None:
-        """Keep a layer until it is added; those that can't be added with it are added now."""
-        if self._held and not layer.is_like(self._held[0]):
-            self._add()
-        self._held.append(layer)
-
-    def _add_if_full(self) -> None:
-        """Add the layers that are kept, unless one more would fit in."""
-        layer, count = self._held[-1], len(self._held) + 1
-        heads, rows, _ = layer.query.shape
-        fits = count * heads * rows * layer.key.shape[1] <= _SCRATCH
-        fits &= count * (layer.key.nbytes + layer.value.nbytes) <= _HELD
-        if fits and layer.can_share:
-            self._held[-1] = replace(layer, query=layer.query.clone())  # not those of all tokens
-        else:
-            self._add()
-
-    def _add(self) -> None:
-        """Add up the contributions of the layers that are kept, as if they were one."""
-        layers, self._held = self._held, []
-        query, key, value, led_back = (
-            parts[0] if len(layers) == 1 else torch.cat(parts)
-            for parts in zip(*((n.query, n.key, n.value, n.led_back) for n in layers), strict=True)
-        )
-        one, (heads, rows, _) = layers[0], query.shape
-        step, device = max(1, _SCRATCH // (heads * key.shape[1])), query.device
-        if device not in self._sums:
-            self._sums[device] = torch.zeros(2, rows, key.shape[1], device=device).unbind()
-        ones = self._share(("ones", heads, device), lambda: torch.ones(1, heads, device=device))
-        for start in range(0, rows, step):
-            some = slice(start, start + step)
-            weights = attention_rows(
-                query[:, some],
-                key,
-                one.scaling,
-                bias=one.bias[:, some],
-                softcap=one.softcap,
-                sinks=one.sinks,
-            )
-            each = head_contributions(weights, value, led_back[:, some])
-            del weights
-            read = each.sum(-1).split(one.query.shape[0])
-            self._read += [
-                (layer.number, ours, layer.by_kernel[:, some])
-                for layer, ours in zip(layers, read, strict=True)
-            ]
-            positive, signed = (total[some].view(1, -1) for total in self._sums[device])
-            signed.addmm_(ones, each.view(heads, -1))
-            positive.addmm_(ones, each.clamp_(min=0).view(heads, -1))
 
     def _share(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What layers share, made once."""
@@ -379,7 +263,8 @@ class _Recorder:
 
     def _scales(self, norm: nn.Module, name: str, before: Tensor, after: Tensor) -> Tensor:
         """A norm's scales; how well they fit is kept for the end."""
-        scale, error = self._norms[norm].scales(before, after)
+        with full_precision(before.device):
+            scale, error = self._norms[norm].scales(before, after)
         self._norm_errors.append((name, error, before.dtype in (torch.float32, torch.float64)))
         return scale
 
@@ -391,25 +276,21 @@ class _Recorder:
 
     def finish(self) -> Contributions:
         """The sums, scaled; checked against what the kernels computed."""
-        if self._held:
-            with _full_precision(self._held[0].query.device):
-                self._add()
-        if not self._sums or self._calls != len(self._paths):
+        device = self._weight.device
+        totals = self._layers.totals(device)
+        if totals is None or self._calls != len(self._paths):
             raise ValueError(
                 f"model: {self._calls} of {len(self._paths)} attention layers were seen in one "
                 f"forward; is a part of the model compiled, or replaced? Pass the plain model."
             )
         self._check()
-        device, scale = self._weight.device, self._scale[:, None] * self._size
-        positive, signed = (
-            sum(sums[n].to(device) for sums in self._sums.values()) * scale for n in (0, 1)
-        )
-        return Contributions(positive, signed, self._logits)
+        scale = self._scale[:, None] * self._size
+        return Contributions(totals[0] * scale, totals[1] * scale, self._logits)
 
     def _check(self) -> None:
         """Raise where a norm or a layer computed something else; the host waits once for all."""
         device, kind = self._weight.device, type(self._adapter.model).__name__
-        numbers, errors = _differences(self._read, device)
+        numbers, errors = self._layers.differences(device)
         fits = torch.stack([error.to(device) for _, error, _ in self._norm_errors])
         found = torch.cat([errors, fits]).tolist()
         for (name, _, exact), error in zip(self._norm_errors, found[len(numbers) :], strict=True):
@@ -427,12 +308,6 @@ class _Recorder:
                     f"{error:.2g} of their largest value), so it can't be attributed; use "
                     f"LogitLens, or another kernel (model.set_attn_implementation('eager'))."
                 )
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """No autocast: sums of many terms are computed in float32."""
-    mixed = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if mixed else nullcontext()
 
 
 def _identity(mask: Tensor | None, causal: bool, window: int | None) -> tuple[Any, ...]:
@@ -455,23 +330,6 @@ def _frozen_norms(
     places = [next((p.device for p in norm.parameters()), like.device) for norm in norms]
     states = [torch.zeros_like(like, device=like.device if p.type == "meta" else p) for p in places]
     return dict(zip(norms, FrozenNorm.of_each(norms, states), strict=True))
-
-
-def _differences(
-    read: Sequence[tuple[int, Tensor, Tensor]], device: torch.device
-) -> tuple[list[int], Float[Tensor, " calls"]]:
-    """Per layer and part of its rows: how far what its heads read differs from the kernel's."""
-    groups: defaultdict[tuple[int, ...], list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
-    for number, ours, kernel in read:
-        groups[tuple(ours.shape)].append((number, ours.to(device), kernel.to(device)))
-    numbers, errors = [], []
-    for group in groups.values():
-        ours = torch.stack([one for _, one, _ in group])
-        kernel = torch.stack([one for _, _, one in group]).float()
-        largest = kernel.abs().amax((1, 2)).clamp(min=1e-20)
-        numbers += [number for number, _, _ in group]
-        errors.append((ours - kernel).abs().amax((1, 2)) / largest)
-    return numbers, torch.cat(errors)
 
 
 def _mean_row(adapter: Adapter) -> tuple[Float[Tensor, " dim"], Float[Tensor, ""] | None]:

@@ -1,5 +1,6 @@
 """How each layer's attention writes into the residual stream, found by running it once."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -45,12 +46,12 @@ class FrozenNorm:
 
     Args:
         gain: (dim,) factor of each coordinate.
-        offset: (dim,) what is added.
+        offset: (dim,) what is added, or None.
         centred: whether the mean over the coordinates is subtracted first (LayerNorm).
     """
 
     gain: Float[Tensor, " dim"]
-    offset: Float[Tensor, " dim"]
+    offset: Float[Tensor, " dim"] | None
     centred: bool
 
     @classmethod
@@ -67,16 +68,36 @@ class FrozenNorm:
     def of_each(
         cls, norms: Sequence[nn.Module], like: Sequence[Float[Tensor, "rows dim"]]
     ) -> list["FrozenNorm"]:
-        """Read several norms; the host waits for the devices once.
+        """Read several norms; the host waits once for each kind of ``like``.
 
         Args:
             norms: RMSNorms or LayerNorms of any class.
             like: per norm, states of its width, dtype and device.
         """
-        probed = [_probed(norm, states) for norm, states in zip(norms, like, strict=True)]
-        kinds = torch.stack([centred.to(probed[0][2].device) for _, _, centred in probed]).tolist()
+        kinds: defaultdict[Any, list[int]] = defaultdict(list)
+        for n, states in enumerate(like):
+            kinds[states.shape[-1], states.dtype, states.device].append(n)
+        found: dict[int, FrozenNorm] = {}
+        for numbers in kinds.values():
+            alike = cls._of_a_kind([norms[n] for n in numbers], like[numbers[0]])
+            found |= dict(zip(numbers, alike, strict=True))
+        return [found[n] for n in range(len(norms))]
+
+    @classmethod
+    def _of_a_kind(cls, norms: Sequence[nn.Module], like: Tensor) -> list["FrozenNorm"]:
+        """Read norms of one width, dtype and device."""
+        signs = torch.ones_like(like[:1])
+        signs[:, 1::2] = -1
+        probes = torch.cat([torch.zeros_like(signs), signs, torch.ones_like(signs)])[:, None]
+        # The bare forward: hooks on the norm are meant for the model's states.
+        made = torch.stack([norm.forward(probes)[:, 0].to(like.device) for norm in norms]).float()
+        offset, alternating, constant = made.unbind(1)
+        gain = (alternating - offset) * signs.float()
+        centred = (constant - offset).abs().amax(1) <= 1e-2 * gain.abs().amax(1)
+        flags = torch.stack([centred, offset.any(1)], 1).tolist()
         return [
-            cls(gain, offset, kind) for (gain, offset, _), kind in zip(probed, kinds, strict=True)
+            cls(gain[n], offset[n] if shifts else None, centres)
+            for n, (centres, shifts) in enumerate(flags)
         ]
 
     def scales(
@@ -94,10 +115,14 @@ class FrozenNorm:
             for a fixed scale. Nothing waits for the device here.
         """
         linear = self.gain.to(before.device) * self._centre(before.float())
-        shown = after.float() - self.offset.to(after.device)
-        scale = (linear * shown).sum(1) / linear.square().sum(1).clamp(min=1e-30)
-        worst = (shown - scale[:, None] * linear).abs().max()
-        return scale, worst / shown.abs().max().clamp(min=1e-30)
+        shown = after.float()
+        if self.offset is not None:
+            shown = shown - self.offset.to(after.device)
+        size = torch.linalg.vecdot(linear, linear).clamp(min=1e-30)
+        scale = torch.linalg.vecdot(linear, shown) / size
+        beyond = torch.addcmul(shown, linear, scale[:, None], value=-1)
+        worst, largest = (torch.linalg.vector_norm(each, torch.inf) for each in (beyond, shown))
+        return scale, worst / largest.clamp(min=1e-30)
 
     def led_back(self, directions: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
         """Directions at the norm's output as directions at its input, for a scale of 1.
@@ -109,18 +134,6 @@ class FrozenNorm:
 
     def _centre(self, states: Tensor) -> Tensor:
         return states - states.mean(-1, keepdim=True) if self.centred else states
-
-
-def _probed(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gain and offset of a norm, and whether it subtracts the mean, still on the device."""
-    signs = torch.ones_like(like[:1])
-    signs[:, 1::2] = -1
-    probes = torch.cat([torch.zeros_like(signs), signs, torch.ones_like(signs)])
-    # The bare forward: hooks on the norm are meant for the model's states.
-    offset, alternating, constant = norm.forward(probes[:, None])[:, 0].float()
-    gain = (alternating - offset) * signs[0].float()
-    centred = (constant - offset).abs().max() <= 1e-2 * gain.abs().max()
-    return gain.to(like.device), offset.to(like.device), centred
 
 
 _Known = tuple[tuple[Any, ...], tuple[WritePath | None, ...]]
