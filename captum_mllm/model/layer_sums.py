@@ -12,8 +12,8 @@ from torch import Tensor
 
 from captum_mllm.functional import attention_rows, head_contributions
 
-_SCRATCH = 2**23  # attention weights that are recomputed at a time
-_HELD = 2**23  # bytes of keys and values that are kept, to compute layers together
+_SCRATCH = 2**22  # attention weights that are recomputed at a time
+_HELD = 2**22  # bytes of keys and values that are kept, to compute layers together
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

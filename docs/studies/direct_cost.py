@@ -160,19 +160,20 @@ def as_text(record: Mapping[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
-def add_counts(out: Path, families: Sequence[str], repeats: int, state: str, wide: bool) -> str:
+def add_counts(out: Path, families: Sequence[str], state: str, wide: bool) -> str:
     """Count, and put the counts into the record in a folder; returns its text.
 
     Args:
         out: folder of the record.
         families: keys in ``FAMILIES``.
-        repeats: rounds whose seconds are taken.
         state: column of the table, "before" or "now".
         wide: also bytes, of models of full width.
     """
     record = json.loads((out / "direct_cost.json").read_text())
     counts = record.setdefault("counts", {})
-    counts[state] = {name: direct_counts.count(name, repeats, wide=wide) for name in families}
+    for name in families:
+        row = counts.setdefault(state, {}).setdefault(name, {})
+        row |= direct_counts.count(name, wide=wide)
     record["counts"] = {key: counts[key] for key in ("before", "now") if key in counts}
     _write(out, record)
     return as_text(record)
@@ -194,9 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     records = Path(__file__).parent / "records"
     if args.count:
-        print(
-            add_counts(args.out or records, args.families, args.repeats, args.count, not args.tiny)
-        )
+        print(add_counts(args.out or records, args.families, args.count, not args.tiny))
         return
     on_gpu = not args.tiny
     if on_gpu and not torch.cuda.is_available():

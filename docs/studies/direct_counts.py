@@ -5,10 +5,8 @@ which launches kernel after kernel; so kernels and waits are counted, and bytes,
 needed for.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from captum_mllm.model.write_paths import write_paths
 from studies.counted import Counts, counted
 from studies.large_models import ANSWER, FAMILIES, Case, Family, build, make_inputs, tiny
 
-CELLS, LAYERS = 24, 32  # of the models whose seconds are taken
 WIDE = {"llava": 2, "qwen2vl": 6}  # layers of full width, whose bytes are counted
 ROWS = {
     "bare_kernels": "kernels of the forward",
@@ -31,8 +28,6 @@ ROWS = {
     "waits": "waits of the host for the recording",
     "bare_peak": "MiB above the weights at the forward's peak",
     "peak": "MiB above the weights with the recording",
-    "bare_us": "µs of the forward, a narrow layer",
-    "us": "µs of the recording, a narrow layer",
 }
 
 NOTE = (
@@ -41,8 +36,7 @@ NOTE = (
     "full size and whose layers are narrow otherwise. Waits: times when the host needs a value "
     "from the device. MiB: tensors alive at one time in models of full width, with two or six "
     "layers of the language model and one of the vision encoder; what a kernel takes for itself "
-    f"is not seen. µs: medians of interleaved runs of {LAYERS} layers of width 64 in float32, one "
-    "thread of a shared machine, computing included: compare columns, not machines."
+    "is not seen."
 )
 
 
@@ -133,12 +127,11 @@ def full_width(name: str) -> Family:
     return replace(family, text=text, vision={**family.vision, **depth})
 
 
-def count(name: str, repeats: int, *, wide: bool = True) -> dict[str, float]:
+def count(name: str, *, wide: bool = True) -> dict[str, float]:
     """All counts of one family, see ``ROWS``.
 
     Args:
         name: key in ``FAMILIES``.
-        repeats: rounds whose seconds are taken.
         wide: also the bytes of the model of full width, which takes minutes and some GiB.
     """
     device = torch.device("cpu")
@@ -155,30 +148,7 @@ def count(name: str, repeats: int, *, wide: bool = True) -> dict[str, float]:
         family = full_width(name)
         pair = counts_of(build(family, device), family, family.cases[0], ANSWER)
         row["bare_peak"], row["peak"] = (one.peak / 2**20 for one in pair)
-    return row | _seconds(name, repeats)
-
-
-def _seconds(name: str, repeats: int) -> dict[str, float]:
-    """Microseconds of a narrow layer: interleaved medians."""
-    width = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": LAYERS}
-    width |= {"head_dim": 16, "num_key_value_heads": 4 if name == "llava" else 2}
-    if name == "qwen2vl":
-        width["rope_parameters"] = tiny(name).text["rope_parameters"]
-    family = narrow(name, width, depth=1)
-    if name == "qwen2vl":
-        family = replace(family, vision={**family.vision, "hidden_size": 64})
-    model = build(family, torch.device("cpu")).float()
-    taken: dict[int, list[float]] = {0: [], 1: []}
-    with evaluating(find_adapter(model)):
-        calls = forwards(model, family, family.cases[0], ANSWER)
-        for turn in range(repeats + 1):
-            for n, call in enumerate(calls):
-                start = time.perf_counter()
-                call()
-                if turn:
-                    taken[n].append(time.perf_counter() - start)
-    bare, more = (median(taken[n]) / LAYERS * 1e6 for n in (0, 1))
-    return {"us": more - bare, "bare_us": bare}
+    return row
 
 
 def as_text(counts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
