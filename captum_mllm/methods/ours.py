@@ -17,6 +17,7 @@ from captum_mllm.attr import (
     TokenActivationMap,
     TokenAttribution,
 )
+from captum_mllm.functional.calibration import Calibration
 from captum_mllm.methods.registry import constructor_options, method
 from captum_mllm.methods.request import Request
 from captum_mllm.result import MLLMAttributionResult
@@ -80,7 +81,7 @@ def direct(
     request: Request,
     images: Any = None,
     upsampling: int = 2,
-    calibration: float | None = 1.5,
+    calibration: Calibration | None = "adaptive",
     **options: Any,
 ) -> MLLMAttributionResult:
     """Direct logit attribution aggregated over several scales.
@@ -98,7 +99,7 @@ def direct_lens(
     request: Request,
     images: Any = None,
     upsampling: int = 2,
-    calibration: float | None = 1.5,
+    calibration: Calibration | None = "adaptive",
     **options: Any,
 ) -> MLLMAttributionResult:
     """Logit lens times direct logit attribution, over several scales.

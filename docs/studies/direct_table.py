@@ -19,7 +19,8 @@ def padded(rows: Rows, name: str, metric: str) -> np.ndarray:
     return np.array([[*values, *[np.nan] * (width - len(values))] for values in each])
 
 
-def _line(rows: Rows, name: str) -> str:
+def _line(every: Rows, name: str) -> str:
+    rows = [row for row in every if name in row]
     values = {n: tuple(padded(rows, n, m) for m in ("obj_iou", "func_iou")) for n in rows[0]}
     obj, func = values[name]
     f1 = {
@@ -27,7 +28,8 @@ def _line(rows: Rows, name: str) -> str:
         for n in (name, AGAINST, STRONGER)
     }
     precision = padded(rows, name, "average_precision")
-    cells = [name, f"{np.nanmean(obj):.3f}", f"{np.nanmean(func):.3f}", f"{f1[name]:.3f}"]
+    label = name if len(rows) == len(every) else f"{name} ({len(rows)} scenes)"
+    cells = [label, f"{np.nanmean(obj):.3f}", f"{np.nanmean(func):.3f}", f"{f1[name]:.3f}"]
     draws: dict[str, Any] = {"n_resamples": RESAMPLES, "seed": SEED}
     for other in (AGAINST, STRONGER):
         if name == other:
