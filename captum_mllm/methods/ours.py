@@ -86,8 +86,8 @@ def direct(
 ) -> MLLMAttributionResult:
     """Direct logit attribution aggregated over several scales.
 
-    ``JointNormalization(MSEA(DirectLogitAttribution(model)))``, upsampled and calibrated as ARC
-    is; options as those of the constructors, and ``images``.
+    ``JointNormalization(MSEA(DirectLogitAttribution(model)))``, upsampled as ARC is, and
+    calibrated adaptively; options as those of the constructors, and ``images``.
     """
     kinds = (DirectLogitAttribution, MSEA, JointNormalization)
     options |= {"upsampling": upsampling, "calibration": calibration}
@@ -104,8 +104,8 @@ def direct_lens(
 ) -> MLLMAttributionResult:
     """Logit lens times direct logit attribution, over several scales.
 
-    ``JointNormalization(DirectLens(model))``, upsampled and calibrated as ARC is; options as those
-    of both constructors, and ``images``.
+    ``JointNormalization(DirectLens(model))``, upsampled as ARC is, and calibrated adaptively;
+    options as those of both constructors, and ``images``.
     """
     options |= {"upsampling": upsampling, "calibration": calibration}
     return _attribute(request, DirectLens, JointNormalization, options=options, images=images)
