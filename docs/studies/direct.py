@@ -260,13 +260,14 @@ def _rounded(rows: Mapping[str, Values]) -> dict[str, Values]:
 
 
 def joined_rows(
-    old: Sequence[Mapping[str, Values]], new: Sequence[Mapping[str, Values]]
+    old: Sequence[Mapping[str, Values]], new: Sequence[Mapping[str, Values]], first: int = 0
 ) -> list[dict[str, Values]]:
     """Rows added to those of the same examples.
 
     Args:
         old: rows of each example of the record.
-        new: rows of `ADDED`, and "lens" again, of as many examples or only the first of them.
+        new: rows of `ADDED`, and "lens" again, of all or some of these examples.
+        first: number of the first of these.
 
     Returns:
         Both, the old values of "lens".
@@ -274,16 +275,18 @@ def joined_rows(
     Raises:
         ValueError: more examples, or "lens" is not what the record has.
     """
-    if len(old) < len(new):
-        raise ValueError(f"the record has {len(old)} examples, got {len(new)}.")
-    for number, (known, again) in enumerate(zip(old, new, strict=False)):
+    if len(old) < first + len(new):
+        raise ValueError(f"the record has {len(old)} examples, got {first + len(new)}.")
+    for number, again in enumerate(new, first):
+        known = old[number]
         for metric, values in again[CHECKED].items():
             pairs = zip(known[CHECKED][metric], values, strict=True)
             if any(abs(a - b) > NEAR for a, b in pairs):
                 raise ValueError(f"example {number}: {metric} of the lens is not the record's.")
-    added = [{name: again[name] for name in ADDED} for again in new]
-    added += [{}] * (len(old) - len(new))
-    return [{**known, **more} for known, more in zip(old, added, strict=True)]
+    rows = [dict(known) for known in old]
+    for known, again in zip(rows[first:], new, strict=False):
+        known |= {name: again[name] for name in ADDED}
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -326,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mine = [job for job in jobs if (job.training, job.set_name) == (training, one)]
         found = [rows for job in mine for rows in done[job]]
         if args.add:
-            found = joined_rows(measured[training][one], found)
+            found = joined_rows(measured[training][one], found, args.first)
         measured.setdefault(training, {})[one] = found
     weights = {name: weights_of(name) for name in args.trainings}
     record["weights"] = record.get("weights", {}) | weights

@@ -86,10 +86,11 @@ def test_gains_are_relative_and_per_family():
 def test_added_rows_must_be_of_the_same_examples():
     old = [{"lens": {"obj_iou": [0.5]}, "TAM": {"obj_iou": [0.4]}}] * 2
     new = {name: {"obj_iou": [0.7]} for name in direct.ADDED}
-    both = direct.joined_rows(old, [new | {"lens": {"obj_iou": [0.51]}}])
-    assert both[0]["lens"] == {"obj_iou": [0.5]}
-    assert set(both[0]) == {"lens", "TAM", *direct.ADDED}
-    assert both[1] == old[1]
+    for first, other in ((0, 1), (1, 0)):
+        both = direct.joined_rows(old, [new | {"lens": {"obj_iou": [0.51]}}], first)
+        assert both[first]["lens"] == {"obj_iou": [0.5]}
+        assert set(both[first]) == {"lens", "TAM", *direct.ADDED}
+        assert both[other] == old[other]
     with pytest.raises(ValueError, match="example 0: obj_iou of the lens is not the record's"):
         direct.joined_rows(old, [new | {"lens": {"obj_iou": [0.6]}}])
     with pytest.raises(ValueError, match="the record has 1 examples, got 2"):
