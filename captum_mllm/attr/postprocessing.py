@@ -50,7 +50,8 @@ class PostProcessor(TokenAttribution):
             check_choice("calibration", calibration, ("adaptive",))
         elif calibration is not None:
             check_number("calibration", calibration, "in 0 .. inf", lambda tau: 0 < tau < inf)
-        self.upsampling, self.calibration = int(upsampling), calibration
+        self.upsampling = int(upsampling)
+        self.calibration: Calibration | None = calibration
 
     @property
     def base(self) -> TokenAttribution:

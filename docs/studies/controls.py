@@ -3,7 +3,7 @@
 Usage: ``make study NAME=controls ARGS="[--trainings NAME ...] [--scenes N] [--workers N]
 [--out DIR]"``; writes ``controls.json.xz`` and ``controls.md``: on plain test scenes the linear
 datamodeling score and keep and remove of every control, with near misses by one cell of the model's
-grid and by half a cell.
+grid and by half a cell, and of DirectLens in both calibrations for comparison.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from captum_mllm.metrics import keep_and_remove, linear_datamodeling_score, pair
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import Example
 from studies.choose import weights_of
-from studies.direct import words_of
+from studies.direct import rows_of, traces_of, words_of
 from studies.direct_faithful import MEASURES, PER_EVAL, SUBSETS
 from studies.evidence import SIDE, examples, lens_of
 from studies.prompts import answer_ids, conversation_inputs
@@ -32,6 +32,7 @@ from studies.records import write_record
 
 RECORDS = Path(__file__).parent / "records"
 CELLS = (1.0, 0.5)
+OURS = ("direct lens", "direct lens, adaptive")
 NEAR = ("eroded", "dilated", "shifted", "blurred")
 CHUNK = 2
 
@@ -50,7 +51,7 @@ class Job:
 
 
 def measure(job: Job) -> list[dict[str, Any]]:
-    """Values of every control on each scene: measure -> control -> one value per noun.
+    """Values of every map on each scene: measure -> map -> one value per noun.
 
     Args:
         job: what is measured.
@@ -88,6 +89,10 @@ def _scene(training: str, example: Example) -> dict[str, Any]:
     per = [controls_of(masks[o], grid, o) for o, _ in nouns]
     shown = {name: torch.stack([each[name] for each in per]) for name in per[0]}
     truth = torch.stack([masks[o].float() for o, _ in nouns])
+    area = {n: (m.flatten(1).sum(1) / truth.flatten(1).sum(1)).tolist() for n, m in shown.items()}
+    traces = traces_of(lens, inputs, answer, choosing=False, mirrored=False)
+    ours = rows_of(traces, lens, choosing=False)
+    shown |= {name: ours[name][[tokens[0] for _, tokens in nouns]] for name in OURS}
     settings: dict[str, Any] = {
         "processor": processor,
         "tokens": [tokens[0] for _, tokens in nouns],
@@ -96,7 +101,6 @@ def _scene(training: str, example: Example) -> dict[str, Any]:
     }
     lds = linear_datamodeling_score(model, inputs, answer, shown, subsets=SUBSETS, **settings)
     kept = keep_and_remove(model, inputs, answer, shown, truth, **settings)
-    area = {n: (m.flatten(1).sum(1) / truth.flatten(1).sum(1)).tolist() for n, m in shown.items()}
     return {
         "LDS": {name: v.tolist() for name, v in lds.scores.items()},
         "keep and remove": {name: v.tolist() for name, v in kept.scores.items()},
@@ -123,7 +127,7 @@ def tables(record: Mapping[str, Any]) -> str:
     out = [
         "# The order of the controls",
         "",
-        "Plain test scenes, mean baseline. In brackets the mask minus the control, with a 95 % "
+        "Plain test scenes, mean baseline. In brackets the mask minus the map, with a 95 % "
         "interval from paired resamples of scenes. Area: of the mask's; empty: nouns of whose mask "
         "nothing is left.",
     ]
@@ -136,7 +140,7 @@ def tables(record: Mapping[str, Any]) -> str:
                 "",
                 f"## {training}: {name} ({count} nouns)",
                 "",
-                "| control | mean | mask minus it | area | empty |",
+                "| map | mean | mask minus it | area | empty |",
                 "| --- | --- | --- | --- | --- |",
             ]
             out += [_line(rows, name, one) for one in sorted(controls, key=lambda c: -mean[c])]

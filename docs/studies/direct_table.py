@@ -66,8 +66,8 @@ def tables(record: Mapping[str, Any]) -> str:
         f"Scenes of the {record['split']} split, reference answers teacher-forced; F1-IoU and "
         "average precision (AP) with what each gains over the equally tuned TAM, and over that "
         "TAM on the same views of several scales (turned views); 95 % intervals "
-        f"from {RESAMPLES} paired resamples of scenes; rows whose calibration is adaptive, over a TAM "
-        "of the same calibration; right: share of nouns that two objects "
+        f"from {RESAMPLES} paired resamples of scenes; rows whose calibration is adaptive, over a "
+        "TAM of the same calibration; right: share of nouns that two objects "
         "share whose map is brighter on the object that is meant.",
     ]
     for training, sets in record["measured"].items():

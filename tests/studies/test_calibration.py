@@ -53,7 +53,7 @@ def test_rules_of_calibration_say_what_they_do():
     ):
         found = rule(maps, 0.2)
         assert_close(found.amax(1), maps.amax(1))
-        assert torch.equal(found.argsort(1, stable=True), maps.argsort(1, stable=True))
+        assert torch.equal(found.argsort(dim=1, stable=True), maps.argsort(dim=1, stable=True))
         assert torch.equal(rule(flat, 0.2), flat)
     share = calibration.by_mass(maps, 0.2).mean(1) / maps.amax(1)
     assert_close(share, torch.full_like(share, 0.2), rtol=1e-3, atol=0)
