@@ -31,7 +31,7 @@ from captum_mllm.model.trace import TokenTrace
 from captum_mllm.reference.render import render_pil
 from captum_mllm.reference.sets import Example
 from studies.choose import weights_of
-from studies.direct_table import tables
+from studies.direct_table import adaptive_table, tables
 from studies.evidence import SIDE, Evidence, Values, examples, lens_of, score
 from studies.prompts import answer_ids, conversation_inputs, script_columns, whole_nouns
 from studies.records import read_record, write_record
@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weights = {name: weights_of(name) for name in args.trainings}
     record["weights"] = record.get("weights", {}) | weights
     write_record(path, record)
-    text = tables(record)
+    text = tables(record) + adaptive_table(record)
     path.with_name(path.name.removesuffix(".json.xz") + ".md").write_text(text)
     print(f"{text}\n{time.perf_counter() - start:.0f} s")
 

@@ -82,3 +82,43 @@ def tables(record: Mapping[str, Any]) -> str:
                 *(_line(rows, row) for row in rows[0]),
             ]
     return "\n".join(out) + "\n"
+
+
+def adaptive_table(record: Mapping[str, Any]) -> str:
+    """What adaptive calibration gains over 1.5, per training and set that has its rows.
+
+    Args:
+        record: of ``studies.direct``.
+
+    Returns:
+        Markdown; empty where no example has such a row.
+    """
+    lines: list[str] = []
+    for training, sets in record["measured"].items():
+        for set_name, every in sets.items():
+            fitted = [name for name in every[0] if name.endswith(ADAPTIVE)]
+            rows = [row for row in every if all(name in row for name in fitted)]
+            if not fitted:
+                continue
+            if not lines:
+                plain = [name.removesuffix(ADAPTIVE) for name in fitted]
+                lines += ["", "## Adaptive calibration: gain of F1-IoU over 1.5", ""]
+                lines += [
+                    f"| model, set | {' | '.join(plain)} |",
+                    "| --- " * (1 + len(plain)) + "|",
+                ]
+            cells = [_over_fixed(rows, name) for name in fitted]
+            lines.append(f"| {training}, {set_name} ({len(rows)}) | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _over_fixed(rows: Rows, name: str) -> str:
+    own, fixed = (
+        tuple(padded(rows, one, metric) for metric in ("obj_iou", "func_iou"))
+        for one in (name, name.removesuffix(ADAPTIVE))
+    )
+    draws: dict[str, Any] = {"n_resamples": RESAMPLES, "seed": SEED}
+    base = paired_bootstrap_f1((fixed[0], fixed[1]), n_resamples=2, seed=SEED).mean
+    gain = paired_bootstrap_f1((own[0], own[1]), (fixed[0], fixed[1]), **draws)
+    mean, low, high = (100 * value / base for value in gain)
+    return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
