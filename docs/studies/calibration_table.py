@@ -145,7 +145,8 @@ def tables(record: Mapping[str, Any]) -> str:
     out = [
         "# Calibration, and the weights of the product",
         "",
-        "Validation scenes, reference answers teacher-forced. Gain of F1-IoU over the first-named "
+        "`make study NAME=calibration`: validation scenes, reference answers teacher-forced. "
+        "Gain of F1-IoU over the first-named "
         f"row in %, with 95 % intervals from {RESAMPLES} paired resamples of scenes; "
         f"the mean over the trainings of each family ({', '.join(record['weights'])}), and over "
         "families and sets (all). A rule says how far below its peak a map falls to 1/e: tau, in "

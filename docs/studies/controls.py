@@ -127,7 +127,8 @@ def tables(record: Mapping[str, Any]) -> str:
     out = [
         "# The order of the controls",
         "",
-        "Plain test scenes, mean baseline. In brackets the mask minus the map, with a 95 % "
+        "`make study NAME=controls`: plain test scenes, mean baseline. "
+        "In brackets the mask minus the map, with a 95 % "
         "interval from paired resamples of scenes. Area: of the mask's; empty: nouns of whose mask "
         "nothing is left.",
     ]

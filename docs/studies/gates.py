@@ -140,7 +140,8 @@ def tables(record: Mapping[str, Any]) -> str:
     out = [
         "# Gates of samples",
         "",
-        "Reference answers. greedy: they are the model's own; blank differs: a blank image gives "
+        "`make study NAME=gates`, with the reference answers. "
+        "greedy: they are the model's own; blank differs: a blank image gives "
         "another answer; all gates: also stable, and ids that survive re-encoding. Of the nouns of "
         "visible objects (their first token; of questions the answer's first): log p drops "
         f"without the image ({record['baseline']} baseline); p >= .5 with it; everything: both, in "
