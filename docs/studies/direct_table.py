@@ -23,7 +23,7 @@ def padded(rows: Rows, name: str, metric: str) -> np.ndarray:
 def _line(every: Rows, name: str) -> str:
     rows = [row for row in every if name in row]
     peers = [one + ADAPTIVE * name.endswith(ADAPTIVE) for one in (AGAINST, STRONGER)]
-    values = {n: tuple(padded(rows, n, m) for m in ("obj_iou", "func_iou")) for n in rows[0]}
+    values = {n: tuple(padded(rows, n, m) for m in ("obj_iou", "func_iou")) for n in {name, *peers}}
     obj, func = values[name]
     f1 = {
         n: paired_bootstrap_f1((values[n][0], values[n][1]), n_resamples=2, seed=SEED).mean
