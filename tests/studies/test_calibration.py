@@ -43,8 +43,8 @@ def test_the_rule_that_was_chosen_is_the_adaptive_one():
 
 
 def test_rules_of_calibration_say_what_they_do():
-    maps = torch.rand(5, 400, generator=torch.Generator().manual_seed(1)) ** 3
-    flat = torch.full((1, 9), 0.5)
+    maps = torch.rand(5, 400, generator=torch.Generator().manual_seed(1)).double() ** 3
+    flat = torch.full((1, 9), 0.5).double()
     for rule in (
         calibration.by_mean,
         calibration.by_quartile,
