@@ -73,7 +73,7 @@ def _device(name: str | None) -> Any:
 
 
 def _check_class(name: str) -> None:
-    """Raise before the weights are loaded if no adapter knows the model's class."""
+    """Raise before the weights are loaded if a model of this class can't be explained."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -85,8 +85,8 @@ def _check_class(name: str) -> None:
     config = AutoConfig.from_pretrained(name)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ValueError(
-            f"a model of type {config.model_type!r} takes no images; give a multimodal model: "
-            f"{', '.join(registered_classes())}"
+            f"a model of type {config.model_type!r} takes no images; give a multimodal model, such "
+            f"as {', '.join(registered_classes())}"
         )
     with torch.device("meta"):
         find_adapter(AutoModelForImageTextToText.from_config(config))

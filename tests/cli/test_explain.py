@@ -196,15 +196,31 @@ def test_broken_picture(base, image, capsys):
 
 
 def test_model_without_pictures_is_refused_before_its_weights_are_read(base, tmp_path, capsys):
-    from transformers import LlamaConfig, VipLlavaConfig
+    from transformers import LlamaConfig
 
-    for config, words in ((LlamaConfig(), "takes no images"), (VipLlavaConfig(), "no adapter")):
-        folder = tmp_path / type(config).__name__
-        config.save_pretrained(folder)  # there are no weights at all
-        line = failing(capsys, {**base, "--model": str(folder)})
-        assert "argument --model" in line
-        assert words in line
-        assert all(f"{name}ForConditionalGeneration" in line for name in NAMES)
+    LlamaConfig().save_pretrained(tmp_path / "llama")  # there are no weights at all
+    line = failing(capsys, {**base, "--model": str(tmp_path / "llama")})
+    assert "argument --model" in line
+    assert "takes no images" in line
+    assert all(f"{name}ForConditionalGeneration" in line for name in NAMES)
+
+
+@pytest.mark.parametrize("method", ["lens", "msea+arc", "gradcam"])
+def test_a_class_without_adapter_is_probed(method, base, tmp_path, capsys, monkeypatch):
+    from captum_mllm.adapters import registry
+
+    flags = ("--method", method, "--target", "a cat", "--save-result")
+    assert run({**base, "--out": str(tmp_path / "by_hand")}, *flags) == 0
+    assert "probed" not in capsys.readouterr().err
+    monkeypatch.setattr(registry, "_REGISTRY", {})
+    assert run(base, *flags) == 0
+    assert "probed LlavaForConditionalGeneration: 4 x 4 tokens" in capsys.readouterr().err
+    probed, by_hand = (
+        MLLMAttributionResult.load(tmp_path / folder / "result.safetensors")
+        for folder in ("out", "by_hand")
+    )
+    assert probed.grid_attr[0].shape == by_hand.grid_attr[0].shape
+    assert probed.output_tokens == by_hand.output_tokens
 
 
 def test_missing_torchvision_is_named(base, capsys, monkeypatch):
