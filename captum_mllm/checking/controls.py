@@ -14,6 +14,7 @@ from captum_mllm.methods import explain
 from captum_mllm.methods.controls import cascading_copies, centre_map
 from captum_mllm.metrics import insertion_deletion
 from captum_mllm.visualization import overlay
+from captum_mllm.words import group_words, marks_spaces, token_labels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 METHOD = "msea+arc"  # the default of the command line
 UNLIKE = 0.7  # rank correlation below which two maps are other maps
 STEPS = 8
-TOKENS = 4
+TOKENS = 6
+SENSITIVE = 0.02  # drop of probability from which on a token depends on the picture
 DRAWS = 3
 CLEAR = 2.0  # standard errors
 PATIENCE = 600.0  # seconds that insertion and deletion may take
@@ -142,19 +144,22 @@ def _lead(difference: Tensor) -> float:
 
 
 def _sensitive_tokens(subject: Subject) -> list[int]:
-    """Tokens of the answer whose probability falls most where the picture is blurred."""
+    """Tokens of content words whose probability falls most where the picture is blurred."""
     from PIL import ImageFilter
 
     radius = max(subject.picture.size) / 8
     blurred = subject.picture.convert("RGB").filter(ImageFilter.GaussianBlur(radius))
     run = subject.runner.run(subject.encode(blurred), subject.answer)
     drop = subject.run.answer_log_probs.exp() - run.answer_log_probs.exp()
-    order = drop.argsort(descending=True)[:TOKENS]
-    chosen = sorted(int(token) for token in order if float(drop[token]) > 0.02)
+    labels = token_labels(subject.answer.tolist(), subject.runner.tokenizer)
+    words = group_words(labels, marks_spaces(labels))
+    content = [token for word in words if word.content for token in word.tokens]
+    content.sort(key=lambda token: -float(drop[token]))
+    chosen = sorted(token for token in content[:TOKENS] if float(drop[token]) > SENSITIVE)
     if not chosen:
         raise NotTriedError(
-            f"Blurring the picture changes no token of {subject.text(subject.answer)!r}: the answer "
-            f"does not depend on what the picture shows.",
+            f"Blurring the picture changes no content word of {subject.text(subject.answer)!r}: "
+            f"the answer does not depend on what the picture shows.",
             "Ask about something that can be seen in the picture.",
         )
     return chosen
@@ -179,4 +184,4 @@ def _draw(subject: Subject, result: object, tokens: list[int]) -> None:
         return  # where the picture lies is not known: the line "layout" says so
     for token in tokens:
         word = subject.text(subject.answer[token : token + 1]).strip()
-        subject.pictures[f"{METHOD}: {word!r}"] = overlay(picture, maps[token])
+        subject.pictures[f"{METHOD}, token {token + 1}: {word!r}"] = overlay(picture, maps[token])

@@ -152,16 +152,21 @@ def repaint(picture: "Image", box: Box) -> "Image | None":
     if shown_w <= 0 or shown_h <= 0 or shown_w * shown_h < 0.5 * (right - left) * (lower - upper):
         return None
     # Whole pixels within the box: a pixel that two cells share would change both.
-    edges = [ceil(inside[0]), ceil(inside[1]), floor(inside[2]), floor(inside[3])]
-    for low, high in ((0, 2), (1, 3)):
-        if edges[high] <= edges[low]:
-            edges[low] = floor((inside[low] + inside[high]) / 2)
-            edges[high] = edges[low] + 1
+    (x0, x1), (y0, y1) = _whole(inside[0], inside[2]), _whole(inside[1], inside[3])
+    edges = (x0, y0, x1, y1)
     copy = picture.convert("RGB")
-    mean = copy.crop(tuple(edges)).resize((1, 1)).getpixel((0, 0))
+    mean = copy.crop(edges).resize((1, 1)).getpixel((0, 0))
     colour = tuple(0 if channel > 127 else 255 for channel in mean)  # type: ignore[union-attr]
-    copy.paste(colour, tuple(edges))
+    copy.paste(colour, edges)
     return copy
+
+
+def _whole(low: float, high: float) -> tuple[int, int]:
+    """The whole pixels between two edges, at least the one in the middle."""
+    if floor(high) > ceil(low):
+        return ceil(low), floor(high)
+    middle = floor((low + high) / 2)
+    return middle, middle + 1
 
 
 # ---- where cells are ----------------------------------------------------------------------------

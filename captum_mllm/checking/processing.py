@@ -16,6 +16,7 @@ from captum_mllm.model.observing import last_logits
 _OWN_PROCESSOR = "Load the processor of the model's own checkpoint (AutoProcessor.from_pretrained)."
 _SETTINGS = ("image_mean", "image_std", "rescale_factor", "patch_size", "merge_size", "size")
 _SETTINGS += ("crop_size", "do_normalize", "do_rescale", "temporal_patch_size")
+MATTERS = 1e-3  # change of logits, in their size, from which on an input matters
 _GEOMETRY = ("patch_size", "temporal_patch_size", ("merge_size", "spatial_merge_size"))
 
 
@@ -37,6 +38,9 @@ def check_image_tokens(subject: Subject) -> Finding:
     Args:
         subject: the model under check.
     """
+    lacking = [name for name in subject.adapter.required if name not in subject.inputs]
+    if lacking:
+        raise NotTriedError(f"The inputs lack {', '.join(lacking)}.", "Mend 'side inputs'.")
     try:
         sample = subject.sample
     except (ValueError, TypeError) as error:
@@ -80,13 +84,20 @@ def check_side_inputs(subject: Subject) -> Finding:
     ]
     if missing:
         return _missing(missing, {})
-    logits = last_logits(adapter, inputs)
+    absent = dict(_absent(subject))
+    try:
+        logits = last_logits(adapter, inputs)
+    except Exception as error:
+        needed = [name for name, made in absent.items() if _runs(subject, {**inputs, name: made})]
+        if not needed:
+            raise
+        texts = [f"{name} is missing: without it the model refuses: {error}" for name in needed]
+        return _missing(texts, {})
     size = float(logits.abs().max())
     figures: dict[str, Any] = {}
-    for name, made in _absent(subject):
-        change = _change(subject, {**inputs, name: made}, logits)
-        figures[f"with {name}"] = change
-        if isinstance(change, float) and change > 1e-3 * size:
+    for name, made in absent.items():
+        figures[f"with {name}"] = change = _change(subject, {**inputs, name: made}, logits)
+        if isinstance(change, float) and change > MATTERS * size:
             missing.append(
                 f"{name} is missing: the model takes it, and with it logits change by {change:.3g}"
                 f" (their size is {size:.3g})."
@@ -97,7 +108,7 @@ def check_side_inputs(subject: Subject) -> Finding:
         figures[f"without {name}"] = change
         if not isinstance(change, float):
             refused.append(name)
-        elif change > 1e-3 * size:
+        elif change > MATTERS * size:
             matters.append(f"{name} (by {change:.3g} of {size:.3g})")
         else:
             silent.append(name)
@@ -133,9 +144,13 @@ def _absent(subject: Subject) -> Iterator[tuple[str, Tensor]]:
 
 
 def _optional(subject: Subject) -> list[str]:
-    """Inputs without which the adapter would go on."""
-    needed = {"input_ids", *subject.adapter.required}
+    """Inputs other than pixels without which the adapter would go on."""
+    needed = {"input_ids", *subject.adapter.pixel_keys, *subject.adapter.required}
     return [name for name in subject.inputs if name not in needed]
+
+
+def _runs(subject: Subject, inputs: dict[str, Tensor]) -> bool:
+    return isinstance(_change(subject, inputs, torch.zeros(())), float)
 
 
 def _change(subject: Subject, inputs: dict[str, Tensor], logits: Tensor) -> float | str:
@@ -162,17 +177,19 @@ def _tokenizer_facts(subject: Subject) -> _Facts:
         yield f"Its tokenizer has {size} tokens, the model {rows} embeddings.", False
     else:
         yield f"{size} tokens for {rows} embeddings.", True
-    token = getattr(subject.processor, "image_token", None)
-    if isinstance(token, str):
-        found = tokenizer.convert_tokens_to_ids(token)
+    found = getattr(subject.processor, "image_token_id", None)
+    if isinstance(found, int):
         expected = adapter.visual_ids
         fits = found in expected
-        one = f"Image token {token!r} is {found}"
-        yield (f"{one}." if fits else f"{one}, the model's is {expected[0]}."), fits
+        yield (f"Image token {found}." if fits else _other_token(found, expected[0])), fits
     ids = tokenizer(subject.prompt, add_special_tokens=False)["input_ids"]
     again = tokenizer(tokenizer.decode(ids), add_special_tokens=False)["input_ids"]
     fits = list(ids) == list(again)
     yield f"The prompt {'survives' if fits else 'does not survive'} decoding and encoding.", fits
+
+
+def _other_token(found: int, expected: int) -> str:
+    return f"Its image token is {found}, the model's is {expected}."
 
 
 def _geometry_facts(subject: Subject) -> _Facts:
@@ -189,26 +206,47 @@ def _geometry_facts(subject: Subject) -> _Facts:
 
 
 def _stored_facts(subject: Subject) -> _Facts:
-    """The image processor's settings against those stored next to the weights."""
+    """The image processor's settings and the vocabulary against those next to the weights."""
+    name = str(getattr(subject.adapter.model, "name_or_path", "") or "")
     images = getattr(subject.processor, "image_processor", None)
-    stored = stored_settings(str(getattr(subject.adapter.model, "name_or_path", "") or ""))
+    stored = stored_settings(name)
     if images is None or stored is None:
         yield (
             "Its normalisation can't be compared: no processor's settings were found next to the "
             "model's weights.",
             None,
         )
-        return
-    now = json.loads(json.dumps(images.to_dict(), default=str))
-    other = [
-        f"Its {name} is {now[name]}, the checkpoint's {stored[name]}."
-        for name in _SETTINGS
-        if name in stored and name in now and not _same(now[name], stored[name])
-    ]
-    if other:
-        yield " ".join(other), False
     else:
-        yield "Normalisation and sizes are those stored with the weights.", True
+        now = json.loads(json.dumps(images.to_dict(), default=str))
+        other = [
+            f"Its {name} is {now[name]}, the checkpoint's {stored[name]}."
+            for name in _SETTINGS
+            if name in stored and name in now and not _same(now[name], stored[name])
+        ]
+        good = "Normalisation and sizes are those stored with the weights."
+        yield " ".join(other) or good, not other
+    vocabulary = stored_vocabulary(name)
+    if vocabulary and hasattr(subject.processor, "tokenizer"):
+        mine = subject.processor.tokenizer.get_vocab()
+        wrong = [token for token, index in vocabulary.items() if mine.get(token) != index]
+        if wrong:
+            share = len(wrong) / len(vocabulary)
+            yield f"{share:.0%} of the checkpoint's tokens have another id, as {wrong[0]!r}.", False
+        else:
+            yield f"So are all {len(vocabulary)} tokens.", True
+
+
+def stored_vocabulary(name: str) -> dict[str, int]:
+    """Token -> id of the tokenizer that lies next to a model's weights; empty if there is none.
+
+    Args:
+        name: folder or hub id that the model was loaded from; nothing is downloaded.
+    """
+    path = _local_file(name, "tokenizer.json")
+    vocabulary = json.loads(path.read_text())["model"].get("vocab", {}) if path else {}
+    if isinstance(vocabulary, list):  # a unigram model's: (token, score) in the order of the ids
+        return {token: index for index, (token, *_) in enumerate(vocabulary)}
+    return dict(vocabulary)
 
 
 def stored_settings(name: str) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """The check of a model: every line tried on its own, none of which stops the others."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ def check(
     prompt: str | None = None,
     *,
     max_new_tokens: int = 24,
+    only: Sequence[str] | None = None,
     on_line: Callable[[Finding], None] | None = None,
 ) -> TrustReport:
     r"""Check on a model of yours, on this machine, what its explanations rest on.
@@ -53,6 +54,7 @@ def check(
             (default) for "what is in the picture?". Insertion and deletion need both an image
             and a prompt of yours.
         max_new_tokens: length of the model's answer at most, default 24.
+        only: names of the lines to check, None (default) for all of them.
         on_line: is called with each line as soon as it is there, default None.
 
     Returns:
@@ -61,7 +63,8 @@ def check(
 
     Raises:
         TypeError: ``model`` is no torch module, or ``image`` no PIL picture.
-        ArgumentError: ``max_new_tokens`` is below 1, or the prompt is empty.
+        ArgumentError: ``max_new_tokens`` is below 1, the prompt is empty, or ``only`` holds no line
+            of that name.
 
     Example:
         >>> from captum_mllm import check
@@ -71,12 +74,13 @@ def check(
         (True, 'passed')
     """
     _check_arguments(model, image, prompt, max_new_tokens)
+    chosen = _chosen(only)
     subject = _subject(model, processor, image, prompt, max_new_tokens)
     lines = []
     before = _state(model)
     with ExitStack() as stack:
         stack.enter_context(unchanged(model))
-        for name, line in _lines().items():
+        for name, line in chosen.items():
             finding = _tried(name, line, subject)
             lines.append(finding)
             if on_line is not None:
@@ -109,6 +113,16 @@ def _lines() -> dict[str, Line]:
         "faithfulness": controls.check_faithfulness,
         "memory": costs.check_memory,
     }
+
+
+def _chosen(only: Sequence[str] | None) -> dict[str, Line]:
+    lines = _lines()
+    if only is None:
+        return lines
+    names = [only] if isinstance(only, str) else list(only)
+    if unknown := [name for name in names if name not in lines]:
+        raise ArgumentError("only", f"must hold names of {', '.join(lines)}; got {unknown}.")
+    return {name: line for name, line in lines.items() if name in names}
 
 
 def _tried(name: str, line: Line, subject: Subject) -> Finding:
@@ -145,10 +159,11 @@ def _check_arguments(model: Any, image: Any, prompt: Any, max_new_tokens: Any) -
 def _subject(
     model: nn.Module, processor: Any, image: Any, prompt: str | None, max_new_tokens: int
 ) -> Subject:
-    from captum_mllm.reference import make_scene, render_pil
     from captum_mllm.reference.captions import DEFAULT_QUESTION
+    from captum_mllm.reference.render import render_pil
+    from captum_mllm.reference.scenes import make_scene
 
-    shown, other = (render_pil(make_scene(number), size=SIZE)[0] for number in SCENES)
+    shown, other = (render_pil(make_scene(n), size=SIZE)[0] for n in SCENES)
     if image is not None:
         shown, other = image.convert("RGB"), other.resize(image.size)
     given = image is not None and prompt is not None
@@ -169,12 +184,12 @@ def _about(subject: Subject) -> dict[str, str]:
         "device": str(getattr(model, "device", "")),
         "picture": f"{width} x {height}",
         "prompt": subject.prompt,
-        "answer": "" if made is None else subject.text(made[0]),
+        "answer": "" if made is None else subject.text(made[0], whole=True),
         **installed_versions(),
     }
 
 
-# ---- the user's model is left as it was -----------------------------------------------------------
+# ---- the user's model is left as it was ---------------------------------------------------------
 
 
 def _state(model: nn.Module) -> dict[str, Any]:

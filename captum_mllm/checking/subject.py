@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -20,8 +20,6 @@ from captum_mllm.model.runner import Run, Runner
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_T = TypeVar("_T")
-
 
 class NotTriedError(Exception):
     """A line can't be tried.
@@ -36,16 +34,16 @@ class NotTriedError(Exception):
         self.advice = advice
 
 
-def _once(line: str) -> Callable[[Callable[["Subject"], _T]], Any]:
+def _once(line: str) -> Callable[[Callable[["Subject"], Any]], Any]:
     """A property computed once; where that fails, only its own line says why.
 
     Args:
         line: name of the line that reports the error; the other lines are not tried.
     """
 
-    def decorate(make: Callable[["Subject"], _T]) -> Any:
+    def decorate(make: Callable[["Subject"], Any]) -> Any:
         @wraps(make)
-        def get(self: "Subject") -> _T:
+        def get(self: "Subject") -> Any:
             name = make.__name__
             if name not in self.made:
                 try:
@@ -95,7 +93,12 @@ class Subject:
     @_once("class")
     def adapter(self) -> Adapter:
         """The model's adapter."""
-        return find_adapter(self.model)
+        try:
+            return find_adapter(self.model)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"the adapter registered for {type(self.model).__name__} does not fit it: {error}"
+            ) from error
 
     @_once("inputs")
     def inputs(self) -> dict[str, Tensor]:
@@ -129,15 +132,16 @@ class Subject:
         """Prompt and answer, and the lens's maps at the model's own scale."""
         return self.runner.run(self.inputs, self.answer)
 
-    def text(self, ids: Int64[Tensor, " tokens"]) -> str:
-        """Tokens as text, at most 60 characters.
+    def text(self, ids: Int64[Tensor, " tokens"], *, whole: bool = False) -> str:
+        """Tokens as text.
 
         Args:
             ids: token ids.
+            whole: whether more than 60 characters are shown, default False.
         """
         tokenizer = self.runner.tokenizer
         text = str(ids.tolist()) if tokenizer is None else tokenizer.decode(ids.tolist())
-        return text if len(text) <= 60 else text[:57] + "..."
+        return text if whole or len(text) <= 60 else text[:57] + "..."
 
     def encode(self, picture: "Image") -> dict[str, Tensor]:
         """What the processor makes of another picture and the same prompt.
@@ -151,7 +155,7 @@ class Subject:
         return {
             name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
             for name, value in made.items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and name != "labels"  # for training
         }
 
     def lens_maps(

@@ -52,8 +52,9 @@ def record_tested(reports: dict[str, TrustReport], path: Path = FILE) -> None:
         raise ValueError(
             f"reports must have passed to be recorded; failed: {', '.join(failed) or 'no reports'}."
         )
-    known = json.loads(path.read_text()) if path.exists() else {"packages": {}}
-    packages = known["packages"]
+    known: dict[str, Any] = {"packages": {}}
+    known |= json.loads(path.read_text()) if path.exists() else {}
+    packages: dict[str, Any] = known["packages"]
     for name, version in installed_versions().items():
         plain = ".".join(map(str, version_key(version)))
         versions = [*packages.get(name, {}).values(), plain]

@@ -1,7 +1,7 @@
 """Looks into a user's model that explain nothing: what checks of the model compare."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -51,10 +51,8 @@ def language_inputs(
         stack.callback(hook.remove)
         none = torch.zeros(0, dtype=torch.int64)
         stack.enter_context(selected_rows(adapter.head, none))
-        try:
+        with suppress(_ReachedError):
             adapter.model(**inputs, use_cache=False, return_dict=True)
-        except _ReachedError:
-            pass
     if not found:
         raise ValueError(
             "model: its language model got no embeddings, so that it can't be seen which token "
@@ -63,9 +61,7 @@ def language_inputs(
     return found[0]
 
 
-def last_logits(
-    adapter: Adapter, inputs: Mapping[str, Tensor]
-) -> Float[Tensor, " vocabulary"]:
+def last_logits(adapter: Adapter, inputs: Mapping[str, Tensor]) -> Float[Tensor, " vocabulary"]:
     """The model's logits for the first token of the answer, of inputs taken as they are.
 
     Args:
