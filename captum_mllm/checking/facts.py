@@ -1,5 +1,7 @@
 """Lines on the model's class, its adapter and the installed versions."""
 
+from collections.abc import Mapping
+
 from captum_mllm.adapters import registered_classes
 from captum_mllm.checking.report import Finding
 from captum_mllm.checking.subject import Subject
@@ -38,9 +40,8 @@ def check_versions(subject: Subject) -> Finding:
         if name in tested and _later(version, tested[name]["newest"])
     ]
     ranges = ", ".join(
-        f"{name} {version} (checked: {tested[name]['oldest']} to {tested[name]['newest']})"
+        f"{name} {version} (checked: {_range(tested.get(name))})"
         for name, version in installed.items()
-        if name in tested
     )
     if not newer:
         return Finding("versions", "passed", f"{ranges}.", figures=installed)
@@ -51,6 +52,10 @@ def check_versions(subject: Subject) -> Finding:
         "The other lines tell whether it works here; a failed one may be due to the new version.",
         installed,
     )
+
+
+def _range(versions: Mapping[str, str] | None) -> str:
+    return f"{versions['oldest']} to {versions['newest']}" if versions else "none yet"
 
 
 def _later(version: str, newest: str) -> bool:

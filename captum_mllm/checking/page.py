@@ -4,11 +4,9 @@ import base64
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from captum_mllm.checking.report import Finding, TrustReport
-from captum_mllm.files import nan_to_none
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,14 +18,16 @@ _HERE = Path(__file__).parent
 _MARKS = {"passed": "good", "failed": "bad", "not tried": "none"}
 
 
-def render_page(report: TrustReport) -> str:
+def render_page(data: Mapping[str, Any], summary: str, pictures: Mapping[str, "Image"]) -> str:
     """The report as HTML.
 
     Every text of the user (model, prompt, answer, messages) is escaped, the page has no script,
     and its Content-Security-Policy lets it load nothing but its own pictures and style.
 
     Args:
-        report: of a check.
+        data: the report's ``to_dict``.
+        summary: its summary, one sentence.
+        pictures: caption -> picture.
     """
     from jinja2 import Environment
     from markupsafe import Markup
@@ -37,30 +37,23 @@ def render_page(report: TrustReport) -> str:
     environment = Environment(autoescape=True)
     template = environment.from_string((_HERE / "page.html.jinja").read_text())
     lines = [
-        {
-            **vars(line),
-            "mark": _MARKS[line.verdict],
-            "figures": json.dumps(nan_to_none(dict(line.figures)), indent=1)
-            if line.figures
-            else "",
-        }
-        for line in report.lines
+        {**line, "mark": _MARKS[line["verdict"]], "figures": _figures(line["figures"])}
+        for line in data["lines"]
     ]
-    pictures = [(caption, _data_url(picture)) for caption, picture in report.pictures.items()]
     return template.render(
-        about=dict(report.about),
-        passed=report.passed,
-        summary=report.summary,
+        about=data["about"],
+        passed=data["passed"],
+        summary=summary,
         lines=lines,
-        pictures=pictures,
-        layout_drawn="Layout" in report.pictures,
+        pictures=[(caption, _data_url(picture)) for caption, picture in pictures.items()],
+        layout_drawn="Layout" in pictures,
         style=Markup(style),  # ours: the page's own file
         style_hash=Markup(hashed),
     )
 
 
-def _figures(line: Finding) -> str:
-    return json.dumps(nan_to_none(dict(line.figures)), indent=1) if line.figures else ""
+def _figures(figures: Mapping[str, Any]) -> str:
+    return json.dumps(figures, indent=1) if figures else ""
 
 
 def _data_url(picture: "Image") -> str:

@@ -141,4 +141,5 @@ class TrustReport:
         """
         from captum_mllm.checking.page import render_page
 
-        write_atomic(path, render_page(self).encode())
+        text = render_page(self.to_dict(), self.summary, self.pictures)
+        write_atomic(path, text.encode())

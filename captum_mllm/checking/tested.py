@@ -52,7 +52,7 @@ def record_tested(reports: dict[str, TrustReport], path: Path = FILE) -> None:
         raise ValueError(
             f"reports must have passed to be recorded; failed: {', '.join(failed) or 'no reports'}."
         )
-    known: dict[str, Any] = {"packages": {}}
+    known: dict[str, Any] = {"packages": {}, "models": []}
     known |= json.loads(path.read_text()) if path.exists() else {}
     packages: dict[str, Any] = known["packages"]
     for name, version in installed_versions().items():
@@ -61,5 +61,5 @@ def record_tested(reports: dict[str, TrustReport], path: Path = FILE) -> None:
         ordered = sorted(versions, key=version_key)
         packages[name] = {"oldest": ordered[0], "newest": ordered[-1]}
     classes = {report.about["model class"] for report in reports.values()}
-    known["models"] = sorted({*known.get("models", []), *classes})
+    known["models"] = sorted({*known["models"], *classes})
     write_atomic(path, (json.dumps(known, indent=2) + "\n").encode())

@@ -10,7 +10,7 @@ from captum_mllm import check
 from captum_mllm.checking import numbers, run
 from captum_mllm.reference import load
 from captum_mllm.validation import ArgumentError
-from tests.oracle.families import NAMES, above
+from tests.oracle.families import above
 from tests.oracle.layouts import kin_of
 from tests.oracle.model_state import check_same, state, worn
 
@@ -68,10 +68,10 @@ def test_a_picture_and_a_prompt_of_the_users(shipped_subject):
     assert len(found.pictures) == len(line.figures["random"])
 
 
-@pytest.mark.parametrize("name", above(NAMES))
+@pytest.mark.parametrize("name", above())
 def test_no_tiny_family_fails(name):
     kin = kin_of(name)
-    report = check(kin.model, kin.processor, kin.wide_picture, kin.prompt, max_new_tokens=4)
+    report = check(kin.model, kin.processor, kin.wide_picture, None, max_new_tokens=4)
     failed = {line.name for line in report.failed}
     # PaliGemma's real processor adds 1024 tokens for places, for which the tiny model has no row.
     assert failed == ({"processor"} if name == "PaliGemma" else set()), report

@@ -202,7 +202,7 @@ def test_a_processor_with_another_patch_size():
 def test_a_processor_with_another_image_token():
     kin = family("Llava")
     kin.processor.image_token = "w50"
-    kin.processor.image_token_id = kin.processor.tokenizer.convert_tokens_to_ids("w50")
+    kin.processor.image_token_id = kin.processor.tokenizer.image_token_id = 50
     assert "Its image token is 50, the model's is 3" in failing(checked(kin))["processor"]
 
 

@@ -11,7 +11,9 @@ from captum_mllm import Finding, TrustReport
 from captum_mllm.checking import tested
 from captum_mllm.validation import ArgumentError
 
-HOSTILE = "</title></style><script>alert(1)</script><img src=x onerror='alert(2)'>{{ 7*7 }}\"&"
+HOSTILE = (
+    "</title></style><script>alert(1)</script><img src=x onerror='alert(2)'>{{ 1234*5678 }}\"&"
+)
 
 
 def report(*verdicts, **changed):
@@ -110,8 +112,8 @@ def test_texts_of_users_are_no_markup(tmp_path):
     assert kinds[0] == kinds[1]
     assert "script" not in kinds[1]
     assert all(not name.startswith("on") for _, attrs in hostile.found for name in attrs)
-    assert "{{ 7*7 }}" in hostile.text
-    assert "49" not in hostile.text
+    assert "{{ 1234*5678 }}" in hostile.text
+    assert "7006652" not in hostile.text
 
 
 def test_the_page_loads_nothing(tmp_path):
