@@ -130,8 +130,9 @@ def check_memory(subject: Subject) -> Finding:
     """
     model = subject.adapter.model
     tensors = [*model.parameters(), *model.buffers()]
-    weights = sum(t.numel() * t.element_size() for t in tensors if not t.is_meta) / _GIB
-    figures = {"weights_gib": weights}
+    weights = sum(t.numel() * t.element_size() for t in tensors) / _GIB
+    away = sum(t.numel() * t.element_size() for t in tensors if t.is_meta) / _GIB
+    figures = {"weights_gib": weights, "offloaded_gib": away}
     if subject.adapter.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(subject.adapter.device) / _GIB
         where = "on the GPU"
@@ -140,5 +141,6 @@ def check_memory(subject: Subject) -> Finding:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
         where = "of this process since it began"
     figures["peak_gib"] = peak
-    found = f"The weights take {weights:.2f} GiB; the peak {where} is {peak:.2f} GiB."
+    offloaded = f" ({away:.2f} of them offloaded)" if away else ""
+    found = f"The weights take {weights:.2f} GiB{offloaded}; the peak {where} is {peak:.2f} GiB."
     return Finding("memory", "passed", found, "", figures)

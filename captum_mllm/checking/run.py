@@ -195,7 +195,7 @@ def _about(subject: Subject) -> dict[str, str]:
 def _state(model: nn.Module) -> dict[str, Any]:
     """What must not change: weights (by their versions and sums), modes, hooks."""
     weights = {
-        name: (id(tensor), tensor._version, tensor.requires_grad, _sum(tensor))
+        name: (tensor.requires_grad, *_fingerprint(tensor))
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
     }
     hooks = {
@@ -205,11 +205,15 @@ def _state(model: nn.Module) -> dict[str, Any]:
     return {"weights": weights, "modes and hooks": hooks}
 
 
-def _sum(tensor: torch.Tensor) -> float:
-    """A sum of some entries, which a change by way of ``.data`` does not leave as it was."""
-    if tensor.is_meta or not tensor.numel():
-        return 0.0
-    return float(tensor.detach().flatten()[:4096].double().nan_to_num().sum())
+def _fingerprint(tensor: torch.Tensor) -> tuple[int | float, ...]:
+    """What changes with a tensor's values; of an offloaded one, which is loaded anew, nothing.
+
+    The sum of some entries shows a change by way of ``.data``, which the version does not count.
+    """
+    if tensor.is_meta:
+        return ()
+    some = tensor.detach().flatten()[:4096].double().nan_to_num()
+    return id(tensor), tensor._version, float(some.sum())
 
 
 def _unchanged_since(before: dict[str, Any], model: nn.Module) -> Finding:

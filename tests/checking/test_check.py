@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
 from captum_mllm import check
@@ -166,6 +167,22 @@ def test_the_model_is_left_as_it_was(model, processor, picture, fails):
     assert torch.equal(torch.get_rng_state(), draw)
     assert report["model unchanged"].verdict == "passed"
     assert any("out of memory" in line.found for line in report.failed) == bool(fails)
+
+
+def test_an_offloaded_model(model, processor):
+    """Its weights are elsewhere between two calls, and can't be permuted."""
+    away = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    report = check(away, processor, max_new_tokens=3)
+    assert report.passed, report
+    assert report["randomised layers"].verdict == "not tried"
+    assert "offloaded" in report["memory"].found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    lines = ("layout", "teacher forcing", "lens", "prefix")
+    report = check(*load(dtype=dtype), only=lines)
+    assert report.passed, report
 
 
 @pytest.mark.parametrize(
