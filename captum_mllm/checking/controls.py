@@ -26,7 +26,7 @@ TOKENS = 6
 SENSITIVE = 0.02  # drop of probability from which on a token depends on the picture
 DRAWS = 3
 CLEAR = 2.0  # standard errors
-PATIENCE = 600.0  # seconds that insertion and deletion may take
+PATIENCE = 300.0  # seconds that insertion and deletion may take
 
 
 def check_randomised_layers(subject: Subject) -> Finding:

@@ -116,24 +116,22 @@ def check_layout(subject: Subject) -> Finding:
 def responses(
     changes: Float[Tensor, "paintings tokens"],
 ) -> Float[Tensor, "paintings tokens"]:
-    """How strongly each token responds to each painting, beyond what it does to any of them.
+    """How strongly each token responds to each painting, beyond what it does to most of them.
 
-    Towers attend globally, and some tokens change with whatever is painted: each token's changes
-    are divided by their median over the paintings, plus the median over all tokens.
+    Towers attend globally, and some tokens change with whatever is painted: of each token's
+    changes, their median over the paintings is subtracted.
 
     Args:
         changes: norms of the embeddings' changes.
 
     Returns:
-        The responses, of any unit.
+        The responses, in the embeddings' units.
 
     Example:
-        >>> responses(torch.tensor([[9.0, 9.0], [9.0, 1.0], [9.0, 1.0]]))[0].argmax()
+        >>> responses(torch.tensor([[9.0, 5.0], [9.0, 1.0], [9.0, 1.0]]))[0].argmax()
         tensor(1)
     """
-    typical = changes.median(dim=0).values
-    floor = changes.median().clamp(min=1e-12)
-    return changes / (typical + floor)
+    return changes - changes.median(dim=0).values
 
 
 def repaint(picture: "Image", box: Box) -> "Image | None":
@@ -260,7 +258,7 @@ def _judge(
 ) -> Finding:
     if not paintings:
         raise NotTriedError("No cell lies in the picture.")
-    hits = sum(painting.hit for painting in paintings) / len(paintings)
+    hits = _hits(paintings)
     rank = _mean_rank(paintings)
     deaf = _deaf_tiles(paintings)
     figures = {"cells": cells, "hits": hits, "mean_rank": rank, "deaf_tiles": deaf}
@@ -274,13 +272,21 @@ def _judge(
         f"{len(paintings)} views of them the token of that very cell changed most (mean rank "
         f"{rank:.3f}; by chance {1 / views[0].tokens.numel():.1%} and .5)."
     )
-    of_views = [[p for p in paintings if p.claimed.view == n] for n in range(len(views))]
-    ranked = all(_mean_rank(of_view) >= RANK for of_view in of_views if of_view)
-    rule, share = _best_rule([p for p in paintings if p.claimed.view == 0], grid)
-    if hits >= HITS and ranked and not deaf and share <= hits:
+    rules = []
+    for n, view in enumerate(views):
+        own = [p for p in paintings if p.claimed.view == n]
+        rule, share = _best_rule(own, *view.tokens.shape)
+        explained = share > _hits(own) or _mean_rank(own) < RANK
+        if own and (explained or (n == 0 and _hits(own) < HITS)):
+            rules.append(rule if share >= RULE else "")
+    if not rules and not deaf:
         return Finding("layout", "passed", found, "", figures)
-    why = rule if share >= RULE else _tiles_in_words(paintings, grid, deaf)
+    why = next(filter(None, rules), "") or _tiles_in_words(paintings, grid, deaf)
     return Finding("layout", "failed", f"{found} {why}", _ADVICE, figures)
+
+
+def _hits(paintings: Sequence[Painting]) -> float:
+    return sum(painting.hit for painting in paintings) / max(len(paintings), 1)
 
 
 def _mean_rank(paintings: Sequence[Painting]) -> float:
@@ -299,9 +305,8 @@ def _deaf_tiles(paintings: Sequence[Painting]) -> list[tuple[int, int]]:
     ]
 
 
-def _best_rule(paintings: Sequence[Painting], grid: ImageGrid) -> tuple[str, float]:
+def _best_rule(paintings: Sequence[Painting], rows: int, cols: int) -> tuple[str, float]:
     """The wrong layout that explains most of what responded, in words, and how much of it."""
-    rows, cols = grid.rows, grid.cols
     last_row, last_col = rows - 1, cols - 1
     rules: dict[str, Callable[[Place], tuple[int, int]]] = {
         "Rows and columns are exchanged.": lambda c: divmod(c.col * rows + c.row, cols),
