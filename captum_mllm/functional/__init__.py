@@ -8,6 +8,7 @@
 - ``calibration``: maps whose values a threshold can separate.
 - ``resampling``, ``patches``, ``segments``: other grids, how models cut up an image, segments.
 - ``odds``: how certain a token is, without saturation.
+- ``ownership``: which token hears which pixel, read from the signs of a few gradients.
 
 The axes have the same names throughout: ``targets`` are the explained tokens, ``tokens`` the text
 tokens that serve as context, and ``cells`` the cells of *all* images of the sample concatenated (so
@@ -36,6 +37,7 @@ from captum_mllm.functional.msea import (
     rank_correlation,
 )
 from captum_mllm.functional.odds import log_odds
+from captum_mllm.functional.ownership import NOBODY, SEVERAL, owners, sign_codes
 from captum_mllm.functional.patches import (
     find_layout,
     frames_to_patches,
@@ -65,6 +67,8 @@ from captum_mllm.functional.tam import (
 
 __all__ = [
     "AGGREGATIONS",
+    "NOBODY",
+    "SEVERAL",
     "WHOLE",
     "Aggregation",
     "Box",
@@ -86,6 +90,7 @@ __all__ = [
     "lens_logits",
     "log_odds",
     "merge_views",
+    "owners",
     "patches_to_frames",
     "product_of_experts",
     "rank_biased_overlap",
@@ -95,6 +100,7 @@ __all__ = [
     "resample_cells",
     "resize_attributions",
     "resize_pixels",
+    "sign_codes",
     "split_tiles",
     "sum_cells",
     "top_k_rankings",
