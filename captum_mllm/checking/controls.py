@@ -149,7 +149,7 @@ def _sensitive_tokens(subject: Subject) -> list[int]:
 
     radius = max(subject.picture.size) / 8
     blurred = subject.picture.convert("RGB").filter(ImageFilter.GaussianBlur(radius))
-    run = subject.runner.run(subject.encode(blurred), subject.answer)
+    run = subject.run_of(blurred)
     drop = subject.run.answer_log_probs.exp() - run.answer_log_probs.exp()
     labels = token_labels(subject.answer.tolist(), subject.runner.tokenizer)
     words = group_words(labels, marks_spaces(labels))
@@ -167,7 +167,7 @@ def _sensitive_tokens(subject: Subject) -> list[int]:
 
 def _check_patience(subject: Subject, forwards: int) -> None:
     start = time.perf_counter()
-    subject.runner.run(subject.inputs, subject.answer)
+    subject.run_of(subject.picture)
     expected = (time.perf_counter() - start) * forwards
     if expected > PATIENCE:
         raise NotTriedError(

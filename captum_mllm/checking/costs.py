@@ -50,7 +50,7 @@ def check_scales_and_views(subject: Subject) -> Finding:
     """
     with counted_forwards(subject.adapter) as calls:
         start = time.perf_counter()
-        run = subject.runner.run(subject.inputs, subject.answer)
+        run = subject.run_of(subject.picture)
         seconds = time.perf_counter() - start
     figures: dict[str, object] = {"scale 1": {"seconds": seconds, "forwards": len(calls)}}
     parts = [f"scale 1: {seconds:.2g} s, {len(calls)} forward"]
@@ -62,6 +62,9 @@ def check_scales_and_views(subject: Subject) -> Finding:
             continue
         try:
             grids = _grids(subject, view.scale)
+            if not subject.adapter.can_flip(grids, FLIPS[view.flip]):
+                refused.append(f"{view.name} would not lie on the same cells")
+                continue
             with counted_forwards(subject.adapter) as calls:
                 start = time.perf_counter()
                 maps = maps_at(subject.runner, run, grids, flip=view.flip).lens[0]

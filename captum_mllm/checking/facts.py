@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from captum_mllm.adapters import registered_classes
+from captum_mllm.adapters import DiscoveredAdapter, registered_classes
 from captum_mllm.checking.report import Finding
 from captum_mllm.checking.subject import Subject
 from captum_mllm.checking.tested import installed_versions, tested_versions, version_key
@@ -17,11 +17,14 @@ def check_class(subject: Subject) -> Finding:
     adapter = subject.adapter
     kind = type(adapter.model)
     name, own = kind.__name__, type(adapter).__name__
+    if isinstance(adapter, DiscoveredAdapter):
+        found = (
+            f"{name}: no adapter of its own; the layout of its image tokens is found by probing."
+        )
+        return Finding("class", "passed", found)
     registered = [base.__name__ for base in kind.__mro__ if base.__name__ in registered_classes()]
-    if not registered:
-        return Finding("class", "passed", f"{name}: no adapter of its own; its layout was probed.")
     text = f"{name}: adapter {own}"
-    if registered[0] != name:
+    if registered and registered[0] != name:
         text += f", registered for its base class {registered[0]}"
     return Finding("class", "passed", f"{text}.", figures={"layers": len(adapter.layers)})
 

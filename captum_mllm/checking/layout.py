@@ -242,7 +242,8 @@ def _read(
             continue
         rows, cols = view.tokens.shape
         claimed = Place(n, int(in_y * rows), int(in_x * cols))
-        own = response[view.tokens.flatten()]
+        tokens = view.tokens.flatten()
+        own = response[tokens].masked_fill(tokens < 0, -torch.inf)  # cells without a token
         best = Place(n, *divmod(int(own.argmax()), cols))
         mine = own[claimed.row * cols + claimed.col]
         rank = float((own < mine).float().sum() / max(len(own) - 1, 1))

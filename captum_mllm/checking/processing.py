@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_mllm.adapters import DiscoveredAdapter
 from captum_mllm.checking.report import Finding
 from captum_mllm.checking.subject import NotTriedError, Subject
 from captum_mllm.model.observing import last_logits
@@ -44,11 +45,14 @@ def check_image_tokens(subject: Subject) -> Finding:
     try:
         sample = subject.sample
     except (ValueError, TypeError) as error:
-        return Finding("image tokens", "failed", str(error), _OWN_PROCESSOR)
+        probed = isinstance(subject.adapter, DiscoveredAdapter)
+        return Finding("image tokens", "failed", str(error), "" if probed else _OWN_PROCESSOR)
     count = sum(len(where) for where in sample.image_positions)
     grids = "; ".join(" x ".join(map(str, grid.shape)) for grid in sample.grids)
     length = len(sample.prompt_ids)
     text = f"{count} of {length} tokens are the image's ({grids} cells), as its pixels make."
+    if isinstance(subject.adapter, DiscoveredAdapter):
+        text += f" Probed: {subject.adapter.shown(subject.inputs).layout}."
     return Finding("image tokens", "passed", text, "", {"image": count, "all": length})
 
 

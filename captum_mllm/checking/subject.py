@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter, find_adapter
 from captum_mllm.attr import LogitLens
+from captum_mllm.model.discovery import discover
 from captum_mllm.model.forward import evaluating
 from captum_mllm.model.generation import generated_steps
 from captum_mllm.model.inputs import Sample, read_sample
@@ -108,6 +109,7 @@ class Subject:
     @_once("image tokens")
     def sample(self) -> Sample:
         """The inputs, read and checked: where each image's tokens are."""
+        discover(self.adapter, self.processor, self.inputs, self.picture)
         return read_sample(self.inputs, self.adapter)
 
     @_once("teacher forcing")
@@ -130,7 +132,16 @@ class Subject:
     @_once("lens")
     def run(self) -> Run:
         """Prompt and answer, and the lens's maps at the model's own scale."""
-        return self.runner.run(self.inputs, self.answer)
+        return self.run_of(self.picture)
+
+    def run_of(self, picture: "Image") -> Run:
+        """One forward over the prompt with a picture and the answer, at the model's own scale.
+
+        Args:
+            picture: a PIL picture.
+        """
+        inputs = self.inputs if picture is self.picture else self.encode(picture)
+        return self.runner.run(inputs, self.answer, images=picture)
 
     def text(self, ids: Int64[Tensor, " tokens"], *, whole: bool = False) -> str:
         """Tokens as text.
@@ -168,5 +179,7 @@ class Subject:
             picture: another picture; None (default) for the picture.
         """
         inputs = self.inputs if picture is None else self.encode(picture)
-        result = LogitLens(model, self.processor).attribute(inputs, self.answer)
+        result = LogitLens(model, self.processor).attribute(
+            inputs, self.answer, images=picture or self.picture
+        )
         return result.grid_attr[0].flatten(1)

@@ -278,12 +278,15 @@ def cascading_copies(model: nn.Module, seed: int) -> Iterator[tuple[str, nn.Modu
         ['head', 'last quarter of the layers']
     """
     other = _shufflable_copy(model)
-    adapter = find_adapter(other)
-    layers = list(adapter.layers)
+    adapter, names = find_adapter(model), {id(m): n for n, m in model.named_modules()}
+    head, norm, *layers = (
+        other.get_submodule(names[id(part)])
+        for part in (adapter.head, adapter.final_norm, *adapter.layers)
+    )
     quarter, half = max(len(layers) // 4, 1), max(len(layers) // 2, 1)
     done: set[int] = set()
     for name, parts in (
-        ("head", [adapter.head, adapter.final_norm]),
+        ("head", [head, norm]),
         ("last quarter of the layers", layers[-quarter:]),
         ("last half of the layers", layers[-half:]),
         ("all layers", layers),

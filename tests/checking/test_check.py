@@ -8,10 +8,11 @@ from accelerate import cpu_offload
 from torch import nn
 
 from captum_mllm import check
+from captum_mllm.adapters import registry
 from captum_mllm.checking import numbers, run
 from captum_mllm.reference import load
 from captum_mllm.validation import ArgumentError
-from tests.oracle.families import above
+from tests.oracle.families import above, family
 from tests.oracle.layouts import kin_of
 from tests.oracle.model_state import check_same, state, worn
 
@@ -204,3 +205,19 @@ def test_a_change_of_the_model_is_noticed(monkeypatch, model, processor, change,
     monkeypatch.setattr(run, "_lines", lambda: {"class": line})
     report = check(used, processor)
     assert f"changed the model's {what}" in report["model unchanged"].found
+
+
+# ---- classes without an adapter -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", above(["Qwen2_5_VL", "InternVL", "Llava"]))
+def test_a_class_whose_layout_is_probed(monkeypatch, name):
+    monkeypatch.setattr(registry, "_REGISTRY", {})
+    kin = family(name)
+    picture = kin.wide_picture.resize((90, 50))
+    lines = [line for line in ALL[:-1] if line not in ("faithfulness", "memory")]
+    report = check(kin.model, kin.processor, picture, kin.prompt, max_new_tokens=4, only=lines)
+    assert report.passed, report
+    assert "found by probing" in report["class"].found
+    assert "Probed: " in report["image tokens"].found
+    assert {line.verdict for line in report.lines} == {"passed"}
