@@ -58,7 +58,9 @@ def check_versions(subject: Subject) -> Finding:
 
 
 def _range(versions: Mapping[str, str] | None) -> str:
-    return f"{versions['oldest']} to {versions['newest']}" if versions else "none yet"
+    if not versions:
+        return "none yet"
+    return " to ".join(dict.fromkeys((versions["oldest"], versions["newest"])))
 
 
 def _later(version: str, newest: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from captum_mllm import check
 from captum_mllm.checking.tested import installed_versions, record_tested
 from captum_mllm.cli.explain import demo_scene
-from captum_mllm.reference import load
+from captum_mllm.reference.models import load
 
 RECORDS = Path(__file__).parent / "records"
 MODELS = ("llava", "qwen2vl", "internvl")

@@ -116,6 +116,8 @@ def test_maps_that_are_worse_than_random(monkeypatch, shipped):
 
     explain = controls.explain
     monkeypatch.setattr(controls, "explain", opposite)
+    monkeypatch.setattr(controls, "STEPS", 4)
+    monkeypatch.setattr(controls, "DRAWS", 1)
     line = check(*shipped, *demo_scene(), only=("faithfulness",))["faithfulness"]
     assert line.verdict == "failed", line.found
     assert "Random maps are better" in line.advice

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from captum_mllm.checking import controls
 from captum_mllm.cli.main import main
 from tests.oracle.tiny import tiny_llava, tiny_processor
 
@@ -73,7 +74,8 @@ def test_what_can_not_start_gives_exit_code_2(saved, capsys, flags, says):
     assert says in error
 
 
-def test_the_shipped_model_needs_no_arguments(capsys):
+def test_the_shipped_model_needs_no_arguments(capsys, monkeypatch):
+    monkeypatch.setattr(controls, "STEPS", 4)
     assert main(["check", "--only", "lens,faithfulness", "--device", "cpu"]) == 0
     out, _ = capsys.readouterr()
     assert "Insertion minus deletion over" in " ".join(out.split())
