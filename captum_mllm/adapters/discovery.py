@@ -3,7 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -74,12 +74,16 @@ class Discovery:
         layouts: by processor, settings and picture sizes, with what was painted.
         samples: the last few samples, by their pixels.
         pictures: the layout behind each grid.
+        scaled: the grid of a picture resized by a factor, for models of native resolution.
+        native: whether a larger picture has more tokens, as far as it was tried.
     """
 
     facts: ModelFacts | None = None
     layouts: dict[Any, tuple[TokenLayout, Painted]] = field(default_factory=dict)
     samples: OrderedDict[str, ShownSample] = field(default_factory=OrderedDict)
     pictures: dict[ImageGrid, PictureLayout] = field(default_factory=dict)
+    scaled: dict[tuple[ImageGrid, float], ImageGrid] = field(default_factory=dict)
+    native: bool = False
 
     def remember(self, inputs: Mapping[str, Tensor], sample: ShownSample) -> None:
         """Keep the pictures behind some inputs; the oldest of too many go.
@@ -127,6 +131,26 @@ def discovery_of(model: nn.Module) -> Discovery:
         model: the user's model.
     """
     return _FOUND.setdefault(model, Discovery())
+
+
+def carry_over(model: nn.Module, copy: nn.Module) -> None:
+    """Let a copy of a model know what was found about the model.
+
+    Args:
+        model: the model.
+        copy: of the same modules, with other weights.
+    """
+    if (found := _FOUND.get(model)) is None:
+        return
+    facts = found.facts
+    if facts is not None:
+        names = {id(module): name for name, module in model.named_modules()}
+        norm, tower = (
+            copy.get_submodule(names[id(module)]) for module in (facts.final_norm, facts.tower)
+        )
+        facts = replace(facts, final_norm=norm, tower=tower)
+    _FOUND[copy] = Discovery(facts, found.layouts, found.samples, found.pictures)
+    _FOUND[copy].scaled, _FOUND[copy].native = found.scaled, found.native
 
 
 def pixel_digest(inputs: Mapping[str, Tensor], keys: Sequence[str]) -> str:

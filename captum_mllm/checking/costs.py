@@ -14,6 +14,7 @@ from captum_mllm.checking.report import Finding
 from captum_mllm.checking.subject import Subject
 from captum_mllm.functional import rank_correlation, upsample
 from captum_mllm.geometry import ImageGrid
+from captum_mllm.model.discovery import discover_scales
 from captum_mllm.model.observing import counted_forwards
 from captum_mllm.model.scales import FLIPS, Flip, maps_at
 
@@ -93,6 +94,7 @@ def _grids(subject: Subject, scale: float) -> Sequence[ImageGrid]:
     grids = subject.sample.grids
     if scale == 1.0:
         return grids
+    discover_scales(subject.adapter, subject.sample, (1.0, scale))
     return tuple(subject.adapter.scaled_grid(grid, scale) for grid in grids)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from captum_mllm.adapters import find_adapter
+from captum_mllm.adapters.discovery import carry_over
 from captum_mllm.functional import Box, resample_cells
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.methods.cells import box_on_grid
@@ -221,7 +222,9 @@ def _shufflable_copy(model: nn.Module) -> nn.Module:
                 f"{'offloaded' if parameter.is_meta else f'of {parameter.dtype}'}, so that no "
                 f"copy with permuted weights can be made; load the model whole and unquantised."
             )
-    return copy.deepcopy(model)
+    other = copy.deepcopy(model)
+    carry_over(model, other)
+    return other
 
 
 def shuffle_weights(parameters: Iterable[nn.Parameter], seed: int) -> None:
