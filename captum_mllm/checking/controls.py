@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 METHOD = "msea+arc"  # the default of the command line
 UNLIKE = 0.7  # rank correlation below which two maps are other maps
 STEPS = 8
+AT_ONCE = 4
 TOKENS = 6
 SENSITIVE = 0.02  # drop of probability from which on a token depends on the picture
 DRAWS = 3
@@ -106,17 +107,25 @@ def check_faithfulness(subject: Subject) -> Finding:
 
 
 def _difference(subject: Subject, maps: object, tokens: list[int]) -> Tensor:
-    curves = insertion_deletion(
-        subject.model,
-        subject.inputs,
-        subject.answer,
-        maps,
-        processor=subject.processor,
-        tokens=tokens,
-        baseline="blur",
-        steps=STEPS,
-    )
-    return curves.difference
+    """Insertion minus deletion of each token; several versions in a forward where they fit."""
+
+    def curves(at_once: int) -> Tensor:
+        return insertion_deletion(
+            subject.model,
+            subject.inputs,
+            subject.answer,
+            maps,
+            processor=subject.processor,
+            tokens=tokens,
+            baseline="blur",
+            steps=STEPS,
+            perturbations_per_eval=at_once,
+        ).difference
+
+    try:
+        return curves(AT_ONCE)
+    except (RuntimeError, ValueError):  # no memory, or a model that takes one sample at a time
+        return curves(1)
 
 
 def _judge(subject: Subject, tokens: list[int], scores: Mapping[str, Tensor]) -> Finding:

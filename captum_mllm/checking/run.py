@@ -39,7 +39,7 @@ def check(
 
     Each line of the report is measured on the model itself: where its image tokens lie (by
     repainting cells of the picture), whether the lens is its head, whether one forward gives what
-    ``generate`` computed, and so on; the page :doc:`What we guarantee </guarantees>` lists all. An
+    ``generate`` computed, and so on; :doc:`What we guarantee </docs/guarantees>` lists all. An
     error within a line fails that line and no other. The model is left as it was, also after an
     error. Takes seconds for a small model on a CPU, and for a large one some forwards of the
     language model and a dozen of the vision encoder; its randomised copy takes the model's memory
