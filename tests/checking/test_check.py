@@ -224,7 +224,7 @@ def test_a_change_of_the_model_is_noticed(monkeypatch, model, processor, change,
 # ---- classes without an adapter -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", above(["Qwen2_5_VL", "InternVL", "Llava"]))
+@pytest.mark.parametrize("name", above(["Qwen2_5_VL", "LlavaNext", "Llava"]))
 def test_a_class_whose_layout_is_probed(monkeypatch, name):
     monkeypatch.setattr(registry, "_REGISTRY", {})
     kin = family(name)
