@@ -27,6 +27,7 @@ from captum_mllm.attr import (
 from captum_mllm.bridge import PromptInput, TeacherForced, TokenLogProb, check_llm_attribution
 from captum_mllm.checking import Finding, TrustReport, check
 from captum_mllm.geometry import ImageGeometry
+from captum_mllm.model.discovery import probe_layout
 from captum_mllm.result import MLLMAttributionResult
 
 __version__ = "0.1.0.dev0"
@@ -51,4 +52,5 @@ __all__ = [
     "__version__",
     "check",
     "check_llm_attribution",
+    "probe_layout",
 ]

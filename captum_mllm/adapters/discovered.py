@@ -53,6 +53,9 @@ class DiscoveredAdapter(Adapter):
         Args:
             inputs: the model's inputs.
 
+        Returns:
+            The pictures, how they were processed, and their layout.
+
         Raises:
             LayoutError: these inputs were not seen with their pictures yet.
         """
@@ -131,6 +134,11 @@ class DiscoveredAdapter(Adapter):
     def bidirectional_prompt(self) -> bool:  # type: ignore[override]
         """Whether text of the prompt attends to later text of the prompt."""
         return self.facts.bidirectional
+
+    @property
+    @override
+    def whole_prompt(self) -> bool:
+        return self.facts.bidirectional or self.facts.whole_prompt
 
     @property
     def pixel_keys(self) -> tuple[str, ...]:  # type: ignore[override]

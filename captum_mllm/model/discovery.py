@@ -110,8 +110,9 @@ def discover_scales(adapter: Adapter, sample: Sample, scales: Iterable[float]) -
 def _is_native(shown: ShownSample) -> bool:
     """Whether a picture of one view gets pixels in proportion to its size."""
     pictures, keys = shown.layout.pictures, shown.painted.keys
-    if len(pictures) > 1 or any(len(p.views) > 1 or len(p.runs) > 1 for p in pictures):
-        return False
+    (view, *others), runs = pictures[0].views, pictures[0].runs
+    if len(pictures) > 1 or others or runs != (view.shape[0] * view.shape[1],):
+        return False  # new lines, tiles: how their number follows the size is not known
     (picture,) = shown.pictures
     sizes = []
     for factor in (1.0, 1.5):
@@ -178,12 +179,9 @@ def _remember_scale(
 
 
 def probe_layout(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    processor: Any,
-    images: Any,
+    model: nn.Module, inputs: Mapping[str, Any], processor: Any, images: Any
 ) -> TokenLayout:
-    """Probe the layout of a prompt's image tokens, whatever the model's class, known or not.
+    r"""Probe the layout of a prompt's image tokens, with or without an adapter for the class.
 
     Args:
         model: the user's model.
@@ -197,6 +195,19 @@ def probe_layout(
     Raises:
         LayoutError: the image tokens have no places in the picture.
         ValueError: ``images`` through the processor are not the pixels of ``inputs``.
+
+    Reference:
+        Our reading; see docs/methods.md.
+
+    Example:
+        >>> from captum_mllm import probe_layout
+        >>> from captum_mllm.reference import load, make_scene, render_pil
+        >>> model, processor = load()
+        >>> picture, _ = render_pil(make_scene(1))
+        >>> inputs = processor(images=picture, text="USER: <image>\nwhat is this ? ASSISTANT:",
+        ...     return_tensors="pt")
+        >>> print(probe_layout(model, inputs, processor, picture))
+        14 x 14 tokens over 336 x 336 pixels
     """
     adapter = DiscoveredAdapter(model)
     pictures = _pictures(images)

@@ -186,10 +186,10 @@ def _run(adapter: Adapter) -> _Seen:
     """Run the language model over a few random states."""
     seen = _Seen()
     table = adapter.model.get_input_embeddings()
-    width = adapter.final_norm.weight.shape[-1]  # type: ignore[union-attr, index]
+    width = adapter.class_weights(slice(0, 1))[0].shape[-1]
     generator = torch.Generator().manual_seed(0)
     # Small, so that what the layers write is not lost in the rounding of their inputs.
-    states = 0.01 * torch.randn(1, _TOKENS, int(width), generator=generator)
+    states = 0.01 * torch.randn(1, _TOKENS, width, generator=generator)
     dtype = next((p.dtype for p in table.parameters() if p.is_floating_point()), torch.float32)
     states = states.to(adapter.device, dtype)
     with observed_attention(adapter, seen.calls.append), _watched(adapter, seen):
