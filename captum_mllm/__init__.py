@@ -9,7 +9,8 @@ flows one way::
 ``adapters`` hold what differs between model families, ``model`` runs the user's model,
 ``functional`` holds the formulas, one file per step of the paper, ``attr`` the captum attributors,
 ``result`` what they return, ``bridge`` what captum's own methods need on such models, ``methods``
-every method by its name. CONTRIBUTING.md says where each formula stands.
+every method by its name, ``checking`` what users can check on their own model. CONTRIBUTING.md
+says where each formula stands.
 """
 
 from captum_mllm.attr import (
@@ -24,6 +25,7 @@ from captum_mllm.attr import (
     TokenActivationMap,
 )
 from captum_mllm.bridge import PromptInput, TeacherForced, TokenLogProb, check_llm_attribution
+from captum_mllm.checking import Finding, TrustReport, check
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.model.discovery import probe_layout
 from captum_mllm.result import MLLMAttributionResult
@@ -35,6 +37,7 @@ __all__ = [
     "MSEA",
     "DirectLens",
     "DirectLogitAttribution",
+    "Finding",
     "ImageGeometry",
     "JointNormalization",
     "LogitLens",
@@ -45,7 +48,9 @@ __all__ = [
     "TeacherForced",
     "TokenActivationMap",
     "TokenLogProb",
+    "TrustReport",
     "__version__",
+    "check",
     "check_llm_attribution",
     "probe_layout",
 ]

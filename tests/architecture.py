@@ -22,8 +22,8 @@ FLOORS = (  # a file imports from its own room and from the rooms of the floors 
     {"model", "data", "visualization"},
     {"result"},
     {"attr", "bridge", "metrics"},
-    {"methods"},
-    {"benchmark", "reference"},
+    {"methods", "reference"},
+    {"benchmark", "checking"},
     {"cli", "__main__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,4 +1,4 @@
-"""The command line: ``captum-mllm explain`` and ``captum-mllm benchmark``.
+"""The command line: ``captum-mllm explain``, ``captum-mllm benchmark`` and ``captum-mllm check``.
 
 Everything that the package prints is printed by this folder: progress on stderr, tables on stdout.
 Mistakes of the user end with one line on stderr that names the argument, and exit code 2.
@@ -12,6 +12,7 @@ from typing import NoReturn
 from captum_mllm import __version__
 from captum_mllm.cli.arguments import UsageError, print_progress, printable
 from captum_mllm.cli.benchmark import add_benchmark
+from captum_mllm.cli.check import add_check
 from captum_mllm.cli.explain import add_explain
 
 
@@ -30,11 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; default those of the process.
 
     Returns:
-        Exit code: 0, or 2 for a mistake in the arguments, 130 if interrupted.
+        Exit code: 0, or 1 where a check failed, 2 for a mistake in the arguments, 130 if
+        interrupted.
     """
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        code = args.run(args)
     except UsageError as error:
         line = " ".join(str(error).split())
         print(printable(f"captum-mllm {args.command}: error: {line}", sys.stderr), file=sys.stderr)
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print_progress(f"interrupted, {stopped or 'nothing was written'}")
         return 130
-    return 0
+    return code or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,4 +54,5 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_explain(commands)
     add_benchmark(commands)
+    add_check(commands)
     return parser

@@ -1,7 +1,7 @@
 """Controls: maps that know nothing, and one that knows all; a method must lie between them."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from captum_mllm.adapters import find_adapter
 from captum_mllm.adapters.discovery import carry_over
 from captum_mllm.functional import Box, resample_cells
 from captum_mllm.geometry import ImageGeometry
@@ -208,6 +209,12 @@ def shuffled_copy(model: nn.Module, seed: int) -> nn.Module:
         >>> torch.equal(other.weight.sort().values, layer.weight.sort().values)
         True
     """
+    other = _shufflable_copy(model)
+    shuffle_weights(other.parameters(), seed)
+    return other
+
+
+def _shufflable_copy(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.is_floating_point():
             raise ValueError(
@@ -217,11 +224,78 @@ def shuffled_copy(model: nn.Module, seed: int) -> nn.Module:
             )
     other = copy.deepcopy(model)
     carry_over(model, other)
+    return other
+
+
+def shuffle_weights(parameters: Iterable[nn.Parameter], seed: int) -> None:
+    """Permute the entries of each parameter at random, in place.
+
+    Args:
+        parameters: of a copy; never those of a user's model.
+        seed: of the permutations, which are drawn on each parameter's own device.
+
+    Reference:
+        See :func:`shuffled_copy`.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 1, bias=False)
+        >>> before = layer.weight.detach().clone()
+        >>> shuffle_weights(layer.parameters(), seed=1)
+        >>> torch.equal(layer.weight.sort().values, before.sort().values)
+        True
+    """
     draws: dict[torch.device, torch.Generator] = {}
     with torch.no_grad():
-        for parameter in other.parameters():
+        for parameter in parameters:
             device = parameter.device
             draw = draws.setdefault(device, torch.Generator(device).manual_seed(seed))
             order = torch.randperm(parameter.numel(), generator=draw, device=device)
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    return other
+
+
+def cascading_copies(model: nn.Module, seed: int) -> Iterator[tuple[str, nn.Module]]:
+    """One copy of a model, randomised from its output down to its pixels.
+
+    Each step permutes the weights of further parts: the head and the norm before it, the last
+    quarter of the language model's layers, its last half, all of them, and all the rest. Memory as
+    for :func:`shuffled_copy`.
+
+    Args:
+        model: left as it is.
+        seed: of the permutations.
+
+    Yields:
+        What has been randomised, and the copy; the same one each time, changed further.
+
+    Raises:
+        ValueError: offloaded or quantised weights, which can't be permuted.
+
+    Reference:
+        Cascading parameter randomisation (arXiv 1810.03292); permutation in place of newly drawn
+        weights, and the steps, are ours.
+
+    Example:
+        >>> from captum_mllm.reference import load
+        >>> model, _ = load()
+        >>> [name for name, _ in cascading_copies(model, seed=0)][:2]
+        ['head', 'last quarter of the layers']
+    """
+    other = _shufflable_copy(model)
+    adapter, names = find_adapter(model), {id(m): n for n, m in model.named_modules()}
+    head, norm, *layers = (
+        other.get_submodule(names[id(part)])
+        for part in (adapter.head, adapter.final_norm, *adapter.layers)
+    )
+    quarter, half = max(len(layers) // 4, 1), max(len(layers) // 2, 1)
+    done: set[int] = set()
+    for name, parts in (
+        ("head", [head, norm]),
+        ("last quarter of the layers", layers[-quarter:]),
+        ("last half of the layers", layers[-half:]),
+        ("all layers", layers),
+        ("everything", [other]),
+    ):
+        found = {id(p): p for part in parts for p in part.parameters() if id(p) not in done}
+        shuffle_weights(found.values(), seed + len(done))
+        done |= found.keys()
+        yield name, other

@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -45,6 +45,36 @@ def generate_answer(
         ValueError: several sequences, inputs of the model among ``gen_args``, or nothing but
             the end of sequence.
     """
+    return _generate(sample, adapter, gen_args, may_be_empty)[0]
+
+
+def generated_steps(
+    sample: Sample, adapter: Adapter, gen_args: Mapping[str, Any] | None = None
+) -> tuple[Int64[Tensor, " answer"], Float[Tensor, "answer vocabulary"]]:
+    """The model's own answer, and the logits of each step that made it.
+
+    Args:
+        sample: the prompt.
+        adapter: the model's adapter.
+        gen_args: see :func:`generate_answer`.
+
+    Returns:
+        Ids of the answer without the final end-of-sequence token, and the model's raw logits of
+        those steps, float32, on the CPU.
+
+    Raises:
+        ValueError: see :func:`generate_answer`.
+    """
+    wanted = {"return_dict_in_generate": True, "output_logits": True}
+    answer, output = _generate(sample, adapter, {**(gen_args or {}), **wanted}, False)
+    logits = torch.cat([step.detach().float().cpu() for step in output.logits[: len(answer)]])
+    return answer, logits
+
+
+def _generate(
+    sample: Sample, adapter: Adapter, gen_args: Mapping[str, Any] | None, may_be_empty: bool
+) -> tuple[Int64[Tensor, " answer"], Any]:
+    """The answer, and all that ``generate`` returned."""
     settings = _checked(gen_args, sample)
     config, others = _settings(adapter, settings)
     with _only_special_ids(adapter.model), warnings.catch_warnings():
@@ -66,7 +96,7 @@ def generate_answer(
             "target is None and the model generated nothing but the end of sequence: check the "
             "prompt (chat template?), or give a target."
         )
-    return answer
+    return answer, output
 
 
 def generate_ids(adapter: Adapter, *args: Any, **kwargs: Any) -> Tensor:

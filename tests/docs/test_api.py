@@ -195,7 +195,7 @@ def test_a_poor_docstring_is_found():
 
 def test_every_option_of_the_command_line_says_what_it_does():
     parsers = commands()
-    assert set(parsers) == {"explain", "benchmark"}
+    assert set(parsers) == {"explain", "benchmark", "check"}
     for name, parser in parsers.items():
         assert parser.description
         assert not [a.option_strings for a in parser._actions if not a.help], name
