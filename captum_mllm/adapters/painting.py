@@ -5,6 +5,8 @@ along each axis, two colours. How each number follows them tells what it shows. 
 cropping, padding, tiles, thumbnails and the order of patches need not be known.
 """
 
+import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -104,9 +106,15 @@ class PixelSource:
 
 def _own_settings(processor: Any) -> dict[str, Any]:
     """What a processor's class adds to each call of its image processor."""
-    kinds = getattr(processor, "valid_processor_kwargs", None)
-    older = getattr(kinds, "_defaults", {}).get("images_kwargs", {})
-    return {**getattr(processor, "images_kwargs", {}), **older}
+    if (own := getattr(processor, "images_kwargs", None)) is not None:
+        return dict(own)
+    kinds = [getattr(processor, "valid_processor_kwargs", None)]
+    with warnings.catch_warnings():  # 5.5 keeps them beside the class, 5.24 deprecates that
+        warnings.simplefilter("ignore", FutureWarning)
+        for cls in type(processor).__mro__:
+            kinds.append(getattr(sys.modules.get(cls.__module__), f"{cls.__name__}Kwargs", None))
+    defaults = (getattr(kind, "_defaults", None) or {} for kind in kinds)
+    return dict(next((d["images_kwargs"] for d in defaults if "images_kwargs" in d), {}))
 
 
 def _differs(made: Mapping[str, Tensor], inputs: Mapping[str, Any], keys: Sequence[str]) -> str:
