@@ -1,4 +1,4 @@
-"""A default configuration of transformers made small: a few layers, a width of 32, a vocabulary of 160.
+"""A default configuration of transformers made small: two layers, a width of 32.
 
 A configuration of a vision-language model is a tree: on top what joins the parts, below it one
 configuration for text and one (or two) for pictures. Their classes name the same thing in dozens
@@ -31,8 +31,10 @@ def _table(*rows: tuple[Any, str]) -> Values:
 SPECIAL = _table(
     (IMAGE, "image_token_id image_token_index image_patch_id media_placeholder_token_id"),
     (VIDEO, "video_token_id video_token_index"),
-    (VISION_START, "vision_start_token_id video_start_token_id"),
-    (VISION_END, "vision_end_token_id video_end_token_id"),
+    (VISION_START, "vision_start_token_id"),
+    (VISION_END, "vision_end_token_id"),
+    (103, "video_start_token_id"),  # not the images' ones: what stands between them is a video
+    (104, "video_end_token_id"),
     (94, "boi_token_index boi_token_id im_start_id image_start_token_id"),
     (95, "eoi_token_index eoi_token_id im_end_id image_end_token_id"),
     (96, "audio_token_id audio_token_index"),
@@ -155,32 +157,33 @@ def tiny_config(kind: str, overrides: Mapping[str, Any] | None = None) -> PreTra
         >>> config.text_config.hidden_size, config.text_config.num_hidden_layers
         (32, 3)
     """
-    given = dict(overrides or {})
     default = CONFIG_MAPPING[kind]()
-    made: Values = {}
-    for name in dict.fromkeys([*vars(default), *given]):
-        part, own = _setting(default, name), given.get(name)
+    own = vars(default)
+    parts = [name for name in own if isinstance(_setting(default, name), PreTrainedConfig)]
+    is_text = not parts or "num_hidden_layers" in own  # some keep the text model's on top
+    return _tiny(default, (TEXT if is_text else TOP) | SPECIAL, overrides or {})
+
+
+def _tiny(default: PreTrainedConfig, table: Values, overrides: Mapping[str, Any]) -> Any:
+    """A configuration of the default's class with the table's values, its parts likewise."""
+    inner = table if SPECIAL.keys().isdisjoint(table) else TEXT
+    parts: Values = {}
+    for name in dict.fromkeys([*vars(default), *overrides]):
+        part, own = _setting(default, name), overrides.get(name)
         if isinstance(own, Mapping) and CLASS in own:
             part = getattr(transformers, own[CLASS])()
         if isinstance(part, PreTrainedConfig) and (own is None or isinstance(own, Mapping)):
-            made[name] = _tiny_part(name, part, own or {})
-    has_parts = any(isinstance(_setting(default, name), PreTrainedConfig) for name in vars(default))
-    table = (TOP if has_parts else TEXT) | SPECIAL
-    rest = {name: value for name, value in given.items() if name not in made}
-    return type(default)(**_kept({**_small(default, table), **made, **rest}))
+            parts[name] = _tiny(part, _table_of(name, inner), own or {})
+    rest = {name: value for name, value in overrides.items() if name not in {*parts, CLASS}}
+    values = {**_small(default, table), **parts, **rest}
+    return type(default)(**{name: value for name, value in values.items() if value is not KEEP})
 
 
-def _tiny_part(name: str, part: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+def _table_of(name: str, otherwise: Values) -> Values:
+    """The table for a part by its name; a part of a part has that one's unless it tells."""
     if name.startswith("audio"):
-        table = AUDIO
-    else:
-        table = VISION if any(word in name for word in ("vision", "visual", "vit")) else TEXT
-    own = {name: value for name, value in overrides.items() if name != CLASS}
-    return type(part)(**_kept({**_small(part, table), **own}))
-
-
-def _kept(values: Values) -> Values:
-    return {name: value for name, value in values.items() if value is not KEEP}
+        return AUDIO
+    return VISION if any(word in name for word in ("vision", "visual", "vit")) else otherwise
 
 
 def _setting(config: PreTrainedConfig, name: str) -> Any:

@@ -1,10 +1,11 @@
 """Tiny random models of the classes, their image processors made small, and inputs for both."""
 
 import inspect
+import math
 import re
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto import image_processing_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from studies.zoo.settings import SETTINGS, Settings
+from studies.zoo.kinds import SETTINGS, UNAVAILABLE
+from studies.zoo.settings import Settings
 from studies.zoo.shrink import BOS, EOS, IMAGE, PAD, VISION_END, VISION_START, tiny_config
 
 KINDS: tuple[str, ...] = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
@@ -24,7 +26,7 @@ BEFORE, AFTER = (BOS, 5, 6), (7, 8, 9, 10, 11, 12)  # text tokens about the pict
 NAMES_OF_IDS = ("image_token_id", "image_token_index", "image_patch_id")
 
 
-class Unavailable(RuntimeError):
+class Unavailable(RuntimeError):  # noqa: N818
     """A class of which no subject can be built here; the message says why."""
 
 
@@ -51,8 +53,8 @@ class Subject:
     model: Any
     processor: Any
     image_token_id: int
-    tokens: int | None = None
-    _known: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+    settings: Settings = field(default_factory=Settings, repr=False)
+    _spans: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def encode(self, *pictures: Image.Image, text_after: int = 3) -> dict[str, Any]:
         """Inputs of one prompt: some text, each picture's placeholders, some text.
@@ -70,36 +72,55 @@ class Subject:
         """
         ids = list(BEFORE)
         for picture in pictures:
-            count = self.count(picture)
-            ids += [VISION_START, *[self.image_token_id] * count, VISION_END]
+            ids += [VISION_START, *self.span(picture), VISION_END]
         ids += AFTER[:text_after]
-        return {**self._text(ids), **(self._pixels(pictures) if pictures else {})}
+        return {**self._text(ids, len(pictures)), **(self._pixels(pictures) if pictures else {})}
 
-    def count(self, picture: Image.Image) -> int:
-        """Number of placeholders of a picture; the same for all of its size."""
-        if self.tokens is not None:
-            return self.tokens
-        if picture.size not in self._known:
-            self._known[picture.size] = _count(self, self._pixels([picture]))
-        return self._known[picture.size]
+    def span(self, picture: Image.Image) -> tuple[int, ...]:
+        """Ids that stand for a picture in the prompt; the same for all of its size."""
+        if picture.size not in self._spans:
+            self._spans[picture.size] = tuple(self._new_span(picture))
+        return self._spans[picture.size]
 
-    def _text(self, ids: list[int]) -> dict[str, Tensor]:
+    def _new_span(self, picture: Image.Image) -> list[int]:
+        if self.settings.span is not None:
+            return self.settings.span(self._made([picture]))
+        count = self.settings.tokens
+        count = _count(self, self._pixels([picture])) if count is None else count
+        return [self.image_token_id] * count
+
+    @property
+    def takes(self) -> set[str]:
+        """Names of the inputs that the model takes."""
+        return {*_parameters(self.model.forward), *self.settings.inputs, "pixel_values"}
+
+    def _text(self, ids: list[int], pictures: int = 1) -> dict[str, Tensor]:
         tokens = torch.tensor([ids])
         is_image = (tokens == self.image_token_id).long()
-        values = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        takes = _parameters(self.model.forward)
-        if "mm_token_type_ids" in takes:
-            values["mm_token_type_ids"] = is_image
-        if "token_type_ids" in takes:  # Gemma 3 marks images by them, PaliGemma the answer
-            values["token_type_ids"] = is_image if "gemma" in self.kind else 0 * is_image
-        return values
+        # Gemma 3 marks images by token_type_ids, PaliGemma the answer.
+        types = is_image if "gemma" in self.kind else 0 * is_image
+        side = {
+            "mm_token_type_ids": is_image,
+            "token_type_ids": types,
+            "image_embeds_position_mask": is_image,
+            "image_attention_mask": torch.ones(1, len(ids), pictures, dtype=torch.long),
+            "bbox": torch.zeros(1, len(ids), 4),
+            "qformer_input_ids": torch.tensor([[BOS, *BEFORE]]),
+        }
+        taken = {name: value for name, value in side.items() if name in self.takes}
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **taken}
 
-    def _pixels(self, pictures: Any) -> dict[str, Any]:
+    def _made(self, pictures: Sequence[Image.Image]) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = dict(self.processor.image_processor(images=list(pictures), return_tensors="pt"))
-        takes = {*_parameters(self.model.forward), "pixel_values"}
-        return {name: _float32(value) for name, value in made.items() if name in takes}
+            made = self.processor.image_processor(images=list(pictures), return_tensors="pt")
+        return {"pixel_values": made[None]} if isinstance(made, Tensor) else dict(made)
+
+    def _pixels(self, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        made = self._made(pictures)
+        made = made if self.settings.pixels is None else self.settings.pixels(made)
+        known = self.takes - {"attention_mask"}  # the patches' own, under the text's name
+        return {name: _float32(value) for name, value in made.items() if name in known}
 
 
 def _parameters(function: Any) -> set[str]:
@@ -114,7 +135,7 @@ def _float32(value: Any) -> Any:
 # ---- the number of placeholders -----------------------------------------------------------------
 
 
-class _Enough(Exception):
+class _Enough(Exception):  # noqa: N818
     """The embeddings have entered the decoder: the number of placeholders is right."""
 
 
@@ -206,6 +227,8 @@ def subject(kind: str, seed: int = 0) -> Subject:
     """
     if kind not in KINDS:
         raise KeyError(f"kind must be one of studies.zoo.KINDS, got {kind!r}.")
+    if kind in UNAVAILABLE:
+        raise Unavailable(UNAVAILABLE[kind])
     settings = SETTINGS.get(kind, Settings())
     try:
         processor = ImagesOnly(_image_processor(kind, settings))
@@ -216,7 +239,7 @@ def subject(kind: str, seed: int = 0) -> Subject:
         raise Unavailable(_first_line(error)) from error
     ids = (getattr(model.config, name, None) for name in NAMES_OF_IDS)
     image = next((value for value in ids if isinstance(value, int)), IMAGE)
-    return Subject(kind, model, processor, image, settings.tokens)
+    return Subject(kind, model, processor, image, settings)
 
 
 def _first_line(error: Exception) -> str:
@@ -231,7 +254,9 @@ def _model(kind: str, settings: Settings, seed: int) -> Any:
         parameters = sum(p.numel() for p in made_by(config).parameters())
     if parameters > LARGEST:
         raise Unavailable(f"{parameters / 1e6:.0f}M parameters: its configuration is not shrunk.")
-    model = made_by(config).float().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = made_by(config).float().eval()
     _fill(model, seed)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
@@ -245,7 +270,8 @@ def _fill(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
         if parameter.ndim > 1:
-            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+            scale = min(0.25, 1.4 / math.sqrt(parameter[0].numel()))
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         elif parameter.numel() and parameter.min() == parameter.max():  # of a norm, or a bias
             noise = 0.2 * torch.rand(parameter.shape, generator=generator)
             parameter.copy_(noise + parameter.abs())
@@ -256,7 +282,8 @@ def _fill(model: nn.Module, seed: int) -> None:
 
 def _image_processor(kind: str, settings: Settings) -> Any:
     """The class's image processor: the one on torchvision if it is there, or else on Pillow."""
-    known = IMAGE_PROCESSOR_MAPPING_NAMES.get(settings.like or kind)
+    by_kind = vars(image_processing_auto)["IMAGE_PROCESSOR_MAPPING_NAMES"]
+    known = by_kind.get(settings.like or kind)
     if known is None:
         raise Unavailable("transformers maps no image processor to this class.")
     backends = ("torchvision", "pil") if has_package("torchvision") else ("pil",)
@@ -300,4 +327,8 @@ def _small_size(names: set[str], counts_pixels: bool) -> dict[str, int] | None:
     if "min_pixels" in names:
         return {"min_pixels": 16 * 16, "max_pixels": 96 * 96}
     edges = {"shortest_edge": 32, "longest_edge": 64}
-    return {name: edges[name] for name in names} if names in ({"shortest_edge"}, {"longest_edge"}) else None
+    return (
+        {name: edges[name] for name in names}
+        if names in ({"shortest_edge"}, {"longest_edge"})
+        else None
+    )
