@@ -139,30 +139,23 @@ class _Enough(Exception):  # noqa: N818
     """The embeddings have entered the decoder: the number of placeholders is right."""
 
 
-COUNTS = re.compile(r"(?:features?|embeddings?)[^0-9]{0,30}?[:=]? ?\(?(?:torch.Size\(\[)?(\d+)")
-SHAPES = re.compile(r"tensor of shape \[(\d+), \d+\]|tensor b \((\d+)\)")
+FEATURES = re.compile(r"(?:features?|embeddings?)[^0-9]{0,5}(\d+)|(\d+) feature")
 
 
 def _count(subject: Subject, pixels: Mapping[str, Any]) -> int:
-    """Placeholders that the pixels need: the number with which the model's own check is content."""
-    number, said = 1, ""
-    for _ in range(4):
-        refusal = _refusal(subject, number, pixels)
-        if refusal is None:
-            return number
-        features = COUNTS.search(refusal.split("tokens")[-1]) or COUNTS.search(refusal)
-        if features is None:
-            break
-        number, again = int(features[1]), refusal == said
-        if again:  # some count numbers, not vectors
-            width = subject.model.config.get_text_config().hidden_size
-            number //= width if number % width == 0 else 1
-        said = refusal
-    number = _features(subject.model, pixels)
-    refusal = _refusal(subject, number, pixels) if number else "it gives no features of images."
-    if refusal:
-        raise Unavailable(f"number of placeholders: {refusal}")
-    return number
+    """Placeholders that the pixels need, read from the model's refusal of a single one.
+
+    The refusal names the number of vectors; some models count the vectors' numbers instead.
+    """
+    refusal = _refusal(subject, 1, pixels)
+    if refusal is None:
+        return 1
+    said = FEATURES.search(refusal)
+    number = int(said[1] or said[2]) if said else 0
+    for count in (number, number // subject.model.config.get_text_config().hidden_size):
+        if count and _refusal(subject, count, pixels) is None:
+            return count
+    raise Unavailable(f"number of placeholders: {refusal}")
 
 
 def _refusal(subject: Subject, number: int, pixels: Mapping[str, Any]) -> str | None:
@@ -185,23 +178,6 @@ def _refusal(subject: Subject, number: int, pixels: Mapping[str, Any]) -> str | 
     finally:
         handle.remove()
     return None
-
-
-def _features(model: Any, pixels: Mapping[str, Any]) -> int:
-    """Vectors that ``get_image_features`` makes of the pixels, 0 if it makes none."""
-    made = next((m for m in (model, getattr(model, "model", None)) if _gives_features(m)), None)
-    if made is None:
-        return 0
-    takes = _parameters(made.get_image_features)
-    with torch.no_grad():
-        found = made.get_image_features(**{k: v for k, v in pixels.items() if k in takes})
-    found = getattr(found, "pooler_output", found)
-    parts = [found] if isinstance(found, Tensor) else list(found)
-    return sum(part.numel() // part.shape[-1] for part in parts)
-
-
-def _gives_features(model: Any) -> bool:
-    return hasattr(model, "get_image_features")
 
 
 # ---- model and processor ------------------------------------------------------------------------
