@@ -38,6 +38,8 @@ def tokenizer_of(processor: Any) -> Any:
     if processor is None:
         return None
     tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer is None:  # a processor of pictures alone
+        return None
     if not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise TypeError(
             f"processor must be the model's processor (AutoProcessor.from_pretrained(...)) or "

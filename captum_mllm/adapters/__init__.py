@@ -5,6 +5,7 @@
 """
 
 from captum_mllm.adapters.base import Adapter, View
+from captum_mllm.adapters.discovered import DiscoveredAdapter
 from captum_mllm.adapters.gemma3 import Gemma3Adapter
 from captum_mllm.adapters.hooks import interpolated_positions
 from captum_mllm.adapters.idefics import IdeficsAdapter
@@ -24,6 +25,7 @@ from captum_mllm.adapters.tiles import TileAdapter
 
 __all__ = [
     "Adapter",
+    "DiscoveredAdapter",
     "Gemma3Adapter",
     "IdeficsAdapter",
     "InternVLAdapter",

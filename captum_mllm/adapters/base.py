@@ -83,6 +83,9 @@ class Adapter(PictureCanvases, ABC):
     """Whether the model takes images of one size only. Then larger scales are computed through
     windows of the enlarged image (:meth:`window_pixels`), and smaller ones are dropped."""
 
+    from_pictures: ClassVar[bool] = False
+    """Whether the adapter keeps the original pictures of its inputs and makes windows of them."""
+
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.config: Any = model.config
@@ -146,6 +149,17 @@ class Adapter(PictureCanvases, ABC):
             return weight[ids], None if bias is None else bias[ids]
         ids = ids.to(weight.device)
         return weight[ids].to(self.device), None if bias is None else bias[ids].to(self.device)
+
+    def finish_logits(self, logits: Float[Tensor, "*rows vocabulary"]) -> Tensor:
+        """What the model makes of the LM head's output; by default its logits as they are.
+
+        Args:
+            logits: ``W h + b`` by :meth:`class_weights`.
+
+        Returns:
+            The model's logits, soft-capped where it caps them.
+        """
+        return logits
 
     # ---- tokens -----------------------------------------------------------------------------
 

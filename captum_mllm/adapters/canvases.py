@@ -64,6 +64,16 @@ class PictureCanvases:
         del inputs, grids
         return {"pixel_values": torch.cat(list(canvases))}
 
+    def can_flip(self, grids: Sequence[ImageGrid], axes: Sequence[int]) -> bool:
+        """Whether flipped pictures lie on the same cells, flipped; by default they do.
+
+        Args:
+            grids: the grids of the images.
+            axes: as :meth:`flipped` takes them.
+        """
+        del grids, axes
+        return True
+
     def flipped(
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], axes: Sequence[int]
     ) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """Which adapter serves which model class."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from captum_mllm.adapters.base import Adapter
 from captum_mllm.adapters.devices import unwrap
+from captum_mllm.adapters.discovered import DiscoveredAdapter
 
 _REGISTRY: dict[str, type[Adapter]] = {}
 _A = TypeVar("_A", bound=type[Adapter])
@@ -47,6 +48,9 @@ def registered_classes() -> tuple[str, ...]:
 def find_adapter(model: nn.Module) -> Adapter:
     """The adapter for a model, by its class or the nearest registered base class.
 
+    A class without one gets a :class:`~captum_mllm.adapters.DiscoveredAdapter`, which finds the
+    layout of its image tokens at the first pictures.
+
     Args:
         model: the user's model.
 
@@ -55,7 +59,7 @@ def find_adapter(model: nn.Module) -> Adapter:
 
     Raises:
         TypeError: not a torch module.
-        ValueError: no adapter is registered for it, or it is compiled.
+        ValueError: no adapter is registered for it and it can't be probed, or it is compiled.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -67,11 +71,20 @@ def find_adapter(model: nn.Module) -> Adapter:
     for cls in type(model).__mro__:
         if cls.__name__ in _REGISTRY:
             return _REGISTRY[cls.__name__](model)
+    if _can_be_probed(model):
+        return DiscoveredAdapter(model)
     raise ValueError(
-        f"model: no adapter for {type(model).__name__}. Registered: "
+        f"model: no adapter for {type(model).__name__}, and it lacks the methods that probing "
+        f"needs (get_decoder, get_input_embeddings, get_output_embeddings, config). Registered: "
         f"{', '.join(registered_classes())}. To add one, subclass captum_mllm.adapters.Adapter and "
         f"decorate it with @register_adapter({type(model).__name__!r})."
     )
+
+
+def _can_be_probed(model: Any) -> bool:
+    """Whether it is a transformers model of any class, with a language model and its head."""
+    names = ("get_decoder", "get_input_embeddings", "get_output_embeddings")
+    return hasattr(model, "config") and all(callable(getattr(model, n, None)) for n in names)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@
 - ``calibration``: maps whose values a threshold can separate.
 - ``resampling``, ``patches``, ``segments``: other grids, how models cut up an image, segments.
 - ``odds``: how certain a token is, without saturation.
+- ``ownership``, ``lattice``: which token hears which pixel, and the grids that tokens form.
 
 The axes have the same names throughout: ``targets`` are the explained tokens, ``tokens`` the text
 tokens that serve as context, and ``cells`` the cells of *all* images of the sample concatenated (so
@@ -27,6 +28,7 @@ from captum_mllm.functional.direct import (
     product_of_experts,
     visible_keys,
 )
+from captum_mllm.functional.lattice import Lattice, TokenPlaces, fit_lattices, token_places
 from captum_mllm.functional.lens import lens_logits
 from captum_mllm.functional.msea import (
     AGGREGATIONS,
@@ -36,6 +38,7 @@ from captum_mllm.functional.msea import (
     rank_correlation,
 )
 from captum_mllm.functional.odds import log_odds
+from captum_mllm.functional.ownership import NOBODY, SEVERAL, owners, sign_codes
 from captum_mllm.functional.patches import (
     find_layout,
     frames_to_patches,
@@ -65,9 +68,13 @@ from captum_mllm.functional.tam import (
 
 __all__ = [
     "AGGREGATIONS",
+    "NOBODY",
+    "SEVERAL",
     "WHOLE",
     "Aggregation",
     "Box",
+    "Lattice",
+    "TokenPlaces",
     "adaptive_weights",
     "aggregate",
     "arc_subtract",
@@ -76,6 +83,7 @@ __all__ = [
     "context_weights",
     "eci_subtract",
     "find_layout",
+    "fit_lattices",
     "frames_to_patches",
     "grid_mask",
     "head_contributions",
@@ -86,6 +94,7 @@ __all__ = [
     "lens_logits",
     "log_odds",
     "merge_views",
+    "owners",
     "patches_to_frames",
     "product_of_experts",
     "rank_biased_overlap",
@@ -95,8 +104,10 @@ __all__ = [
     "resample_cells",
     "resize_attributions",
     "resize_pixels",
+    "sign_codes",
     "split_tiles",
     "sum_cells",
+    "token_places",
     "top_k_rankings",
     "upsample",
     "visible_keys",

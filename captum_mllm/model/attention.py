@@ -186,6 +186,32 @@ def _setting(adapter: Adapter, changed: Callable[[str | None], str]) -> Iterator
 
 
 @contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """Let every part of a model use SDPA where its kernel is neither SDPA nor eager.
+
+    Other kernels (flash) do not take float32, and are not seen by torch's functions.
+
+    Args:
+        model: the user's model.
+    """
+    owners = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): vars(config) for config in owners if hasattr(config, "__dict__")}
+    with _LOCK:
+        before = [
+            (config, config[_SETTING])
+            for config in configs.values()
+            if config.get(_SETTING) not in (None, "eager", "sdpa")
+        ]
+        try:
+            for config, _ in before:
+                config[_SETTING] = "sdpa"
+            yield
+        finally:
+            for config, name in before:
+                config[_SETTING] = name
+
+
+@contextmanager
 def _kept_weights(adapter: Adapter, layer: int) -> Iterator[list[Any]]:
     """Keep what the layer's attention returns in addition to its output, call by call."""
     module = getattr(adapter.layers[layer], "self_attn", None)

@@ -202,7 +202,7 @@ def check_head(
         ValueError: they differ by more than the dtype's rounding: soft-capping, a logit scale, a
             wrapped or quantised head.
     """
-    ours = lens_logits(hidden, *adapter.class_weights(class_ids)).T
+    ours = adapter.finish_logits(lens_logits(hidden, *adapter.class_weights(class_ids)).T)
     theirs = logits[:, class_ids].to(ours)
     largest = float(torch.maximum(theirs.abs().max(), ours.abs().max()))
     tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 3e-2
@@ -234,7 +234,7 @@ def full_logits(
         lens_logits(hidden, weight[rows], None if bias is None else bias[rows]).T.to(device)
         for rows in (slice(at, at + chunk) for at in range(0, len(weight), chunk))
     ]
-    return torch.cat(parts, dim=1)
+    return adapter.finish_logits(torch.cat(parts, dim=1))
 
 
 def batched(

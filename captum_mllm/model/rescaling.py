@@ -51,7 +51,7 @@ def window_inputs(
         TypeError: paths instead of pictures.
         ValueError: ``images`` that can't be used, or are not those of the inputs.
     """
-    if images is None:
+    if images is None or adapter.from_pictures:
         return adapter.window_pixels(sample.kwargs, sample.grids, boxes)
     pictures, settings = _pictures(adapter, processor, sample, images)
     cuts = []

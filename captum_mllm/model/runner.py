@@ -19,6 +19,7 @@ from captum_mllm.functional import (
 )
 from captum_mllm.geometry import Preprocessing
 from captum_mllm.model.direct import Contributions, recorded_contributions
+from captum_mllm.model.discovery import discover
 from captum_mllm.model.forward import (
     Captured,
     captured_forward,
@@ -43,13 +44,17 @@ class RunOptions(TypedDict, total=False):
             repetition penalty, 128 new tokens). Image and video ids are always barred and the
             final end-of-sequence token is not a target.
         images: the original picture(s). Where a scale other than 1 is wanted, they go through the
-            processor again, instead of the pixel tensor being resized. Needs a processor.
+            processor again, instead of the pixel tensor being resized. Needs a processor. A model
+            without an adapter needs them at the first call for some inputs: its layout is probed.
+        allow_irregular: use a probed layout that is irregular too, default False: an error says
+            what is irregular.
         show_progress: progress bar over the scales, default False.
     """
 
     explain: Explain
     gen_args: Mapping[str, Any] | None
     images: Any
+    allow_irregular: bool
     show_progress: bool
 
 
@@ -140,6 +145,13 @@ class Runner:
             raise ValueError(
                 f"top_k must lie in 1..{adapter.vocabulary} (the vocabulary), got {top_k}."
             )
+        discover(
+            adapter,
+            self.processor,
+            inputs,
+            options.get("images"),
+            allow_irregular=options.get("allow_irregular", False),
+        )
         sample = read_sample(inputs, adapter)
         with evaluating(adapter):
             if target is None:

@@ -143,6 +143,13 @@ def gather_views(
         plan = replace(plan, lens=tuple(dict.fromkeys((*plan.lens, *plan.direct))), direct=())
     base = run.sample.grids
     plan, grids = _sized(runner, base, plan)
+    if FLIPS[plan.flip] and not runner.adapter.can_flip(base, FLIPS[plan.flip]):
+        warnings.warn(
+            f"flip={plan.flip!r} becomes 'none': the processor pads or crops these pictures on one "
+            f"side, so a flipped picture does not lie on the same cells.",
+            stacklevel=3,
+        )
+        plan = replace(plan, flip="none")
     flips = (False, True) if FLIPS[plan.flip] else (False,)
     of_lens = [(scale, flip) for scale in plan.lens for flip in flips]
     of_direct = [(scale, False) for scale in plan.direct]

@@ -1,0 +1,472 @@
+"""Models of any class: what was found by running them, in the place of an adapter by hand."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from typing_extensions import override
+
+from captum_mllm.adapters.base import Adapter, View
+from captum_mllm.adapters.layout import LayoutError, PictureLayout, TokenLayout
+from captum_mllm.adapters.painting import Painted, PixelSource
+from captum_mllm.adapters.pixels import enlarged
+from captum_mllm.functional import WHOLE, Box
+from captum_mllm.geometry import ImageGrid
+
+_REMEMBERED = 8  # samples whose pictures are kept
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFacts:
+    """What one traced run tells about a model.
+
+    Args:
+        final_norm: the module whose output the LM head reads.
+        tower: the module whose calls stand for the vision encoder's.
+        tower_calls: how often it runs in one forward.
+        scale: factor on the LM head's output; 1 for most.
+        cap: bound of a soft cap, ``cap * tanh(logits / cap)``; None for none.
+        bidirectional: whether text of the prompt attends to later text of the prompt.
+        required: side inputs without which the model silently computes other values, and what
+            happens without each.
+    """
+
+    final_norm: nn.Module
+    tower: nn.Module
+    tower_calls: int = 1
+    scale: float = 1.0
+    cap: float | None = None
+    bidirectional: bool = False
+    required: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        head = "linear LM head"
+        if self.scale != 1.0:
+            head = f"LM head scaled by {self.scale:.4g}"
+        if self.cap is not None:
+            head += f", soft-capped at {self.cap:.4g}"
+        return head + (", prompt read in both directions" if self.bidirectional else "")
+
+
+@dataclass(frozen=True, eq=False)
+class ShownSample:
+    """The pictures behind some inputs.
+
+    Args:
+        pictures: PIL pictures.
+        source: calls the image processor as it was called for them.
+        layout: where their tokens lie.
+        painted: what each number of the pixel inputs shows.
+    """
+
+    pictures: tuple[Any, ...]
+    source: PixelSource
+    layout: TokenLayout
+    painted: Painted
+
+
+@dataclass
+class Discovery:
+    """Everything found about one model so far, in memory.
+
+    Args:
+        facts: of the model itself, once a sample has been run.
+        layouts: by processor, settings and picture sizes, with what was painted.
+        samples: the last few samples, by their pixels.
+        pictures: the layout behind each grid.
+    """
+
+    facts: ModelFacts | None = None
+    layouts: dict[Any, tuple[TokenLayout, Painted]] = field(default_factory=dict)
+    samples: OrderedDict[str, ShownSample] = field(default_factory=OrderedDict)
+    pictures: dict[ImageGrid, PictureLayout] = field(default_factory=dict)
+
+    def remember(self, inputs: Mapping[str, Tensor], sample: ShownSample) -> None:
+        """Keep the pictures behind some inputs; the oldest of too many go.
+
+        Args:
+            inputs: the model's inputs.
+            sample: what is behind them.
+
+        Raises:
+            LayoutError: a picture with the same grid has another layout in another prompt.
+        """
+        for picture in sample.layout.pictures:
+            grid = picture_grid(picture)
+            if self.pictures.setdefault(grid, picture) != picture:
+                raise LayoutError(
+                    "the tokens of a picture of this size lie otherwise in another prompt; "
+                    "explain them with separate copies of the model."
+                )
+        self.samples[pixel_digest(inputs, sample.painted.keys)] = sample
+        while len(self.samples) > _REMEMBERED:
+            self.samples.popitem(last=False)
+
+    def find(self, inputs: Mapping[str, Tensor]) -> ShownSample | None:
+        """The pictures behind some inputs, if they were seen.
+
+        Args:
+            inputs: the model's inputs.
+        """
+        for keys in {sample.painted.keys for sample in self.samples.values()}:
+            if all(isinstance(inputs.get(key), Tensor) for key in keys):
+                found = self.samples.get(pixel_digest(inputs, keys))
+                if found is not None:
+                    self.samples.move_to_end(pixel_digest(inputs, keys))
+                    return found
+        return None
+
+
+_FOUND: WeakKeyDictionary[nn.Module, Discovery] = WeakKeyDictionary()
+
+
+def pixel_digest(inputs: Mapping[str, Tensor], keys: Sequence[str]) -> str:
+    """A digest of the pixel inputs, whatever their device.
+
+    Args:
+        inputs: the model's inputs.
+        keys: names of the pixel inputs.
+    """
+    digest = hashlib.blake2b()
+    for key in keys:
+        value = inputs[key].detach().cpu().float().contiguous()
+        digest.update(repr((key, tuple(value.shape))).encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def picture_grid(picture: PictureLayout) -> ImageGrid:
+    """The grid of a picture: its largest view, whose box in the picture is known.
+
+    Args:
+        picture: the picture's layout.
+
+    Example:
+        >>> from captum_mllm.adapters.layout import PictureView
+        >>> view = PictureView(((0, 1), (2, 3)), (0.0, 0.0, 40.0, 20.0), 14.0)
+        >>> picture_grid(PictureLayout((20, 40), (view,), (4,))).width
+        28
+    """
+    main = picture.views[0]
+    (rows, cols), side = main.shape, max(1, round(main.side))
+    return ImageGrid(rows, cols, rows * side, cols * side, picture=picture.size, box=main.box)
+
+
+class DiscoveredAdapter(Adapter):
+    """Adapter of a class without one: its layout is found by probing at its first pictures.
+
+    It needs the original pictures (``images=``) and the processor at the first call for some
+    inputs; afterwards the same inputs are known, also to other methods. Larger scales are computed
+    through windows of the picture, smaller ones are dropped.
+
+    Args:
+        model: the user's model.
+    """
+
+    fixed_size = True
+    from_pictures = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.discovery = _FOUND.setdefault(model, Discovery())
+
+    # ---- what is found ----------------------------------------------------------------------
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What one traced run told about the model."""
+        if self.discovery.facts is None:
+            raise self._unknown()
+        return self.discovery.facts
+
+    def shown(self, inputs: Mapping[str, Tensor]) -> ShownSample:
+        """The pictures behind some inputs.
+
+        Args:
+            inputs: the model's inputs.
+
+        Raises:
+            LayoutError: these inputs were not seen with their pictures yet.
+        """
+        sample = self.discovery.find(inputs)
+        if sample is None:
+            raise self._unknown()
+        return sample
+
+    def _unknown(self) -> LayoutError:
+        return LayoutError(
+            f"model: no adapter is registered for {type(self.model).__name__}, so the layout of "
+            f"its image tokens is found by probing, and these pixels were not probed yet. Give an "
+            f"attributor the processor, and the original picture(s) to its first call: "
+            f"MSEA(model, processor).attribute(inputs, images=picture). (Or subclass "
+            f"captum_mllm.adapters.Adapter and decorate it with "
+            f"@register_adapter({type(self.model).__name__!r}).)"
+        )
+
+    # ---- modules ----------------------------------------------------------------------------
+
+    @property
+    @override
+    def tower(self) -> nn.Module:
+        return self.model if self.discovery.facts is None else self.facts.tower
+
+    @property
+    @override
+    def final_norm(self) -> nn.Module:
+        return self.facts.final_norm
+
+    @property
+    @override
+    def layers(self) -> Sequence[nn.Module]:
+        lists = [part for part in self.decoder.modules() if isinstance(part, nn.ModuleList)]
+        if not lists:
+            raise LayoutError("model: its language model has no list of layers.")
+        return max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))  # type: ignore
+
+    @property
+    def required(self) -> Mapping[str, str]:  # type: ignore[override]
+        """Side inputs without which the model silently computes other values."""
+        return {} if self.discovery.facts is None else self.facts.required
+
+    @property
+    def bidirectional_prompt(self) -> bool:  # type: ignore[override]
+        """Whether text of the prompt attends to later text of the prompt."""
+        return self.facts.bidirectional
+
+    @property
+    def pixel_keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the inputs that show pictures, as far as they are known."""
+        keys = [key for sample in self.discovery.samples.values() for key in sample.painted.keys]
+        return tuple(dict.fromkeys(keys)) or ("pixel_values",)
+
+    @override
+    def class_weights(
+        self, ids: Int64[Tensor, " classes"] | slice
+    ) -> tuple[Float[Tensor, "classes dim"], Float[Tensor, " classes"] | None]:
+        weight, bias = super().class_weights(ids)
+        scale = self.facts.scale
+        if scale == 1.0:
+            return weight, bias
+        return weight * scale, None if bias is None else bias * scale
+
+    @override
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        cap = self.facts.cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    # ---- tokens -----------------------------------------------------------------------------
+
+    @property
+    @override
+    def visual_ids(self) -> tuple[int, ...]:
+        found = [i for s in self.discovery.samples.values() for i in s.layout.placeholders]
+        return tuple(dict.fromkeys((*found, *super().visual_ids)))
+
+    @override
+    def grids(self, inputs: Mapping[str, Tensor]) -> tuple[ImageGrid, ...]:
+        return tuple(map(picture_grid, self.shown(inputs).layout.pictures))
+
+    @override
+    def runs(self, grid: ImageGrid) -> tuple[int, ...]:
+        return self._picture(grid).runs
+
+    @override
+    def views(self, grid: ImageGrid) -> tuple[View, ...]:
+        views = self._picture(grid).views
+        left, upper, right, lower = views[0].box
+        size = np.array([right - left, lower - upper] * 2)
+        placed = [(np.array(view.box) - [left, upper, left, upper]) / size for view in views]
+        return tuple(
+            View(torch.tensor(view.tokens), tuple(float(edge) for edge in box))  # type: ignore
+            for view, box in zip(views, placed, strict=True)
+        )
+
+    def _picture(self, grid: ImageGrid) -> PictureLayout:
+        try:
+            return self.discovery.pictures[grid]
+        except KeyError:
+            raise self._unknown() from None
+
+    # ---- inputs -----------------------------------------------------------------------------
+
+    @override
+    def scaled_grid(self, grid: ImageGrid, scale: float) -> ImageGrid:
+        return enlarged(grid, scale)
+
+    @override
+    def pixels_from_pictures(
+        self, pictures: Sequence[Any], settings: Any, grids: Sequence[ImageGrid]
+    ) -> dict[str, Tensor]:
+        raise NotImplementedError("Pictures are kept with their inputs; see window_pixels.")
+
+    @override
+    def window_pixels(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], boxes: Sequence[Box]
+    ) -> dict[str, Tensor]:
+        sample = self.shown(inputs)
+        windows = []
+        for picture, grid, window in zip(sample.pictures, grids, boxes, strict=True):
+            left, upper, right, lower = grid.box or (0.0, 0.0, *map(float, picture.size))
+            wide, high = window[2] - window[0], window[3] - window[1]  # shares of the canvas
+            # The whole picture is moved, so that its canvas shows the window.
+            x = left + window[0] * (right - left) - left * wide
+            y = upper + window[1] * (lower - upper) - upper * high
+            width, height = picture.size
+            windows.append(reframed(picture, (x, y, x + width * wide, y + height * high)))
+        return self._pixels(sample, windows, inputs)
+
+    @override
+    def can_flip(self, grids: Sequence[ImageGrid], axes: Sequence[int]) -> bool:
+        for grid in grids:
+            (height, width), (left, upper, right, lower) = grid.picture or (0, 0), grid.box or WHOLE
+            off_x = abs(left - (width - right)) / (right - left) * grid.cols
+            off_y = abs(upper - (height - lower)) / (lower - upper) * grid.rows
+            if max(off_x if -1 in axes else 0, off_y if -2 in axes else 0) > 0.5:
+                return False
+        return True
+
+    @override
+    def flipped(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], axes: Sequence[int]
+    ) -> dict[str, Tensor]:
+        from PIL import Image
+
+        sample = self.shown(inputs)
+        turns = [
+            turn
+            for axis, turn in (
+                (-1, Image.Transpose.FLIP_LEFT_RIGHT),
+                (-2, Image.Transpose.FLIP_TOP_BOTTOM),
+            )
+            if axis in axes
+        ]
+        pictures = list(sample.pictures)
+        for turn in turns:
+            pictures = [picture.transpose(turn) for picture in pictures]
+        return self._pixels(sample, pictures, inputs)
+
+    def _pixels(
+        self, sample: ShownSample, pictures: Sequence[Any], inputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The pixel inputs of other pictures of the same sizes, which are remembered too."""
+        made = {
+            key: value.to(inputs[key].device, inputs[key].dtype)
+            for key, value in sample.source(pictures).items()
+        }
+        for key in sample.painted.keys:
+            if made[key].shape != inputs[key].shape:
+                raise LayoutError(f"{key} changes its shape with what the picture shows.")
+        shown = ShownSample(tuple(pictures), sample.source, sample.layout, sample.painted)
+        self.discovery.remember({**inputs, **made}, shown)
+        return made
+
+    # ---- canvases ---------------------------------------------------------------------------
+
+    @override
+    def canvases(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
+    ) -> tuple[Tensor, ...]:
+        sample = self.shown(inputs)
+        black, span = self._levels(sample.painted)
+        found = []
+        for picture, grid in zip(sample.pictures, grids, strict=True):
+            resized = picture.convert("RGB").resize(self._canvas_size(picture, grid))
+            pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255
+            found.append((black + span * pixels)[None].to(inputs["input_ids"].device))
+        return tuple(found)
+
+    @override
+    def with_canvases(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], canvases: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        sample = self.shown(inputs)
+        painted, own = sample.painted, self.canvases(inputs, grids)
+        _, span = self._levels(painted)
+        numbers = painted.flat(inputs)
+        change = torch.zeros_like(numbers)
+        for k, (canvas, before, picture) in enumerate(
+            zip(canvases, own, sample.pictures, strict=True)
+        ):
+            at = ((painted.picture == k) & (painted.channel >= 0)).nonzero()[:, 0]
+            channel = painted.channel[at]
+            width, height = picture.size
+            where = torch.stack([painted.x[at] / width, painted.y[at] / height], 1) * 2 - 1
+            factor = (painted.white - painted.black)[at] / span[channel, 0, 0]
+            device = canvas.device
+            sampled = F.grid_sample(
+                (canvas - before.to(canvas)).to(change.dtype),
+                where[None, None].to(device, change.dtype),
+                mode="bilinear",
+                padding_mode="border",
+                align_corners=False,
+            )[0, :, 0]
+            own_channel = sampled.gather(0, channel[None].to(device))[0]
+            change = change.index_add(0, at.to(device), own_channel * factor.to(own_channel))
+        return painted.shaped(numbers + change)
+
+    def _canvas_size(self, picture: Any, grid: ImageGrid) -> tuple[int, int]:
+        """(width, height) of the whole picture at the resolution that the encoder sees."""
+        left, upper, right, lower = grid.box or (0.0, 0.0, *map(float, picture.size))
+        width, height = picture.size
+        return (
+            max(1, round(width * grid.width / (right - left))),
+            max(1, round(height * grid.height / (lower - upper))),
+        )
+
+    def _levels(self, painted: Painted) -> tuple[Tensor, Tensor]:
+        """Black and the step to white, (3, 1, 1) each, as the inputs hold them."""
+        levels = []
+        for channel in range(3):
+            here = painted.channel == channel
+            if not here.any():
+                raise LayoutError(
+                    "the image processor mixes colours, so pixels can't be replaced or traced back."
+                )
+            low, high = painted.black[here].median(), painted.white[here].median()
+            levels.append((low, high - low))
+        black, span = torch.tensor(levels).float().T.reshape(2, 3, 1, 1)
+        return black, span
+
+    # ---- output of the tower ----------------------------------------------------------------
+
+    @override
+    def tower_calls(self, grids: Sequence[ImageGrid]) -> list[Sequence[ImageGrid]]:
+        return [grids] * self.facts.tower_calls
+
+    @override
+    def features_shape(self, grids: Sequence[ImageGrid]) -> tuple[int, ...]:
+        return ()
+
+    @override
+    def check_features(self, tower_output: Any, grids: Sequence[ImageGrid]) -> None:
+        """Nothing to compare: probing has followed the features to their tokens."""
+
+
+def reframed(picture: Any, box: tuple[float, float, float, float]) -> Any:
+    """A picture of the same size that shows a box of it, edge pixels repeated beyond its border.
+
+    Args:
+        picture: PIL picture.
+        box: (left, upper, right, lower) in its pixels.
+
+    Example:
+        >>> from PIL import Image
+        >>> reframed(Image.new("RGB", (8, 6)), (-2.0, 0.0, 2.0, 3.0)).size
+        (8, 6)
+    """
+    from PIL import Image
+
+    left, upper, right, lower = box
+    margin = max(0.0, -left, -upper, right - picture.width, lower - picture.height)
+    pad = int(np.ceil(margin))
+    pixels = np.pad(np.array(picture.convert("RGB")), ((pad, pad), (pad, pad), (0, 0)), "edge")
+    moved = tuple(edge + pad for edge in box)
+    return Image.fromarray(pixels).resize(picture.size, Image.Resampling.BICUBIC, moved)
