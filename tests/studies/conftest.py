@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FAST = {"test_zoo.py"}
+FAST = {"test_zoo.py", "test_zoo_faults.py"}
 STUDIES = (ROOT / "tests" / "studies", ROOT / "docs" / "studies")
 
 
