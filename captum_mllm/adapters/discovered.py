@@ -4,6 +4,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -212,6 +213,37 @@ class DiscoveredAdapter(Adapter):
         )
 
     # ---- modules ----------------------------------------------------------------------------
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        try:
+            return super().device
+        except (NotImplementedError, AttributeError) as error:
+            raise _unnamed(self.model, "input embeddings (get_input_embeddings)") from error
+
+    @property
+    @override
+    def decoder(self) -> nn.Module:
+        decoder = _named(self.model, "get_decoder")
+        if decoder is not None:
+            return decoder
+        table, readers = _named(self.model, "get_input_embeddings"), []
+        for module in self.model.modules():
+            takes = signature(module.forward).parameters
+            if module is not self.model and "inputs_embeds" in takes:
+                readers += [module] if any(part is table for part in module.modules()) else []
+        if not readers:
+            raise _unnamed(self.model, "language model that takes embeddings (get_decoder)")
+        return readers[-1]  # the innermost
+
+    @property
+    @override
+    def head(self) -> nn.Module:
+        for module in self.model.modules():  # the model itself comes first
+            if isinstance(head := _named(module, "get_output_embeddings"), nn.Module):
+                return head
+        raise _unnamed(self.model, "LM head (get_output_embeddings)")
 
     @property
     @override
@@ -448,6 +480,22 @@ class DiscoveredAdapter(Adapter):
     @override
     def check_features(self, tower_output: Any, grids: Sequence[ImageGrid]) -> None:
         """Nothing to compare: probing has followed the features to their tokens."""
+
+
+def _named(module: Any, method: str) -> nn.Module | None:
+    """What a module says is its part, or None where it does not say."""
+    try:
+        part = getattr(module, method)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return part if isinstance(part, nn.Module) else None
+
+
+def _unnamed(model: nn.Module, part: str) -> LayoutError:
+    return LayoutError(
+        f"model: {type(model).__name__} does not tell its {part}, so its image tokens can't be "
+        f"followed."
+    )
 
 
 def reframed(picture: Any, box: tuple[float, float, float, float]) -> Any:

@@ -31,6 +31,35 @@ def interpolated_positions(tower: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def contiguous_gradients(model: nn.Module) -> Iterator[None]:
+    """Give batch norms gradients whose layout in memory torch reads correctly.
+
+    On the CPU (torch 2.13), the gradient of a batch norm in evaluation mode is wrong where the
+    gradient that comes in is a transposed one, as attention over a map of features gives: its
+    channels are taken for its cells. Of the models we know, FastViT towers (FastVLM) have both.
+
+    Args:
+        model: the user's model.
+    """
+
+    def straighten(_module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda gradient: gradient.contiguous())
+
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    handles = [
+        module.register_forward_hook(straighten)
+        for module in model.modules()
+        if isinstance(module, kinds)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore every module's plain attributes and forward hooks, also after an error.
 

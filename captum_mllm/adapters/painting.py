@@ -68,7 +68,7 @@ class PixelSource:
             except (TypeError, ValueError, IndexError, AttributeError) as error:
                 seen.append(f"{type(error).__name__}: {error}")
                 continue
-            keys = tuple(key for key in made if key in inputs)
+            keys = tuple(key for key in made if key in inputs and key != "attention_mask")
             if why := _differs(made, inputs, keys):
                 seen.append(why)
             else:
@@ -97,6 +97,8 @@ class PixelSource:
         """
         given = [list(pictures)] if self.nested else list(pictures)
         made = self.processor(images=given, return_tensors="pt", **self.settings)
+        if not isinstance(made, Mapping):
+            raise TypeError(f"it returns {type(made).__name__}, not a mapping of inputs")
         return {key: value for key, value in made.items() if isinstance(value, Tensor)}
 
 

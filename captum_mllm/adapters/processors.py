@@ -76,7 +76,7 @@ def _resizing(settings: Any, name: str) -> tuple[int | None, tuple[int, int] | N
     """The shortest edge, or (height, width), that an image processor resizes to."""
     if not settings.do_resize:
         return None, None
-    size = dict(settings.size)
+    size = dict(settings.size or {})
     shortest_edge = size.get("shortest_edge")
     both = bool(size.get("height") and size.get("width"))
     if not (shortest_edge or both) or size.get("longest_edge"):

@@ -129,7 +129,10 @@ class Embedder:
     def _embeddings(self, caught: list[dict[str, Any]]) -> Float[Tensor, "tokens dim"]:
         tokens = self.inputs["input_ids"].shape[1]
         if not caught:
-            raise LayoutError("no embeddings of the prompt enter the language model.")
+            raise LayoutError(
+                "no embeddings of the prompt enter the language model: pictures reach it another "
+                "way (cross-attention, an encoder's states, codes)."
+            )
         states = caught[0]["inputs_embeds"]
         if states.shape[:2] != (1, tokens):
             raise LayoutError(

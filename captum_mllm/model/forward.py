@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter, refuse_compiled
 from captum_mllm.adapters.devices import tables_loaded
-from captum_mllm.adapters.hooks import unchanged
+from captum_mllm.adapters.hooks import contiguous_gradients, unchanged
 from captum_mllm.functional import lens_logits, log_odds
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.inputs import Sample, append_answer
@@ -38,7 +38,7 @@ def evaluating(adapter: Adapter, *, gradients: bool = False) -> Iterator[None]:
     with unchanged(model), adapter.size_hooks(), tables_loaded(adapter.tower):
         model.eval()
         if gradients:
-            with _frozen(model):
+            with _frozen(model), contiguous_gradients(model):
                 yield
         else:
             with torch.no_grad(), adapter.head_kept():
