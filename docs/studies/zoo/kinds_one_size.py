@@ -29,9 +29,9 @@ ONE_SIZE: dict[str, Settings] = {
     "gemma3n": Settings(
         {
             "vision_config": {"architecture": "mobilenetv3_small_050", "hidden_size": 288},
-            "vision_soft_tokens_per_image": 4,
+            "vision_soft_tokens_per_image": 36,
         },
-        {"size": square(64)},
+        {"size": square(192)},
     ),
     "got_ocr2": SAM_64,
     "janus": Settings({"vq_config": {**VQ, "num_embeddings": 64}}),

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -215,7 +216,24 @@ def subject(kind: str, seed: int = 0) -> Subject:
         raise Unavailable(_first_line(error)) from error
     ids = (getattr(model.config, name, None) for name in NAMES_OF_IDS)
     image = next((value for value in ids if isinstance(value, int)), IMAGE)
-    return Subject(kind, model, processor, image, settings)
+    one = Subject(kind, model, processor, image, settings)
+    _settle_batch_norms(one)
+    return one
+
+
+@torch.no_grad()
+def _settle_batch_norms(one: Subject) -> None:
+    """Batch norms get the statistics of a picture of noise, as training would have given them."""
+    norms = [m for m in one.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    noise = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    one.model(**one.encode(Image.fromarray(noise)))
+    for norm in norms:
+        norm.eval()
 
 
 def _first_line(error: Exception) -> str:
