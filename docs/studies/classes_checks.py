@@ -153,7 +153,7 @@ def msea(case: Case) -> dict[str, Any]:
 
 
 def direct(case: Case) -> dict[str, Any]:
-    """Direct logit attribution: its parts sum to the logits, less their mean over the vocabulary."""
+    """Direct logit attribution: its parts sum to the logits less their mean."""
     one, (ids, logits) = case.subject, case.answer()
     method = DirectLogitAttribution(one.model, **case.given)
     attr = method.attribute(case.inputs, target=ids, images=case.picture)

@@ -28,7 +28,12 @@ ONE_SIZE: dict[str, Settings] = {
     ),
     "gemma3n": Settings(
         {
-            "vision_config": {"architecture": "mobilenetv3_small_050", "hidden_size": 288},
+            "vision_config": {
+                "architecture": "mobilenetv3_small_050",
+                "vocab_size": 16,
+                "vocab_offset": 128,
+                "hidden_size": 288,
+            },
             "vision_soft_tokens_per_image": 36,
         },
         {"size": square(192)},

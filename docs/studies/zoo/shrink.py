@@ -132,7 +132,7 @@ AUDIO = _table(
     (HEAD, "head_dim downsample_hidden_size"),
     (64, "conv_output_size max_source_positions"),
     (16, "vocab_size"),
-    (140, "vocab_offset"),
+    (144, "vocab_offset"),  # its ids are the last of the vocabulary
 )
 TOP = _table(
     (WIDTH, "hidden_size projector_hidden_size projection_dim projection_hidden_size"),
