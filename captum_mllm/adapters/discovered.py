@@ -1,12 +1,8 @@
 """Models of any class: what was found by running them, in the place of an adapter by hand."""
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,149 +12,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters.base import Adapter, View
-from captum_mllm.adapters.layout import LayoutError, PictureLayout, TokenLayout
-from captum_mllm.adapters.painting import Painted, PixelSource
-from captum_mllm.adapters.pixels import enlarged
+from captum_mllm.adapters.discovery import ModelFacts, ShownSample, discovery_of, picture_grid
+from captum_mllm.adapters.layout import LayoutError, PictureLayout
+from captum_mllm.adapters.painting import Painted
+from captum_mllm.adapters.pixels import enlarged, reframed
 from captum_mllm.functional import WHOLE, Box
 from captum_mllm.geometry import ImageGrid
-
-_REMEMBERED = 8  # samples whose pictures are kept
-
-
-@dataclass(frozen=True, eq=False)
-class ModelFacts:
-    """What one traced run tells about a model.
-
-    Args:
-        final_norm: the module whose output the LM head reads.
-        tower: the module whose calls stand for the vision encoder's.
-        tower_calls: how often it runs in one forward.
-        scale: factor on the LM head's output; 1 for most.
-        cap: bound of a soft cap, ``cap * tanh(logits / cap)``; None for none.
-        bidirectional: whether text of the prompt attends to later text of the prompt.
-        required: side inputs without which the model silently computes other values, and what
-            happens without each.
-    """
-
-    final_norm: nn.Module
-    tower: nn.Module
-    tower_calls: int = 1
-    scale: float = 1.0
-    cap: float | None = None
-    bidirectional: bool = False
-    required: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        head = "linear LM head"
-        if self.scale != 1.0:
-            head = f"LM head scaled by {self.scale:.4g}"
-        if self.cap is not None:
-            head += f", soft-capped at {self.cap:.4g}"
-        return head + (", prompt read in both directions" if self.bidirectional else "")
-
-
-@dataclass(frozen=True, eq=False)
-class ShownSample:
-    """The pictures behind some inputs.
-
-    Args:
-        pictures: PIL pictures.
-        source: calls the image processor as it was called for them.
-        layout: where their tokens lie.
-        painted: what each number of the pixel inputs shows.
-    """
-
-    pictures: tuple[Any, ...]
-    source: PixelSource
-    layout: TokenLayout
-    painted: Painted
-
-
-@dataclass
-class Discovery:
-    """Everything found about one model so far, in memory.
-
-    Args:
-        facts: of the model itself, once a sample has been run.
-        layouts: by processor, settings and picture sizes, with what was painted.
-        samples: the last few samples, by their pixels.
-        pictures: the layout behind each grid.
-    """
-
-    facts: ModelFacts | None = None
-    layouts: dict[Any, tuple[TokenLayout, Painted]] = field(default_factory=dict)
-    samples: OrderedDict[str, ShownSample] = field(default_factory=OrderedDict)
-    pictures: dict[ImageGrid, PictureLayout] = field(default_factory=dict)
-
-    def remember(self, inputs: Mapping[str, Tensor], sample: ShownSample) -> None:
-        """Keep the pictures behind some inputs; the oldest of too many go.
-
-        Args:
-            inputs: the model's inputs.
-            sample: what is behind them.
-
-        Raises:
-            LayoutError: a picture with the same grid has another layout in another prompt.
-        """
-        for picture in sample.layout.pictures:
-            grid = picture_grid(picture)
-            if self.pictures.setdefault(grid, picture) != picture:
-                raise LayoutError(
-                    "the tokens of a picture of this size lie otherwise in another prompt; "
-                    "explain them with separate copies of the model."
-                )
-        self.samples[pixel_digest(inputs, sample.painted.keys)] = sample
-        while len(self.samples) > _REMEMBERED:
-            self.samples.popitem(last=False)
-
-    def find(self, inputs: Mapping[str, Tensor]) -> ShownSample | None:
-        """The pictures behind some inputs, if they were seen.
-
-        Args:
-            inputs: the model's inputs.
-        """
-        for keys in {sample.painted.keys for sample in self.samples.values()}:
-            if all(isinstance(inputs.get(key), Tensor) for key in keys):
-                found = self.samples.get(pixel_digest(inputs, keys))
-                if found is not None:
-                    self.samples.move_to_end(pixel_digest(inputs, keys))
-                    return found
-        return None
-
-
-_FOUND: WeakKeyDictionary[nn.Module, Discovery] = WeakKeyDictionary()
-
-
-def pixel_digest(inputs: Mapping[str, Tensor], keys: Sequence[str]) -> str:
-    """A digest of the pixel inputs, whatever their device.
-
-    Args:
-        inputs: the model's inputs.
-        keys: names of the pixel inputs.
-    """
-    digest = hashlib.blake2b()
-    for key in keys:
-        value = inputs[key].detach().cpu().float().contiguous()
-        digest.update(repr((key, tuple(value.shape))).encode())
-        digest.update(value.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def picture_grid(picture: PictureLayout) -> ImageGrid:
-    """The grid of a picture: its largest view, whose box in the picture is known.
-
-    Args:
-        picture: the picture's layout.
-
-    Example:
-        >>> from captum_mllm.adapters.layout import PictureView
-        >>> view = PictureView(((0, 1), (2, 3)), (0.0, 0.0, 40.0, 20.0), 14.0)
-        >>> picture_grid(PictureLayout((20, 40), (view,), (4,))).width
-        28
-    """
-    main = picture.views[0]
-    (rows, cols), side = main.shape, max(1, round(main.side))
-    return ImageGrid(rows, cols, rows * side, cols * side, picture=picture.size, box=main.box)
 
 
 class DiscoveredAdapter(Adapter):
@@ -177,7 +36,7 @@ class DiscoveredAdapter(Adapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.discovery = _FOUND.setdefault(model, Discovery())
+        self.discovery = discovery_of(model)
 
     # ---- what is found ----------------------------------------------------------------------
 
@@ -496,25 +355,3 @@ def _unnamed(model: nn.Module, part: str) -> LayoutError:
         f"model: {type(model).__name__} does not tell its {part}, so its image tokens can't be "
         f"followed."
     )
-
-
-def reframed(picture: Any, box: tuple[float, float, float, float]) -> Any:
-    """A picture of the same size that shows a box of it, edge pixels repeated beyond its border.
-
-    Args:
-        picture: PIL picture.
-        box: (left, upper, right, lower) in its pixels.
-
-    Example:
-        >>> from PIL import Image
-        >>> reframed(Image.new("RGB", (8, 6)), (-2.0, 0.0, 2.0, 3.0)).size
-        (8, 6)
-    """
-    from PIL import Image
-
-    left, upper, right, lower = box
-    margin = max(0.0, -left, -upper, right - picture.width, lower - picture.height)
-    pad = int(np.ceil(margin))
-    pixels = np.pad(np.array(picture.convert("RGB")), ((pad, pad), (pad, pad), (0, 0)), "edge")
-    moved = tuple(edge + pad for edge in box)
-    return Image.fromarray(pixels).resize(picture.size, Image.Resampling.BICUBIC, moved)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -132,3 +133,25 @@ def canvas_to_tiles(
     change = canvas - tiles_to_canvas(tiles, layout)
     overview = [t[None] + resize_pixels(change, (t.shape[-2], t.shape[-1])) for t in tiles[n:]]
     return torch.cat([split_tiles(canvas[0], layout), *overview])
+
+
+def reframed(picture: Any, box: tuple[float, float, float, float]) -> Any:
+    """A picture of the same size that shows a box of it, edge pixels repeated beyond its border.
+
+    Args:
+        picture: PIL picture.
+        box: (left, upper, right, lower) in its pixels.
+
+    Example:
+        >>> from PIL import Image
+        >>> reframed(Image.new("RGB", (8, 6)), (-2.0, 0.0, 2.0, 3.0)).size
+        (8, 6)
+    """
+    from PIL import Image
+
+    left, upper, right, lower = box
+    margin = max(0.0, -left, -upper, right - picture.width, lower - picture.height)
+    pad = int(np.ceil(margin))
+    pixels = np.pad(np.array(picture.convert("RGB")), ((pad, pad), (pad, pad), (0, 0)), "edge")
+    moved = (left + pad, upper + pad, right + pad, lower + pad)
+    return Image.fromarray(pixels).resize(picture.size, Image.Resampling.BICUBIC, moved)

@@ -79,7 +79,10 @@ def prepare_sample(
             raise ValueError(f"image {sample.image_id} has no caption to explain.")
         target = sample.captions[0]
     trace = LogitLens(model, processor).trace(
-        inputs, target, gen_args={"max_new_tokens": settings.max_new_tokens}
+        inputs,
+        target,
+        gen_args={"max_new_tokens": settings.max_new_tokens},
+        images=sample.image,
     )
     ids = trace.text_ids[trace.n_prompt :].cpu()
     words = group_words(trace.labels[trace.n_prompt :], spaced=marks_spaces(trace.labels))

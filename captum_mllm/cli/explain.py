@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
     notes = [line for line in (note, assumed) if line]
     for line in notes:
         print_progress(line)
-    result = _attribute(args, model, processor, inputs, options)
+    result = _attribute(args, model, processor, inputs, pictures, options)
     _write(args, result, pictures, prompt, [f"Model: {args.model or SHIPPED}.", *notes])
 
 
@@ -171,19 +171,28 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _attribute(
-    args: argparse.Namespace, model: Any, processor: Any, inputs: Any, options: dict[str, Any]
+    args: argparse.Namespace,
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    pictures: "Sequence[Image]",
+    options: dict[str, Any],
 ) -> "MLLMAttributionResult":
+    from captum_mllm.adapters import find_adapter
     from captum_mllm.methods import explain
+    from captum_mllm.model.discovery import discover
 
     print_progress(f"explaining with {args.method} ...")
     # A wrong option may be of a wrong type; without options a TypeError is not the user's.
     errors = (ValueError, TypeError) if options else ValueError
+    inputs = inputs.to(model.device, model.dtype)
     try:
+        discover(find_adapter(model), processor, inputs, pictures)
         return explain(
             args.method,
             model,
             processor,
-            inputs.to(model.device, model.dtype),
+            inputs,
             args.target,
             gen_args={"max_new_tokens": args.max_new_tokens},
             show_progress=True,

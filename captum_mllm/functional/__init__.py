@@ -8,7 +8,7 @@
 - ``calibration``: maps whose values a threshold can separate.
 - ``resampling``, ``patches``, ``segments``: other grids, how models cut up an image, segments.
 - ``odds``: how certain a token is, without saturation.
-- ``ownership``, ``lattice``: which token hears which pixel, and the grids that tokens form.
+- ``ownership``: which token hears which pixel, read from the signs of a few gradients.
 
 The axes have the same names throughout: ``targets`` are the explained tokens, ``tokens`` the text
 tokens that serve as context, and ``cells`` the cells of *all* images of the sample concatenated (so
@@ -28,7 +28,6 @@ from captum_mllm.functional.direct import (
     product_of_experts,
     visible_keys,
 )
-from captum_mllm.functional.lattice import Lattice, TokenPlaces, fit_lattices, token_places
 from captum_mllm.functional.lens import lens_logits
 from captum_mllm.functional.msea import (
     AGGREGATIONS,
@@ -73,8 +72,6 @@ __all__ = [
     "WHOLE",
     "Aggregation",
     "Box",
-    "Lattice",
-    "TokenPlaces",
     "adaptive_weights",
     "aggregate",
     "arc_subtract",
@@ -83,7 +80,6 @@ __all__ = [
     "context_weights",
     "eci_subtract",
     "find_layout",
-    "fit_lattices",
     "frames_to_patches",
     "grid_mask",
     "head_contributions",
@@ -107,7 +103,6 @@ __all__ = [
     "sign_codes",
     "split_tiles",
     "sum_cells",
-    "token_places",
     "top_k_rankings",
     "upsample",
     "visible_keys",

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from captum_mllm.adapters.discovery import carry_over
 from captum_mllm.functional import Box, resample_cells
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.methods.cells import box_on_grid
@@ -215,6 +216,7 @@ def shuffled_copy(model: nn.Module, seed: int) -> nn.Module:
                 f"copy with permuted weights can be made; load the model whole and unquantised."
             )
     other = copy.deepcopy(model)
+    carry_over(model, other)
     draws: dict[torch.device, torch.Generator] = {}
     with torch.no_grad():
         for parameter in other.parameters():

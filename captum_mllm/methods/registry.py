@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from captum_mllm.adapters import find_adapter
 from captum_mllm.methods.request import Request
+from captum_mllm.model.discovery import discover
 from captum_mllm.result import MLLMAttributionResult
 from captum_mllm.validation import ArgumentError
 
@@ -100,6 +102,7 @@ def explain(
     steps: int = 20,
     gen_args: Mapping[str, Any] | None = None,
     show_progress: bool = False,
+    images: Any = None,
     **options: Any,
 ) -> MLLMAttributionResult:
     r"""Explain every token of an answer by any of :data:`METHODS`.
@@ -111,8 +114,7 @@ def explain(
     which uses those that it needs. The model is left unchanged, also after an error.
 
     Ours, whose options are those of the classes' constructors (``layer``, ``scales``,
-    ``alpha_max``...) and, for those with several scales, ``images`` (the original pictures, which
-    are then processed again at each scale):
+    ``alpha_max``...):
 
     - "lens", "tam", "msea", "arc", "msea+arc": ``JointNormalization(LogitLens(model))``,
       ``TokenActivationMap``, ``JointNormalization(MSEA(model))``, ``ARC``, ``ARC(MSEA(model))``.
@@ -146,7 +148,7 @@ def explain(
 
     Args:
         method: a name of :data:`METHODS`.
-        model: a transformers model of a registered family.
+        model: a transformers model.
         processor: its processor; None where neither labels, string targets nor the geometry of the
             picture are needed.
         inputs: the mapping that the processor returns for one sample.
@@ -159,6 +161,8 @@ def explain(
         gen_args: keyword arguments of ``generate`` where the answer is generated, default None:
             greedy, one beam, 128 new tokens.
         show_progress: progress bar where a method runs the model many times, default False.
+        images: the original picture(s), default None. Methods with several scales process them
+            again at each scale; a model without an adapter needs them once, whatever the method.
         options: further options of the method, see ``METHODS[method].options``; for ours those of
             the classes' constructors.
 
@@ -181,6 +185,10 @@ def explain(
         ('ARC(MSEA(LogitLens))', '[0, 1]', (4, 56, 56))
     """
     request = Request(model, processor, inputs, target, masks, seed, steps, gen_args, show_progress)
+    if images is not None:
+        discover(find_adapter(model), processor, inputs, images)
+        if "images" in (find_method(method).options or ()):
+            options["images"] = images
     return run_method(method, request, **options)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter
-from captum_mllm.adapters.discovered import DiscoveredAdapter, ShownSample
+from captum_mllm.adapters.discovered import DiscoveredAdapter
+from captum_mllm.adapters.discovery import ShownSample
 from captum_mllm.adapters.layout import LayoutError, TokenLayout
 from captum_mllm.adapters.painting import PixelSource, paint
 from captum_mllm.model.facts import find_facts

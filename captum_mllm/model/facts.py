@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter
-from captum_mllm.adapters.discovered import ModelFacts
+from captum_mllm.adapters.discovery import ModelFacts
 from captum_mllm.adapters.head import head_matrix
 from captum_mllm.adapters.layout import LayoutError
 from captum_mllm.functional import lens_logits
@@ -149,15 +149,15 @@ def head_law(
     scale = float((linear * logits).sum() / linear.square().sum().clamp(min=1e-300))
     if float((logits - scale * linear).abs().max()) <= tolerance * size:
         return (1.0 if abs(scale - 1) <= tolerance else scale), None
-    best: tuple[float, float, float] | None = None
-    for cap in (size * 1.0005 ** (2**i) for i in torch.arange(0, 15, 0.01).tolist()):
-        inner = logits.abs() < 0.98 * cap
-        led_back = cap * torch.atanh(logits[inner] / cap)
-        scale = float((led_back * linear[inner]).sum() / linear[inner].square().sum())
-        off = float((cap * torch.tanh(scale * linear / cap) - logits).abs().max())
-        if best is None or off < best[0]:
-            best = (off, scale, cap)
-    off, scale, cap = best or (torch.inf, 1.0, 1.0)
+    low, high, best = -20.0, 10.0, (torch.inf, 1.0, 1.0)
+    for _ in range(4):  # ever finer
+        steps = torch.linspace(low, high, 200).tolist()
+        tried = [(*_fit_cap(linear, logits, size * (1 + 2**step)), step) for step in steps]
+        *found, at = min(tried)
+        best = min(best, tuple(found))  # type: ignore[assignment]
+        width = (high - low) / 100
+        low, high = at - width, at + width
+    off, scale, cap = best
     if off > 2 * tolerance * size:
         raise LayoutError(
             "the model's logits are neither its LM head's output nor that output scaled and "
@@ -166,6 +166,15 @@ def head_law(
     # caps are round numbers; the search is not
     cap = round(cap, 1) if abs(cap - round(cap, 1)) <= tolerance * cap else cap
     return (1.0 if abs(scale - 1) <= tolerance else scale), cap
+
+
+def _fit_cap(linear: Tensor, logits: Tensor, cap: float) -> tuple[float, float, float]:
+    """The worst error of a cap with the factor that suits it, the factor, the cap."""
+    inner = logits.abs() < 0.98 * cap
+    led_back = cap * torch.atanh(logits[inner] / cap)
+    total = linear[inner].square().sum().clamp(min=1e-300)
+    scale = float((led_back * linear[inner]).sum() / total)
+    return float((cap * torch.tanh(scale * linear / cap) - logits).abs().max()), scale, cap
 
 
 @contextmanager

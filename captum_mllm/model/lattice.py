@@ -32,6 +32,7 @@ class TokenPlaces:
         upper: (tokens, 2) largest x and y.
         painted: (tokens,) how many of its numbers show the picture.
         heard: (tokens,) how many numbers it owns, those of padding included.
+        pixels: (tokens,) how many different points of the picture it shows.
         source: (tokens,) which tile of pixels it comes from, -1 where the pixels have no tiles.
     """
 
@@ -42,6 +43,7 @@ class TokenPlaces:
     upper: NDArray[np.float64]
     painted: NDArray[np.int64]
     heard: NDArray[np.int64]
+    pixels: NDArray[np.int64]
     source: NDArray[np.int64]
 
     @property
@@ -99,8 +101,20 @@ def token_places(
         upper.numpy(),
         painted.numpy(),
         heard[tokens].numpy(),
+        _distinct(index, points, n),
         tile.numpy(),
     )
+
+
+def _distinct(
+    index: Int64[Tensor, " numbers"], points: Float64[Tensor, "numbers 2"], n: int
+) -> NDArray[np.int64]:
+    """How many different points each token shows: channels and repeated frames are one."""
+    at = (points * 8).round().long()
+    at -= at.amin(0) if len(at) else 0
+    wide, high = (at.amax(0) + 1).tolist() if len(at) else (1, 1)
+    distinct = ((index * high + at[:, 1]) * wide + at[:, 0]).unique()
+    return torch.bincount(distinct // (wide * high), minlength=n).numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,8 +210,8 @@ def _kinds(places: TokenPlaces) -> list[_Group]:
     # rows of patches are as many "tiles" as tokens: they say nothing
     tile_of = places.source if len(tiles) <= n / 3 else np.full(n, -1)
     for tile in np.unique(tile_of):
-        members = np.flatnonzero(tile_of == tile)
-        firm = [i for i in members if places.whole[i]] or list(members)
+        members = np.flatnonzero(tile_of == tile).tolist()
+        firm = [i for i in members if places.whole[i]] or members
         kinds: list[_Group] = []
         for i in firm:
             for kind in kinds:
@@ -279,13 +293,13 @@ def _cells(places: TokenPlaces, members: Sequence[int], axes: _Axes) -> list[tup
 
 
 def _side(places: TokenPlaces, members: Sequence[int]) -> float:
-    """Pixels along a cell: a token hears three channels of a square."""
-    return max(2.0, float((places.heard[list(members)].max() / 3) ** 0.5))
+    """Pixels along a cell, which is a square of the encoder's pixels."""
+    return max(2.0, float(places.pixels[list(members)].max() ** 0.5))
 
 
 def _axes(places: TokenPlaces, members: Sequence[int]) -> _Axes:
     """Least-squares lattice through the centres of a group's tokens."""
-    firm = [i for i in members if places.whole[i]] or list(members)
+    firm = [i for i in members if places.whole[i]] or members
     side = _side(places, members)
     # n points in a row spread like (n - 1) / n of their cell, less what variance counts
     extent = np.median(places.extent[firm], 0) * side / (side**2 - 1) ** 0.5
