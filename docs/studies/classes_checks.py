@@ -18,10 +18,11 @@ from captum_mllm.adapters.layout import TokenLayout
 from captum_mllm.functional import merge_views
 from captum_mllm.model.discovery import probe_layout
 from studies.zoo import Subject
-from studies.zoo.oracle import right_cells
+from studies.zoo.oracle import painted_cells
 
 PICTURES = {"square": (60, 60), "wide": (90, 50), "tall": (50, 90)}  # (width, height)
 ANSWER = 4  # tokens
+PAINTED = 24  # cells of each view
 END = 2  # id of the end of an answer
 
 
@@ -82,7 +83,10 @@ def layout(case: Case) -> dict[str, Any]:
     """Probe the layout; compare it with painting, and with the adapter where there is one."""
     one = case.subject
     found = probe_layout(one.model, case.inputs, one.processor, case.picture)
-    painted = [right_cells(one, case.picture, view.tokens, view.box) for view in found.views]
+    painted = [
+        painted_cells(one, case.picture, view.tokens, view.box, most=PAINTED)
+        for view in found.views
+    ]
     record: dict[str, Any] = {
         "found": str(found).split(" (")[0],
         "notes": list(found.notes),

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 EXACT = 1e-5
-SEEN = 0.5  # share of painted cells whose own token must change most
 COLUMNS = {
     "lens": ("lens = logits", "lens"),
     "generation": ("teacher forcing = generate", "generate"),
@@ -43,18 +42,23 @@ def outcome(found: Mapping[str, Any]) -> tuple[str, str]:
     return "exact", "; ".join(layout["found"] for layout in layouts)
 
 
-def painted(found: Mapping[str, Any]) -> float:
-    """Share of the painted cells, over all views and pictures, whose own token changed most.
+def painted(found: Mapping[str, Any]) -> tuple[float, float]:
+    """How a class's layouts stood the painting of single cells (:mod:`studies.zoo.oracle`).
 
     Args:
         found: a class's entry in the record.
+
+    Returns:
+        Share of the painted cells, over all views and pictures, whose own token changed most; and
+        the lowest correlation of the painted cell with the middle of the change, over views.
     """
-    pairs = [
-        pair
+    views = [
+        view
         for picture in found.get("pictures", {}).values()
-        for pair in picture["layout"].get("painted", [])
+        for view in picture["layout"].get("painted", [])
     ]
-    return sum(right for right, _ in pairs) / max(1, sum(tried for _, tried in pairs))
+    right, tried = sum(view[0] for view in views), sum(view[1] for view in views)
+    return right / max(1, tried), min((view[2] for view in views), default=0.0)
 
 
 def works(found: Mapping[str, Any], check: str) -> tuple[bool, str]:
@@ -99,7 +103,12 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
     for check, (title, _) in COLUMNS.items():
         yield f"{title}: {sum(works(found, check)[0] for found in kinds.values())} classes."
     yield ""
-    titles = ["class", "layouts", "painted", *(title for title, _ in COLUMNS.values())]
+    titles = [
+        "class",
+        "layouts",
+        "painted: own token, correlation",
+        *(title for title, _ in COLUMNS.values()),
+    ]
     yield "| " + " | ".join(titles) + " |"
     yield "|" + "---|" * len(titles)
     for kind, found in kinds.items():
@@ -124,7 +133,8 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
 def _row(kind: str, found: Mapping[str, Any], layouts: str) -> Iterator[str]:
     yield kind
     yield layouts.replace(" tokens over ", ": ").replace(" pixels", "")
-    yield f"{painted(found):.0%}"
+    share, follows = painted(found)
+    yield f"{share:.0%}, {follows:.2f}"
     for check in COLUMNS:
         good, figure = works(found, check)
         yield figure if good else "no"

@@ -83,6 +83,8 @@ NATIVE_SIZE: dict[str, Settings] = {
             "text_config": {
                 "num_key_value_heads": 4,
                 "qk_rope_head_dim": 0,
+                "linear_num_heads": 4,
+                "linear_head_dim": 8,
                 "layer_types": ["linear_attention", "indexed_attention"],
             }
         },

@@ -4,14 +4,17 @@ from studies.zoo.settings import OWN_RATIO, SAM, VQ, Settings, square
 from studies.zoo.shrink import KEEP
 
 SAM_64 = Settings(config={"vision_config": {**SAM, "image_size": 64}}, images={"size": square(64)})
-FASTVIT = {
+FASTVIT = {  # one block a stage, each half as wide as in the smallest real one or less
     "architecture": "fastvit_mci0",
     "do_pooling": True,
-    "hidden_size": 1024,
-    "num_features": 1024,
-    "model_args": {"inference_mode": False},
+    "hidden_size": 128,
+    "num_features": 128,
+    "model_args": {
+        "inference_mode": False,
+        "layers": (1, 1, 1, 1),
+        "embed_dims": (8, 16, 32, 64),
+    },
 }
-
 
 ONE_SIZE: dict[str, Settings] = {
     "deepseek_vl_hybrid": Settings(

@@ -57,6 +57,7 @@ OTHER: dict[str, Settings] = {
     ),
     "diffusion_gemma": Settings(
         {
+            "canvas_length": 16,
             "vision_config": {"patch_size": 4},
             "text_config": {
                 "per_layer_config": KEEP,

@@ -17,6 +17,7 @@ TILES = {"crop_to_patches": True, "max_patches": 4}
 IDEFICS3 = Settings(
     config={"scale_factor": 2},
     images={"max_image_size": {"longest_edge": 32}, "size": {"longest_edge": 64}},
+    span=spans.tiles_apart,
 )
 SLICES = {"scale_resolution": 32, "patch_size": 4, "max_slice_nums": 4}
 QFORMER = {
@@ -45,7 +46,9 @@ TIMM_VIT = {
 
 TILES_AND_WHOLE: dict[str, Settings] = {
     "aya_vision": Settings({"downsample_factor": 2}, TILES),
-    "cohere2_vision": Settings({"downsample_factor": 2}, {"max_patches": 4}),
+    "cohere2_vision": Settings(
+        {"downsample_factor": 2, "alignment_intermediate_size": 64}, {"max_patches": 4}
+    ),
     "granite4_vision": Settings(
         {
             "vision_config": {"hidden_size": 64, "num_attention_heads": 4},

@@ -13,6 +13,7 @@ from studies.zoo.shrink import IMAGE
 
 ROW_END, IMAGE_END = 99, 95
 SLICE_START, SLICE_END = 105, 106
+TILE, TILE_NAME = 109, 110
 IMAGE_OPEN, IMAGE_CLOSE = 107, 108
 
 Made = Mapping[str, Any]
@@ -27,13 +28,19 @@ def rows_of_cells(made: Made) -> list[int]:
 def slices(made: Made) -> list[int]:
     """MiniCPM-V's: the whole picture, then its slices row by row; 4 x 4 patches are a token."""
     tokens = (made["target_sizes"].prod(-1) // 16).tolist()
-    ids = [IMAGE_OPEN, *[IMAGE] * tokens[0], IMAGE_CLOSE]
+    ids = [TILE, TILE_NAME = 109, 110
+IMAGE_OPEN, *[IMAGE] * tokens[0], IMAGE_CLOSE]
     rows, columns = (int(number) for number in made["grids"][0])
     for row in range(rows if len(tokens) > 1 else 0):
         for count in tokens[1 + row * columns : 1 + (row + 1) * columns]:
             ids += [SLICE_START, *[IMAGE] * count, SLICE_END]
         ids += [ROW_END] * (row + 1 < rows)
     return ids
+
+
+def tiles_apart(made: Made) -> list[int]:
+    """Idefics 3's: each tile's 16 placeholders behind two tokens that name it."""
+    return [TILE, TILE_NAME, *[IMAGE] * 16] * made["pixel_values"].shape[1]
 
 
 def rows_of_patches(made: Made) -> list[int]:
