@@ -28,8 +28,7 @@ def rows_of_cells(made: Made) -> list[int]:
 def slices(made: Made) -> list[int]:
     """MiniCPM-V's: the whole picture, then its slices row by row; 4 x 4 patches are a token."""
     tokens = (made["target_sizes"].prod(-1) // 16).tolist()
-    ids = [TILE, TILE_NAME = 109, 110
-IMAGE_OPEN, *[IMAGE] * tokens[0], IMAGE_CLOSE]
+    ids = [IMAGE_OPEN, *[IMAGE] * tokens[0], IMAGE_CLOSE]
     rows, columns = (int(number) for number in made["grids"][0])
     for row in range(rows if len(tokens) > 1 else 0):
         for count in tokens[1 + row * columns : 1 + (row + 1) * columns]:
