@@ -42,6 +42,12 @@ class PictureCanvases:
             width).
         """
         del grids
+        if inputs["pixel_values"].ndim != 4:
+            raise NotImplementedError(
+                f"pixel_values of shape {tuple(inputs['pixel_values'].shape)} are no canvases: to "
+                f"flip or perturb images, {type(self).__name__} must override canvases and "
+                f"with_canvases. Maps of unchanged images need neither: MSEA(model, flip='none')."
+            )
         return inputs["pixel_values"].split(1)
 
     def with_canvases(

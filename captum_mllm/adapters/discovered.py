@@ -15,7 +15,7 @@ from captum_mllm.adapters.base import Adapter, View
 from captum_mllm.adapters.discovery import ModelFacts, ShownSample, discovery_of, picture_grid
 from captum_mllm.adapters.layout import LayoutError, PictureLayout
 from captum_mllm.adapters.painting import Painted
-from captum_mllm.adapters.pixels import enlarged, reframed
+from captum_mllm.adapters.pixels import enlarged, reframed, resized
 from captum_mllm.functional import WHOLE, Box
 from captum_mllm.geometry import ImageGrid
 
@@ -24,14 +24,14 @@ class DiscoveredAdapter(Adapter):
     """Adapter of a class without one: its layout is found by probing at its first pictures.
 
     It needs the original pictures (``images=``) and the processor at the first call for some
-    inputs; afterwards the same inputs are known, also to other methods. Larger scales are computed
-    through windows of the picture, smaller ones are dropped.
+    inputs; afterwards the same inputs are known, also to other methods. At other scales a model of
+    native resolution sees the picture resized, which is probed too; any other sees larger scales
+    through windows of the picture, and smaller ones are dropped.
 
     Args:
         model: the user's model.
     """
 
-    fixed_size = True
     from_pictures = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -188,9 +188,34 @@ class DiscoveredAdapter(Adapter):
 
     # ---- inputs -----------------------------------------------------------------------------
 
+    @property
+    def fixed_size(self) -> bool:  # type: ignore[override]
+        """Whether a larger picture has no more tokens, so that windows show larger scales."""
+        return not self.discovery.native
+
     @override
     def scaled_grid(self, grid: ImageGrid, scale: float) -> ImageGrid:
-        return enlarged(grid, scale)
+        if not self.discovery.native:
+            return enlarged(grid, scale)
+        if (grid, scale) not in self.discovery.scaled:
+            raise ValueError(
+                f"inputs at {scale:.4g} times the size of their picture were not probed: for "
+                f"several scales of a model without an adapter use MSEA(model, processor)."
+            )
+        return self.discovery.scaled[grid, scale]
+
+    @override
+    def rescale_pixels(
+        self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
+    ) -> dict[str, Tensor]:
+        sample = self.shown(inputs)
+        sizes = [grid.picture for grid in grids]
+        pictures = [
+            picture if size in (None, (picture.height, picture.width)) else resized(picture, size)
+            for picture, size in zip(sample.pictures, sizes, strict=True)
+        ]
+        made = sample.source(pictures)
+        return {key: value.to(inputs[key].device, inputs[key].dtype) for key, value in made.items()}
 
     @override
     def pixels_from_pictures(

@@ -74,12 +74,16 @@ class Discovery:
         layouts: by processor, settings and picture sizes, with what was painted.
         samples: the last few samples, by their pixels.
         pictures: the layout behind each grid.
+        scaled: the grid of a picture resized by a factor, for models of native resolution.
+        native: whether a larger picture has more tokens, as far as it was tried.
     """
 
     facts: ModelFacts | None = None
     layouts: dict[Any, tuple[TokenLayout, Painted]] = field(default_factory=dict)
     samples: OrderedDict[str, ShownSample] = field(default_factory=OrderedDict)
     pictures: dict[ImageGrid, PictureLayout] = field(default_factory=dict)
+    scaled: dict[tuple[ImageGrid, float], ImageGrid] = field(default_factory=dict)
+    native: bool = False
 
     def remember(self, inputs: Mapping[str, Tensor], sample: ShownSample) -> None:
         """Keep the pictures behind some inputs; the oldest of too many go.
@@ -146,6 +150,7 @@ def carry_over(model: nn.Module, copy: nn.Module) -> None:
         )
         facts = replace(facts, final_norm=norm, tower=tower)
     _FOUND[copy] = Discovery(facts, found.layouts, found.samples, found.pictures)
+    _FOUND[copy].scaled, _FOUND[copy].native = found.scaled, found.native
 
 
 def pixel_digest(inputs: Mapping[str, Tensor], keys: Sequence[str]) -> str:

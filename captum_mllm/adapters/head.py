@@ -71,6 +71,9 @@ def head_matrix(head: nn.Module, role: Role = LM_HEAD) -> Matrix:
         >>> weight.data_ptr() == head.weight.data_ptr(), weight.requires_grad, bias
         (True, False, None)
     """
+    if _is_plain(head):
+        weight: Any = head.weight
+        return weight.detach(), None if head.bias is None else head.bias.detach()  # type: ignore[union-attr, operator]
     with torch.no_grad(), loaded(head):
         return _matrix(head, type(head).__name__, role)
 
@@ -96,6 +99,14 @@ def head_size(head: nn.Module) -> int:
     if isinstance(size, int) and not isinstance(weight, Tensor):
         return size
     return int(head_matrix(head)[0].shape[0])
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether a layer holds its matrix as it is: every layer is asked for it in every forward."""
+    if type(head) is not nn.Linear or "_hf_hook" in vars(head):
+        return False
+    parts = [part for part in head._parameters.values() if part is not None]
+    return all(type(p) is nn.Parameter and p.dtype in _FLOATS and not p.is_meta for p in parts)
 
 
 def _matrix(head: Any, name: str, role: Role) -> Matrix:

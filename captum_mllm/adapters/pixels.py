@@ -135,6 +135,23 @@ def canvas_to_tiles(
     return torch.cat([split_tiles(canvas[0], layout), *overview])
 
 
+def resized(picture: Any, size: tuple[int, int]) -> Any:
+    """A picture at another size, bicubic.
+
+    Args:
+        picture: PIL picture.
+        size: (height, width), pixels.
+
+    Example:
+        >>> from PIL import Image
+        >>> resized(Image.new("RGB", (8, 6)), (3, 4)).size
+        (4, 3)
+    """
+    from PIL import Image
+
+    return picture.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
 def reframed(picture: Any, box: tuple[float, float, float, float]) -> Any:
     """A picture of the same size that shows a box of it, edge pixels repeated beyond its border.
 

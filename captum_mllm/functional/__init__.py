@@ -22,6 +22,7 @@ released code computes it, and **our reading** is ours where the paper leaves a 
 from captum_mllm.functional.arc import arc_subtract, rank_biased_overlap, top_k_rankings
 from captum_mllm.functional.calibration import calibrate
 from captum_mllm.functional.direct import (
+    added_to_scores,
     attention_rows,
     head_contributions,
     head_outputs,
@@ -73,6 +74,7 @@ __all__ = [
     "Aggregation",
     "Box",
     "adaptive_weights",
+    "added_to_scores",
     "aggregate",
     "arc_subtract",
     "attention_rows",

@@ -54,11 +54,38 @@ def visible_keys(
     return visible[None], None
 
 
+def added_to_scores(
+    visible: Bool[Tensor, "#heads rows keys"], bias: Float[Tensor, "#heads rows keys"] | None = None
+) -> Float[Tensor, "#heads rows keys"]:
+    """Visibility and bias as one term of the scores: ``-inf`` where a key is not visible.
+
+    A forward's layers share it, so that it is made once.
+
+    Args:
+        visible: which keys each query sees.
+        bias: what is added to the scores, or None (default).
+
+    Returns:
+        What :func:`attention_rows` takes as ``bias``, without ``visible``.
+
+    Reference:
+        The additive masks of transformers' attention interface.
+
+    Example:
+        >>> import torch
+        >>> added_to_scores(torch.tensor([[[True, False]]])).tolist()
+        [[[0.0, -inf]]]
+    """
+    if bias is None:
+        bias = torch.zeros((), device=visible.device)
+    return torch.where(visible, bias, -inf)
+
+
 def attention_rows(
     query: Float[Tensor, "heads rows dim"],
     key: Float[Tensor, "groups keys dim"],
     scaling: float,
-    visible: Bool[Tensor, "#heads rows keys"],
+    visible: Bool[Tensor, "#heads rows keys"] | None = None,
     bias: Float[Tensor, "#heads rows keys"] | None = None,
     *,
     softcap: float | None = None,
@@ -70,7 +97,7 @@ def attention_rows(
         query: the queries, after rotary embedding.
         key: the keys; consecutive heads share those of one group.
         scaling: factor of the scores.
-        visible: which keys each query sees.
+        visible: which keys each query sees, or None (default): all, or as ``bias`` says.
         bias: what is added to the scores, or None (default).
         softcap: bound c of soft-capped scores ``c * tanh(score / c)``, or None (default).
         sinks: a logit per head that takes part in the softmax and attends to nothing, or None.
@@ -88,12 +115,13 @@ def attention_rows(
         >>> attention_rows(q, k, 1.0, torch.tensor([[[True, True, False, False]]])).tolist()
         [[[0.5, 0.5, 0.0, 0.0]]]
     """
-    scores = _grouped(query.float(), key.float().mT) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    scores = scores.masked_fill(~visible, -inf)
+    if softcap is None:
+        scores = _grouped(query.float(), key.float().mT, scaling, bias)
+    else:
+        scores = softcap * torch.tanh(_grouped(query.float(), key.float().mT, scaling) / softcap)
+        scores = scores if bias is None else scores.add_(bias)
+    if visible is not None:
+        scores.masked_fill_(~visible, -inf)
     if sinks is None:
         return scores.softmax(-1)
     column = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
@@ -114,8 +142,10 @@ def head_contributions(
             projection: ``u_qh = d_q O_h``.
 
     Returns:
-        Signed contributions. Their sum over heads and positions is the projection's output in
-        that direction, without its bias.
+        Signed contributions, in the precision of the weights. Their sum over the positions is
+        ``u_qh`` times what the head passes to the projection (:func:`head_outputs`); over heads
+        and positions, it is the projection's output in that direction, without its bias.
+        ``u . v`` is computed in the precision of the values: no copy of them is made.
 
     Reference:
         Elhage et al., "A mathematical framework for transformer circuits", 2021 (OV circuits).
@@ -127,7 +157,7 @@ def head_contributions(
         >>> head_contributions(weights, values, direction).tolist()
         [[[0.5, -3.0]]]
     """
-    return weights * _grouped(directions, value.float().mT)
+    return weights * _grouped(directions.to(value.dtype), value.mT)
 
 
 def head_outputs(
@@ -154,12 +184,23 @@ def head_outputs(
 
 
 def _grouped(
-    left: Float[Tensor, "heads rows inner"], right: Float[Tensor, "groups inner columns"]
+    left: Float[Tensor, "heads rows inner"],
+    right: Float[Tensor, "groups inner columns"],
+    factor: float = 1.0,
+    added: Float[Tensor, "#heads rows columns"] | None = None,
 ) -> Float[Tensor, "heads rows columns"]:
-    """Matrix products in which consecutive heads share the right-hand side of one group."""
-    groups, (heads, rows, inner) = len(right), left.shape
-    product = left.reshape(groups, heads // groups * rows, inner) @ right
-    return product.reshape(heads, rows, -1)
+    """``factor * left @ right + added``; consecutive heads share the right side of one group."""
+    (groups, _, columns), (heads, rows, inner) = right.shape, left.shape
+    stacked = heads // groups * rows
+    left = left.reshape(groups, stacked, inner)
+    if added is None:
+        added, share = left.new_empty(1), 0.0  # not read
+    else:
+        alike = added.shape[0] == 1
+        added = added.expand(heads // groups if alike else heads, rows, columns)
+        added, share = added.reshape(1 if alike else groups, stacked, columns), 1.0
+    product = torch.baddbmm(added, left, right, beta=share, alpha=factor)
+    return product.view(heads, rows, columns)
 
 
 def product_of_experts(

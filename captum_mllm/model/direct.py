@@ -1,6 +1,6 @@
 """Direct logit attribution of a forward: what attention copies from each position into a logit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +11,14 @@ from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter, View
 from captum_mllm.adapters.head import head_matrix
-from captum_mllm.functional import (
-    attention_rows,
-    head_contributions,
-    head_outputs,
-    merge_views,
-    visible_keys,
-)
+from captum_mllm.functional import added_to_scores, merge_views, visible_keys
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.attention import AttentionCall, observed_attention
 from captum_mllm.model.inputs import Sample
+from captum_mllm.model.layer_sums import Layer, LayerSums, full_precision
 from captum_mllm.model.write_paths import PROJECTION, FrozenNorm, WritePath
 
-_SCRATCH = 2**24  # attention weights that are recomputed at a time
+_BLOCK, _ROWS = 2**15, 2**7  # rows of the LM head: in a block, in a part of its sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,150 +131,217 @@ def recorded_contributions(
 
 
 class _Recorder:
-    """The sums, and what is needed to add a layer to them."""
+    """What is gathered of each layer while the forward runs.
+
+    What layers share is made once, and nothing waits for the device until :meth:`finish`.
+    """
 
     def __init__(
         self, adapter: Adapter, paths: tuple[WritePath | None, ...], rows: Tensor, ids: Tensor
     ) -> None:
         self._adapter, self._rows = adapter, rows
-        self._paths = {path.attention: path for path in paths if path is not None}
+        where = self._where = rows.tolist()
+        self._unbroken = where == list(range(where[0], where[0] + len(where)))
+        self._paths = {path.attention: (n, path) for n, path in enumerate(paths) if path}
+        self._numbers = {path.norm: n for n, path in self._paths.values() if path.norm}
         weight, bias = adapter.class_weights(ids)
         mean_weight, mean_bias = _mean_row(adapter)
         self._weight = weight.float() - mean_weight
         self._bias = None if bias is None or mean_bias is None else bias.float() - mean_bias
-        self._like = torch.zeros_like(weight[:1])  # a state, for its width and dtype
-        self._final = FrozenNorm.of(adapter.final_norm, self._like)
-        self._directions = self._final.led_back(self._weight)
-        self._sums: tuple[Tensor, Tensor] | None = None  # positive, signed
-        self._layer: tuple[Tensor, Tensor] | None = None  # of a layer whose norm is to come
-        self._errors: list[Tensor] = []
+        self._norms = _frozen_norms((*self._numbers, adapter.final_norm), weight[:1])
+        directions = self._norms[adapter.final_norm].led_back(self._weight)
+        # Of length 1, so that they and their products fit into float16.
+        self._size = directions.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        self._directions = directions / self._size
+        self._shared: dict[Any, Any] = {}  # what layers share
+        self._layers = LayerSums()
+        self._norm_errors: list[tuple[str, Tensor, bool]] = []
         self._calls, self._exact = 0, True
         self._scale = self._logits = torch.zeros(0)
 
     def on_attention(self, call: AttentionCall) -> None:
-        """Compute the rows again and add the layer, or keep it for the norm after it."""
-        path = self._paths.get(call.module)
-        if path is None:
+        """Gather what the layer's contributions are made of; its norm is still to come, if any."""
+        if call.module not in self._paths:
             return
+        number, path = self._paths[call.module]
         self._calls += 1
         self._exact &= call.output.dtype in (torch.float32, torch.float64)
-        directions = self._directions
-        if path.norm is not None:
-            norm = FrozenNorm.of(path.norm, self._like.to(call.query.device))
-            directions = norm.led_back(directions.to(call.query.device))
-        device = call.query.device
-        with torch.autocast(device.type, enabled=False):  # sums of many terms, in float32
-            layer = self._contributions(call, path, directions.to(device))
-        if path.norm is None:
-            self._add(layer)
-        else:
-            self._layer = layer
+        with full_precision(call.query.device):
+            self._layers.hold(self._gathered(call, number, path))
+            if path.norm is None:
+                self._layers.settle()
 
     def on_norm(self, norm: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """Multiply the layer by the scale that the norm gives what its attention wrote."""
+        number, layer = self._numbers[norm], self._layers.last
+        if layer is None or layer.number != number:
+            return
         before, after = self._of_rows(args, kwargs, output)
-        scale = FrozenNorm.of(norm, before[:1]).scales(before, after)[:, None]
-        if self._layer is not None:
-            self._add((self._layer[0] * scale, self._layer[1] * scale))
-        self._layer = None
+        name = f"the norm after attention in layer {number}"
+        with full_precision(output.device):
+            self._layers.scale_last(self._scales(norm, name, before, after))
+            self._layers.settle()
 
-    def on_final_norm(self, _norm: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    def _gathered(self, call: AttentionCall, number: int, path: WritePath) -> Layer:
+        """What a layer's contributions are computed from, of the rows alone."""
+        device, value, settings = call.query.device, _single(call.value[0]), call.settings
+        at = self._at(device)
+        led_back = self._led_back(path, device).to(value.dtype)
+        led_back = led_back.view(len(self._where), call.query.shape[1], -1)
+        kernel = call.output[0, at].to(value.dtype).flatten(0, 1)
+        by_kernel = kernel[:, None].bmm(led_back.flatten(0, 1)[..., None])
+        bias, further = self._bias_of(call), settings.get("position_bias")
+        if further is not None:
+            bias = bias + further[0][:, at].float()
+        scaling = settings.get("scaling")
+        return Layer(
+            number=number,
+            query=call.query[0][:, at],
+            key=call.key[0],
+            value=value,
+            led_back=led_back.transpose(0, 1),
+            by_kernel=by_kernel.view(len(self._where), -1).T,
+            bias=bias,
+            scaling=call.query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            softcap=settings.get("softcap"),
+            sinks=settings.get("s_aux"),
+        )
+
+    def _led_back(self, path: WritePath, device: torch.device) -> Float[Tensor, "rows width"]:
+        """The directions led back through a layer's output projection, in its precision."""
+        matrix = _single(head_matrix(path.projection, PROJECTION)[0].to(device))
+        if path.norm is not None:
+            directions = self._norms[path.norm].led_back(self._directions.to(device))
+            return directions.to(matrix.dtype).mm(matrix)
+        key = ("directions", device, matrix.dtype)
+        if key not in self._shared:
+            self._shared[key] = self._directions.to(device, matrix.dtype)
+        return self._shared[key].mm(matrix)
+
+    def _share(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What layers share, made once."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def _at(self, device: torch.device) -> slice | Tensor:
+        """The rows, as what a tensor on the device is indexed by."""
+        if self._unbroken:  # a slice needs no kernel
+            return slice(self._where[0], self._where[-1] + 1)
+        return self._share(("rows", device), lambda: self._rows.to(device))
+
+    def _bias_of(self, call: AttentionCall) -> Tensor:
+        """What a call's mask adds to the scores of the rows: the layers share few masks."""
+        mask, device = call.mask, call.query.device
+        if isinstance(mask, Tensor) and mask.ndim != 4:
+            mask = None  # of padding, as flash attention takes it: a sample has none
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(
+                f"model: its attention takes its mask as {type(mask).__name__}, of which single "
+                f"rows can't be read; use another kernel (model.set_attn_implementation('sdpa'))."
+            )
+        causal = call.settings.get("is_causal")
+        causal = bool(getattr(call.module, "is_causal", True) if causal is None else causal)
+        window, n_keys = call.settings.get("sliding_window"), call.key.shape[2]
+
+        def make() -> tuple[Tensor, Any]:
+            rows = self._rows.to(device)
+            seen = visible_keys(rows, n_keys, mask, causal=causal, window=window)
+            return added_to_scores(*seen), mask
+
+        # The mask is kept with it: another one at its address would be taken for it.
+        return self._share(("mask", n_keys, device, *_identity(mask, causal, window)), make)[0]
+
+    def on_final_norm(self, norm: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """The scale of everything, and the logits."""
         before, after = self._of_rows(args, kwargs, output)
         device = self._weight.device
-        self._scale = self._final.scales(before.to(device), after.to(device))
+        self._scale = self._scales(norm, "the norm before the LM head", before, after).to(device)
         self._logits = (self._weight * after.to(device).float()).sum(1)
         if self._bias is not None:
             self._logits = self._logits + self._bias
 
+    def _scales(self, norm: nn.Module, name: str, before: Tensor, after: Tensor) -> Tensor:
+        """A norm's scales; how well they fit is kept for the end."""
+        with full_precision(before.device):
+            scale, error = self._norms[norm].scales(before, after)
+        self._norm_errors.append((name, error, before.dtype in (torch.float32, torch.float64)))
+        return scale
+
     def _of_rows(self, args: Any, kwargs: Any, output: Tensor) -> tuple[Tensor, Tensor]:
         """What went into a norm and what came out, at the rows; on the output's device."""
         given = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        rows = self._rows.to(output.device)
-        return given.to(output.device)[0, rows], output[0, rows]
+        at = self._at(output.device)
+        return given.to(output.device)[0, at], output[0, at]
 
     def finish(self) -> Contributions:
         """The sums, scaled; checked against what the kernels computed."""
-        if self._sums is None or self._calls != len(self._paths):
+        device = self._weight.device
+        totals = self._layers.totals(device)
+        if totals is None or self._calls != len(self._paths):
             raise ValueError(
                 f"model: {self._calls} of {len(self._paths)} attention layers were seen in one "
                 f"forward; is a part of the model compiled, or replaced? Pass the plain model."
             )
-        worst = float(torch.stack(self._errors).max())
-        tolerance = 1e-3 if self._exact else 5e-2
-        if not worst <= tolerance:
-            raise ValueError(
-                f"model: the attention of {type(self._adapter.model).__name__} computes something "
-                f"else than softmax(q k) v under the mask that it is given (outputs differ by "
-                f"{worst:.2g} of their largest value), so it can't be attributed; use LogitLens, "
-                f"or another kernel (model.set_attn_implementation('eager'))."
-            )
-        scale = self._scale[:, None]
-        return Contributions(self._sums[0] * scale, self._sums[1] * scale, self._logits)
+        self._check()
+        scale = self._scale[:, None] * self._size
+        return Contributions(totals[0] * scale, totals[1] * scale, self._logits)
 
-    def _add(self, layer: tuple[Tensor, Tensor]) -> None:
-        device = self._weight.device
-        layer = (layer[0].to(device), layer[1].to(device))
-        before = self._sums
-        self._sums = layer if before is None else (before[0] + layer[0], before[1] + layer[1])
-
-    def _contributions(
-        self, call: AttentionCall, path: WritePath, directions: Float[Tensor, "rows dim"]
-    ) -> tuple[Tensor, Tensor]:
-        """Positive and signed contributions of one layer, (rows, positions) each."""
-        matrix = head_matrix(path.projection, PROJECTION)[0].to(directions.device)
-        heads = call.query.shape[1]
-        led_back = directions @ matrix.float()
-        led_back = led_back.unflatten(1, (heads, -1)).transpose(0, 1)
-        rows, n_keys = self._rows.to(call.query.device), call.key.shape[2]
-        step = max(1, _SCRATCH // (heads * n_keys))
-        parts = []
-        for start in range(0, len(rows), step):
-            some = rows[start : start + step]
-            weights = _weights(call, some)
-            output = head_outputs(weights, call.value[0]).transpose(0, 1)
-            kernel = call.output[0, some].float()
-            largest = kernel.abs().max().clamp(min=1e-20)
-            self._errors.append(((output - kernel).abs().max() / largest).to(self._weight.device))
-            each = head_contributions(weights, call.value[0], led_back[:, start : start + step])
-            parts.append((each.clamp(min=0).sum(0), each.sum(0)))
-        return torch.cat([p for p, _ in parts]), torch.cat([s for _, s in parts])
+    def _check(self) -> None:
+        """Raise where a norm or a layer computed something else; the host waits once for all."""
+        device, kind = self._weight.device, type(self._adapter.model).__name__
+        numbers, errors = self._layers.differences(device)
+        fits = torch.stack([error.to(device) for _, error, _ in self._norm_errors])
+        found = torch.cat([errors, fits]).tolist()
+        for (name, _, exact), error in zip(self._norm_errors, found[len(numbers) :], strict=True):
+            if not error <= (1e-3 if exact else 3e-2):
+                raise ValueError(
+                    f"model: {name} of {kind} is neither an RMSNorm nor a LayerNorm (its output "
+                    f"differs by {error:.2g} of its largest value), so what attention writes can't "
+                    f"be followed; use LogitLens."
+                )
+        for number, error in zip(numbers, found, strict=False):
+            if not error <= (1e-3 if self._exact else 5e-2):
+                raise ValueError(
+                    f"model: the attention of layer {number} of {kind} computes something else "
+                    f"than softmax(q k) v under the mask that it is given (outputs differ by "
+                    f"{error:.2g} of their largest value), so it can't be attributed; use "
+                    f"LogitLens, or another kernel (model.set_attn_implementation('eager'))."
+                )
 
 
-def _weights(call: AttentionCall, rows: Tensor) -> Float[Tensor, "heads rows keys"]:
-    """Attention weights of some rows of a kernel's call, from what the kernel was given."""
-    settings, mask = call.settings, call.mask
-    if isinstance(mask, Tensor) and mask.ndim != 4:
-        mask = None  # of padding, as flash attention takes it: a sample has none
-    if mask is not None and not isinstance(mask, Tensor):
-        raise ValueError(
-            f"model: its attention takes its mask as {type(mask).__name__}, of which single rows "
-            f"can't be read; use another kernel (model.set_attn_implementation('sdpa'))."
-        )
-    causal = settings.get("is_causal")
-    if causal is None:
-        causal = getattr(call.module, "is_causal", True)
-    n_keys = call.key.shape[2]
-    visible, bias = visible_keys(
-        rows, n_keys, mask, causal=bool(causal), window=settings.get("sliding_window")
-    )
-    if (further := settings.get("position_bias")) is not None:
-        further = further[0][:, rows].float()
-        bias = further if bias is None else bias + further
-    scaling = settings.get("scaling")
-    return attention_rows(
-        call.query[0][:, rows],
-        call.key[0],
-        call.query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        visible,
-        bias,
-        softcap=settings.get("softcap"),
-        sinks=settings.get("s_aux"),
-    )
+def _identity(mask: Tensor | None, causal: bool, window: int | None) -> tuple[Any, ...]:
+    """What tells the masks of a forward apart, as long as each is kept."""
+    if mask is None:
+        return causal, window
+    version = None if mask.is_inference() else mask._version
+    return mask.data_ptr(), mask.dtype, mask.shape, mask.stride(), version
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """Half precision as it is, all else in float32."""
+    return tensor if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.float()
+
+
+def _frozen_norms(
+    norms: Sequence[nn.Module], like: Float[Tensor, "1 dim"]
+) -> dict[nn.Module, FrozenNorm]:
+    """Norms read once a forward, each where its weights are."""
+    places = [next((p.device for p in norm.parameters()), like.device) for norm in norms]
+    states = [torch.zeros_like(like, device=like.device if p.type == "meta" else p) for p in places]
+    return dict(zip(norms, FrozenNorm.of_each(norms, states), strict=True))
 
 
 def _mean_row(adapter: Adapter) -> tuple[Float[Tensor, " dim"], Float[Tensor, ""] | None]:
-    """Mean over the vocabulary of the LM head's rows, and of its bias."""
+    """Mean over the vocabulary of the LM head's rows, and of its bias.
+
+    In two steps, because a GPU takes hundreds of MiB of scratch memory for one sum over so many
+    rows; in blocks, because on a CPU a sum in float32 copies what it adds up.
+    """
     weight, bias = adapter.class_weights(slice(None))
-    mean = weight.mean(0, dtype=torch.float32).to(adapter.device)
+    even = len(weight) // _ROWS * _ROWS
+    total = weight[even:].sum(0, dtype=torch.float32)
+    for block in weight[:even].split(_BLOCK):
+        total += block.unflatten(0, (-1, _ROWS)).sum(1, dtype=torch.float32).sum(0)
+    mean = (total / len(weight)).to(adapter.device)
     return mean, None if bias is None else bias.float().mean().to(adapter.device)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter
 from captum_mllm.adapters.discovered import DiscoveredAdapter
-from captum_mllm.adapters.discovery import ShownSample
+from captum_mllm.adapters.discovery import ShownSample, picture_grid
 from captum_mllm.adapters.layout import LayoutError, TokenLayout
 from captum_mllm.adapters.painting import PixelSource, paint
+from captum_mllm.adapters.pixels import resized
+from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.facts import find_facts
+from captum_mllm.model.inputs import Sample
 from captum_mllm.model.probing import find_layout
 from captum_mllm.validation import ArgumentError
 
@@ -71,6 +74,107 @@ def discover(
         where = torch.isin(kwargs["input_ids"][0], ids).nonzero()[:, 0]
         adapter.discovery.facts = find_facts(adapter, kwargs, where)
     adapter.discovery.remember(inputs, ShownSample(tuple(pictures), source, known_layout, painted))
+
+
+def discover_scales(adapter: Adapter, sample: Sample, scales: Iterable[float]) -> None:
+    """Probe a picture at other sizes too, where the model takes it in native resolution.
+
+    That is: one picture, of one view, on one unbroken run of placeholders, whose pixels become more
+    as it grows. Larger scales of any other are seen through windows.
+
+    Args:
+        adapter: the model's adapter; any but a :class:`DiscoveredAdapter` knows its sizes.
+        sample: the prompt at scale 1.
+        scales: factors of height and width.
+
+    Raises:
+        LayoutError: the picture can't be followed at one of the sizes.
+    """
+    if not isinstance(adapter, DiscoveredAdapter):
+        return
+    found, shown = adapter.discovery, adapter.shown(sample.kwargs)
+    found.native = _is_native(shown)
+    if not found.native:
+        return
+    (grid,), (picture,) = sample.grids, shown.pictures
+    for scale in scales:
+        if (grid, scale) not in found.scaled:
+            found.scaled[grid, scale] = grid
+            if scale != 1.0:
+                found.scaled[grid, scale] = _probe_scale(adapter, sample, shown, scale)
+        size = found.scaled[grid, scale].picture
+        if scale != 1.0 and size is not None:
+            _remember_scale(adapter, sample, shown, resized(picture, size))
+
+
+def _is_native(shown: ShownSample) -> bool:
+    """Whether a picture of one view gets pixels in proportion to its size."""
+    pictures, keys = shown.layout.pictures, shown.painted.keys
+    if len(pictures) > 1 or any(len(p.views) > 1 or len(p.runs) > 1 for p in pictures):
+        return False
+    (picture,) = shown.pictures
+    sizes = []
+    for factor in (1.0, 1.5):
+        size = (round(picture.height * factor), round(picture.width * factor))
+        made = shown.source([resized(picture, size)])
+        sizes.append(sum(made[key].numel() for key in keys))
+    return sizes[1] > 1.5 * sizes[0]  # 2.25 but for rounding
+
+
+def _scaled_inputs(sample: Sample, shown: ShownSample, picture: Any) -> dict[str, Tensor]:
+    """The prompt with another size of its picture, and as many placeholders as that takes."""
+    device = sample.prompt_ids.device
+    made = {
+        key: value.to(device, sample.kwargs[key].dtype)
+        for key, value in shown.source([picture]).items()
+    }
+    keys = shown.painted.keys
+    before, after = (sum(held[key].numel() for key in keys) for held in (sample.kwargs, made))
+    where = sample.image_positions[0]
+    count = round(len(where) * after / before)
+    first, last = int(where[0]), int(where[-1])
+    source = torch.cat(
+        [
+            torch.arange(first),
+            torch.full((count,), first),
+            torch.arange(last + 1, len(sample.prompt_ids)),
+        ]
+    ).to(device)
+    shape = sample.kwargs["input_ids"].shape
+    inputs = {
+        key: value[:, source] if value.shape == shape and key not in made else value
+        for key, value in sample.kwargs.items()
+    }
+    return {**inputs, **made}
+
+
+def _probe_scale(
+    adapter: DiscoveredAdapter, sample: Sample, shown: ShownSample, scale: float
+) -> ImageGrid:
+    """The grid of the picture at another size."""
+    (picture,) = shown.pictures
+    size = (max(1, round(picture.height * scale)), max(1, round(picture.width * scale)))
+    key = (_settings(shown.source), (size,))
+    known = adapter.discovery.layouts
+    if key not in known:
+        larger = resized(picture, size)
+        try:
+            inputs = _scaled_inputs(sample, shown, larger)
+            known[key] = find_layout(adapter, inputs, shown.source, [larger])
+            _refuse(adapter, known[key][0], allow_irregular=False)
+        except (LayoutError, ValueError) as error:
+            raise LayoutError(f"scales: at {scale} {error}") from error
+    return picture_grid(known[key][0].pictures[0])
+
+
+def _remember_scale(
+    adapter: DiscoveredAdapter, sample: Sample, shown: ShownSample, picture: Any
+) -> None:
+    """Let the picture at another size be known by its pixels."""
+    key = (_settings(shown.source), ((picture.height, picture.width),))
+    layout, painted = adapter.discovery.layouts[key]
+    inputs = _scaled_inputs(sample, shown, picture)
+    adapter.discovery.remember(inputs, ShownSample((picture,), shown.source, layout, painted))
 
 
 def probe_layout(

@@ -29,7 +29,7 @@ def scaled_inputs(
         TypeError: paths instead of pictures.
         ValueError: ``images`` that can't be used, or are not those of the inputs.
     """
-    if images is None:
+    if images is None or adapter.from_pictures:
         return adapter.rescale_pixels(sample.kwargs, grids)
     pictures, settings = _pictures(adapter, processor, sample, images)
     return _to_sample(sample, adapter.pixels_from_pictures(pictures, settings, grids))

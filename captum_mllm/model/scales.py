@@ -21,6 +21,7 @@ from tqdm import tqdm
 from captum_mllm.functional import join_windows, window_boxes
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.direct import image_maps, recorded_contributions
+from captum_mllm.model.discovery import discover_scales
 from captum_mllm.model.forward import captured_forward, evaluating, full_logits
 from captum_mllm.model.inputs import Sample, append_answer, cut, moved_positions, rescaled_inputs
 from captum_mllm.model.rescaling import scaled_inputs, window_inputs
@@ -142,6 +143,7 @@ def gather_views(
     if plan.direct and run.contributions is None:  # no attention to read: the lens in its place
         plan = replace(plan, lens=tuple(dict.fromkeys((*plan.lens, *plan.direct))), direct=())
     base = run.sample.grids
+    discover_scales(runner.adapter, run.sample, (*plan.lens, *plan.direct))
     plan, grids = _sized(runner, base, plan)
     if FLIPS[plan.flip] and not runner.adapter.can_flip(base, FLIPS[plan.flip]):
         warnings.warn(

@@ -1,6 +1,7 @@
 """How each layer's attention writes into the residual stream, found by running it once."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,12 +46,12 @@ class FrozenNorm:
 
     Args:
         gain: (dim,) factor of each coordinate.
-        offset: (dim,) what is added.
+        offset: (dim,) what is added, or None.
         centred: whether the mean over the coordinates is subtracted first (LayerNorm).
     """
 
     gain: Float[Tensor, " dim"]
-    offset: Float[Tensor, " dim"]
+    offset: Float[Tensor, " dim"] | None
     centred: bool
 
     @classmethod
@@ -61,41 +62,67 @@ class FrozenNorm:
             norm: an RMSNorm or a LayerNorm of any class.
             like: states of the norm's width, dtype and device.
         """
+        return cls.of_each([norm], [like])[0]
+
+    @classmethod
+    def of_each(
+        cls, norms: Sequence[nn.Module], like: Sequence[Float[Tensor, "rows dim"]]
+    ) -> list["FrozenNorm"]:
+        """Read several norms; the host waits once for each kind of ``like``.
+
+        Args:
+            norms: RMSNorms or LayerNorms of any class.
+            like: per norm, states of its width, dtype and device.
+        """
+        kinds: defaultdict[Any, list[int]] = defaultdict(list)
+        for n, states in enumerate(like):
+            kinds[states.shape[-1], states.dtype, states.device].append(n)
+        found: dict[int, FrozenNorm] = {}
+        for numbers in kinds.values():
+            alike = cls._of_a_kind([norms[n] for n in numbers], like[numbers[0]])
+            found |= dict(zip(numbers, alike, strict=True))
+        return [found[n] for n in range(len(norms))]
+
+    @classmethod
+    def _of_a_kind(cls, norms: Sequence[nn.Module], like: Tensor) -> list["FrozenNorm"]:
+        """Read norms of one width, dtype and device."""
         signs = torch.ones_like(like[:1])
         signs[:, 1::2] = -1
-        probes = torch.cat([torch.zeros_like(signs), signs, torch.ones_like(signs)])
+        probes = torch.cat([torch.zeros_like(signs), signs, torch.ones_like(signs)])[:, None]
         # The bare forward: hooks on the norm are meant for the model's states.
-        offset, alternating, constant = norm.forward(probes[:, None])[:, 0].float()
-        gain = (alternating - offset) * signs[0].float()
-        size = float(gain.abs().max())
-        centred = bool((constant - offset).abs().max() <= 1e-2 * size)
-        return cls(gain.to(like.device), offset.to(like.device), centred)
+        made = torch.stack([norm.forward(probes)[:, 0].to(like.device) for norm in norms]).float()
+        offset, alternating, constant = made.unbind(1)
+        gain = (alternating - offset) * signs.float()
+        centred = (constant - offset).abs().amax(1) <= 1e-2 * gain.abs().amax(1)
+        flags = torch.stack([centred, offset.any(1)], 1).tolist()
+        return [
+            cls(gain[n], offset[n] if shifts else None, centres)
+            for n, (centres, shifts) in enumerate(flags)
+        ]
 
     def scales(
         self, before: Float[Tensor, "rows dim"], after: Float[Tensor, "rows dim"]
-    ) -> Float[Tensor, " rows"]:
+    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, ""]]:
         """The scale s of each state, by least squares.
 
         Args:
             before: states that went into the norm.
             after: what came out.
 
-        Raises:
-            ValueError: the norm is not linear for a fixed scale.
+        Returns:
+            The scales, and the largest difference between the norm's output and the linear map's,
+            relative to its largest value: what rounding leaves of 0, unless the norm is not linear
+            for a fixed scale. Nothing waits for the device here.
         """
-        linear = self.gain * self._centre(before.float())
-        shown = after.float() - self.offset
-        scale = (linear * shown).sum(1) / linear.square().sum(1).clamp(min=1e-30)
-        worst = float((shown - scale[:, None] * linear).abs().max())
-        size = float(shown.abs().max())
-        tolerance = 1e-3 if before.dtype in (torch.float32, torch.float64) else 3e-2
-        if not worst <= tolerance * size:
-            raise ValueError(
-                f"model: a norm on the way to the LM head is neither an RMSNorm nor a LayerNorm "
-                f"(its output differs by {worst:.3g} at a size of {size:.3g}), so what attention "
-                f"writes can't be followed; use LogitLens."
-            )
-        return scale
+        linear = self.gain.to(before.device) * self._centre(before.float())
+        shown = after.float()
+        if self.offset is not None:
+            shown = shown - self.offset.to(after.device)
+        size = torch.linalg.vecdot(linear, linear).clamp(min=1e-30)
+        scale = torch.linalg.vecdot(linear, shown) / size
+        beyond = torch.addcmul(shown, linear, scale[:, None], value=-1)
+        worst, largest = (torch.linalg.vector_norm(each, torch.inf) for each in (beyond, shown))
+        return scale, worst / largest.clamp(min=1e-30)
 
     def led_back(self, directions: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
         """Directions at the norm's output as directions at its input, for a scale of 1.
@@ -103,7 +130,7 @@ class FrozenNorm:
         Args:
             directions: one per row.
         """
-        return self._centre(directions * self.gain)
+        return self._centre(directions * self.gain.to(directions.device))
 
     def _centre(self, states: Tensor) -> Tensor:
         return states - states.mean(-1, keepdim=True) if self.centred else states

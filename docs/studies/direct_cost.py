@@ -1,8 +1,11 @@
 """What direct logit attribution costs on models of 7 and 8 billion parameters.
 
 Usage: ``make study NAME=direct_cost ARGS="[--families llava qwen2vl internvl] [--repeats 9]
-[--out DIR] [--tiny]"``; writes ``direct_cost.json`` and ``direct_cost.md``. Needs a GPU and no
-download: real architectures, random weights. ``--tiny`` runs the same code on the CPU.
+[--out DIR] [--tiny] [--count]"``; writes ``direct_cost.json`` and ``direct_cost.md``. Needs a GPU
+and no download: real architectures, random weights. ``--tiny`` runs the same code on the CPU.
+``--count`` needs no GPU: it counts kernels, waits and bytes of the recording, and adds them to the
+record, whose figures of a GPU stay; ``--count before`` puts them into the first column, for a
+checkout of an earlier state in front of this one in ``PYTHONPATH``.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from captum_mllm.model.direct import recorded_contributions
 from captum_mllm.model.forward import captured_forward, evaluating
 from captum_mllm.model.inputs import append_answer, read_sample
 from captum_mllm.model.write_paths import write_paths
+from studies import direct_counts
 from studies.large import measured
 from studies.large_models import (
     ANSWER,
@@ -41,6 +45,11 @@ NOTE = (
     "Medians of interleaved runs; the second row is the same forward with the contributions to "
     "every text token recorded. Ratios are to the first row. The last rows are whole calls of "
     "`attribute`, checks and restoration of the model included."
+)
+
+BEFORE = (
+    "The figures of a GPU were taken before the recording was made cheaper (what the last tables "
+    'call "before"), not since; `make study NAME=direct_cost` on a GPU takes them again.'
 )
 
 
@@ -125,9 +134,10 @@ def as_text(record: Mapping[str, Any]) -> str:
     Args:
         record: of this study.
     """
-    out = [
-        "# Cost of direct logit attribution",
-        "",
+    out = ["# Cost of direct logit attribution", ""]
+    if record["state"] == "before":
+        out += [BEFORE, ""]
+    out += [
         f"{record['device']}, torch {record['torch']}, transformers {record['transformers']}, "
         f"{record['dtype']}, {record['attention']}, {record['answer_tokens']} answer tokens, "
         f"{record['repeats']} rounds. {NOTE}",
@@ -145,7 +155,33 @@ def as_text(record: Mapping[str, Any]) -> str:
                 peak = case["above_weights_bytes"][name]
                 shown = "" if peak is None else f"{peak / 2**20:.0f}"
                 out.append(f"| {name} | {value * 1e3:.1f} | {case['ratio'][name]:.2f} | {shown} |")
+    if record.get("counts"):
+        out += direct_counts.as_text(record["counts"])
     return "\n".join(out) + "\n"
+
+
+def add_counts(out: Path, families: Sequence[str], state: str, wide: bool) -> str:
+    """Count, and put the counts into the record in a folder; returns its text.
+
+    Args:
+        out: folder of the record.
+        families: keys in ``FAMILIES``.
+        state: column of the table, "before" or "now".
+        wide: also bytes, of models of full width.
+    """
+    record = json.loads((out / "direct_cost.json").read_text())
+    counts = record.setdefault("counts", {})
+    for name in families:
+        row = counts.setdefault(state, {}).setdefault(name, {})
+        row |= direct_counts.count(name, wide=wide)
+    record["counts"] = {key: counts[key] for key in ("before", "now") if key in counts}
+    _write(out, record)
+    return as_text(record)
+
+
+def _write(out: Path, record: Mapping[str, Any]) -> None:
+    (out / "direct_cost.json").write_text(json.dumps(record) + "\n")
+    (out / "direct_cost.md").write_text(as_text(record))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -155,11 +191,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--count", nargs="?", const="now", choices=["before", "now"])
     args = parser.parse_args(arguments)
+    records = Path(__file__).parent / "records"
+    if args.count:
+        print(add_counts(args.out or records, args.families, args.count, not args.tiny))
+        return
     on_gpu = not args.tiny
     if on_gpu and not torch.cuda.is_available():
         parser.error("needs a GPU; --tiny shows on the CPU that the command works.")
-    out = args.out or (Path(tempfile.mkdtemp()) if args.tiny else Path(__file__).parent / "records")
+    out = args.out or (Path(tempfile.mkdtemp()) if args.tiny else records)
     device = torch.device("cuda:0" if on_gpu else "cpu")
     answer = ANSWER if on_gpu else 6
     record: dict[str, Any] = {
@@ -170,15 +211,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "attention": ATTENTION,
         "repeats": args.repeats,
         "answer_tokens": answer,
+        "state": "now",
         "families": {},
     }
+    if (out / "direct_cost.json").exists():
+        record["counts"] = json.loads((out / "direct_cost.json").read_text()).get("counts")
     for name in args.families:
         family = FAMILIES[name] if on_gpu else tiny(name)
         model = build(family, device)
         cases = [measure_case(model, family, c, args.repeats, answer) for c in family.cases]
         record["families"][name] = {"title": family.title, "cases": cases}
-        (out / "direct_cost.json").write_text(json.dumps(record) + "\n")
-        (out / "direct_cost.md").write_text(as_text(record))
+        _write(out, record)
         del model
         gc.collect()
         if on_gpu:

@@ -16,6 +16,7 @@ from captum_mllm.functional import upsample
 from captum_mllm.model.scales import direct_trace, maps_at
 from captum_mllm.reference import make_example, render_pil
 from studies import prompts
+from tests.oracle import formulas
 from tests.oracle.families import REPRESENTATIVES, family
 
 DEFAULTS = {"Llava": (1, 4, 2), "Qwen2_5_VL": (1, 4, 2)}
@@ -76,6 +77,40 @@ def test_scales_by_hand(name, flip):
     method = MSEA(base, scale_weights="equal", flip=flip)
     got = method.attribute(subject.inputs, subject.answer)
     torch.testing.assert_close(got.grid_attr[0], expected[run.trace.targets].float())
+
+
+@pytest.mark.parametrize("name", ["Llava", "Qwen2_5_VL"])
+def test_adaptive_weights_by_hand(name):
+    """Per token, a scale counts by its squared rank correlation with scale 1, at least .0001."""
+    subject = family(name)
+    base = DirectLogitAttribution(subject.model)
+    runner = base.runner
+    run = runner.run(subject.inputs, subject.answer, direct=True)
+    (one,) = direct_trace(runner, run).maps
+    each = [one]
+    for scale in (2.0, 1.5):
+        grids = [runner.adapter.scaled_grid(grid, scale) for grid in run.sample.grids]
+        (more,) = maps_at(runner, run, grids, direct=True).direct
+        each.append(more * (one.mean((1, 2)) / more.mean((1, 2)).clamp(min=1e-20))[:, None, None])
+    finest = each[1].shape[1:]
+    expected, rho = torch.zeros(len(one), *finest), torch.zeros(3, len(one))
+    for token in range(len(one)):
+        total = 0.0
+        for n, maps in enumerate(each):
+            seen = upsample(maps[token][None], one.shape[1:])[0]
+            rho[n, token] = formulas.rank_correlation(
+                seen.flatten()[None], one[token].flatten()[None]
+            )
+            weight = max(0.01, float(rho[n, token])) ** 2
+            expected[token] += weight * upsample(maps[token][None], finest)[0]
+            total += weight
+        expected[token] /= total
+    assert float(rho[1:].std()) > 0.01  # the weights differ
+    method = MSEA(base, scales=(1.0, 2.0, 1.5), scale_weights="adaptive", flip="none")
+    got = method.attribute(subject.inputs, subject.answer).grid_attr[0]
+    torch.testing.assert_close(got, expected[run.trace.targets], rtol=1e-4, atol=1e-6)
+    equal = MSEA(base, scales=(1.0, 2.0, 1.5), scale_weights="equal", flip="none")
+    assert not torch.allclose(got, equal.attribute(subject.inputs, subject.answer).grid_attr[0])
 
 
 @pytest.mark.parametrize("base", [DirectLogitAttribution, DirectLens])

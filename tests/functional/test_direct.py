@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from captum_mllm.functional import (
+    added_to_scores,
     attention_rows,
     head_contributions,
     head_outputs,
@@ -71,6 +72,38 @@ def test_masks_of_both_kinds():
     visible, bias = visible_keys(rows, 7, additive)
     assert torch.equal(visible, shown[0][:, [4, 1], :7])
     assert torch.equal(bias, additive[0][:, [4, 1], :7])
+
+
+@over_seeds
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("heads_of_bias", [0, 1, 4])
+def test_one_term_for_what_is_seen_and_added(seed, groups, softcap, heads_of_bias):
+    query, key = f32(4, 3, 2, seed=seed), f32(groups, 5, 2, seed=seed + 10)
+    visible = rand(1, 3, 5, seed=seed) < 0.6
+    visible[..., 0] = True
+    bias = f32(heads_of_bias, 3, 5, seed=seed + 20) if heads_of_bias else None
+    term = added_to_scores(visible, bias)
+    got = attention_rows(query, key, 0.6, bias=term, softcap=softcap)
+    assert_close(got, attention_rows(query, key, 0.6, visible, bias, softcap=softcap), **SINGLE)
+    assert not got[~visible.expand_as(got)].any()
+
+
+def test_all_keys_are_seen_where_nothing_is_said():
+    got = attention_rows(f32(4, 3, 2), f32(2, 5, 2, seed=1), 0.6)
+    everything = torch.ones(1, 3, 5, dtype=torch.bool)
+    assert_close(got, attention_rows(f32(4, 3, 2), f32(2, 5, 2, seed=1), 0.6, everything))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_in_half_precision(dtype):
+    """The contributions are those of the rounded values, but for the rounding of ``u . v``."""
+    weights = f32(4, 3, 50).softmax(-1)
+    value, led = f32(2, 50, 16, seed=1).to(dtype), f32(4, 3, 16, seed=2).to(dtype)
+    got = head_contributions(weights, value, led)
+    assert got.dtype == torch.float32
+    exact = head_contributions(weights, value.float(), led.float())
+    assert_close(got, exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-3 * float(exact.abs().max()))
 
 
 @over_seeds
