@@ -17,7 +17,7 @@ TILES = {"crop_to_patches": True, "max_patches": 4}
 IDEFICS3 = Settings(
     config={"scale_factor": 2},
     images={"max_image_size": {"longest_edge": 32}, "size": {"longest_edge": 64}},
-    span=spans.tiles_apart,
+    span=spans.named_tiles,
 )
 SLICES = {"scale_resolution": 32, "patch_size": 4, "max_slice_nums": 4}
 QFORMER = {

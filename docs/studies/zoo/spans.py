@@ -3,6 +3,7 @@
 Each function takes what the image processor made of one picture, and gives the ids of its span.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from studies.zoo.shrink import IMAGE
 
 ROW_END, IMAGE_END = 99, 95
 SLICE_START, SLICE_END = 105, 106
-TILE, TILE_NAME = 109, 110
+FENCE, WHOLE_NAME, TILE_NAMES = 109, 110, 111
 IMAGE_OPEN, IMAGE_CLOSE = 107, 108
 
 Made = Mapping[str, Any]
@@ -37,9 +38,18 @@ def slices(made: Made) -> list[int]:
     return ids
 
 
-def tiles_apart(made: Made) -> list[int]:
-    """Idefics 3's: each tile's 16 placeholders behind two tokens that name it."""
-    return [TILE, TILE_NAME, *[IMAGE] * 16] * made["pixel_values"].shape[1]
+def named_tiles(made: Made) -> list[int]:
+    """Idefics 3's: each tile behind a fence and its name, a line break after a row, then the whole.
+
+    The zoo's processors cut 2 x 2 tiles, of 16 tokens each.
+    """
+    side = math.isqrt(made["pixel_values"].shape[1] - 1)
+    ids: list[int] = []
+    for row in range(side):
+        for column in range(side):
+            ids += [FENCE, TILE_NAMES + row * side + column, *[IMAGE] * 16]
+        ids.append(ROW_END)
+    return [*ids, FENCE, WHOLE_NAME, *[IMAGE] * 16, FENCE]
 
 
 def rows_of_patches(made: Made) -> list[int]:
