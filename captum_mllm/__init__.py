@@ -25,6 +25,7 @@ from captum_mllm.attr import (
 )
 from captum_mllm.bridge import PromptInput, TeacherForced, TokenLogProb, check_llm_attribution
 from captum_mllm.geometry import ImageGeometry
+from captum_mllm.model.discovery import probe_layout
 from captum_mllm.result import MLLMAttributionResult
 
 __version__ = "0.1.0.dev0"
@@ -46,4 +47,5 @@ __all__ = [
     "TokenLogProb",
     "__version__",
     "check_llm_attribution",
+    "probe_layout",
 ]

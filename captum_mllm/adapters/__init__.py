@@ -10,6 +10,7 @@ from captum_mllm.adapters.gemma3 import Gemma3Adapter
 from captum_mllm.adapters.hooks import interpolated_positions
 from captum_mllm.adapters.idefics import IdeficsAdapter
 from captum_mllm.adapters.internvl import InternVLAdapter
+from captum_mllm.adapters.layout import LayoutError, PictureLayout, PictureView, TokenLayout
 from captum_mllm.adapters.llava import LlavaAdapter
 from captum_mllm.adapters.llava_next import LlavaNextAdapter
 from captum_mllm.adapters.paligemma import PaliGemmaAdapter
@@ -29,13 +30,17 @@ __all__ = [
     "Gemma3Adapter",
     "IdeficsAdapter",
     "InternVLAdapter",
+    "LayoutError",
     "LlavaAdapter",
     "LlavaNextAdapter",
     "PaliGemmaAdapter",
     "PatchGridAdapter",
+    "PictureLayout",
+    "PictureView",
     "Qwen3VLAdapter",
     "QwenVLAdapter",
     "TileAdapter",
+    "TokenLayout",
     "View",
     "find_adapter",
     "interpolated_positions",

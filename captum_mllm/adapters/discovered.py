@@ -53,6 +53,9 @@ class DiscoveredAdapter(Adapter):
         Args:
             inputs: the model's inputs.
 
+        Returns:
+            The pictures, how they were processed, and their layout.
+
         Raises:
             LayoutError: these inputs were not seen with their pictures yet.
         """

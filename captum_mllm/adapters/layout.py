@@ -42,6 +42,9 @@ class PictureView:
         Args:
             row: from the top, 0 first.
             col: from the left, 0 first.
+
+        Returns:
+            The cell's edges.
         """
         (rows, cols), (left, upper, right, lower) = self.shape, self.box
         dx, dy = (right - left) / cols, (lower - upper) / rows
@@ -115,6 +118,9 @@ class TokenLayout:
         Args:
             data: from :meth:`to_dict`.
 
+        Returns:
+            The same layout.
+
         Raises:
             ValueError: it is not such data.
         """
@@ -152,6 +158,9 @@ class TokenLayout:
 
         Args:
             path: the file.
+
+        Returns:
+            The layout.
 
         Raises:
             ValueError: it holds no layout.

@@ -178,12 +178,9 @@ def _remember_scale(
 
 
 def probe_layout(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    processor: Any,
-    images: Any,
+    model: nn.Module, inputs: Mapping[str, Any], processor: Any, images: Any
 ) -> TokenLayout:
-    """Probe the layout of a prompt's image tokens, whatever the model's class, known or not.
+    r"""Probe the layout of a prompt's image tokens, with or without an adapter for the class.
 
     Args:
         model: the user's model.
@@ -197,6 +194,19 @@ def probe_layout(
     Raises:
         LayoutError: the image tokens have no places in the picture.
         ValueError: ``images`` through the processor are not the pixels of ``inputs``.
+
+    Reference:
+        Our reading; see docs/methods.md.
+
+    Example:
+        >>> from captum_mllm import probe_layout
+        >>> from captum_mllm.reference import load, make_scene, render_pil
+        >>> model, processor = load()
+        >>> picture, _ = render_pil(make_scene(1))
+        >>> inputs = processor(images=picture, text="USER: <image>\nwhat is this ? ASSISTANT:",
+        ...     return_tensors="pt")
+        >>> print(probe_layout(model, inputs, processor, picture))
+        14 x 14 tokens over 336 x 336 pixels
     """
     adapter = DiscoveredAdapter(model)
     pictures = _pictures(images)
