@@ -23,7 +23,7 @@ from studies.zoo.oracle import painted_cells
 PICTURES = {"square": (60, 60), "wide": (90, 50), "tall": (50, 90)}  # (width, height)
 ANSWER = 4  # tokens
 PAINTED = 24  # cells of each view
-END = 2  # id of the end of an answer
+BARRED = [2, *range(90, 120)]  # ids of the end of an answer, of images, videos and their markers
 
 
 def random_picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -68,7 +68,7 @@ class Case:
                 **self.inputs,
                 max_new_tokens=ANSWER,
                 do_sample=False,
-                suppress_tokens=[self.subject.image_token_id, END],
+                suppress_tokens=BARRED,
                 return_dict_in_generate=True,
                 output_logits=True,
             )

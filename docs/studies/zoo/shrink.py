@@ -93,7 +93,8 @@ TEXT = _table(
     (False, FALSE),
     (1.0, "embedding_multiplier"),
     (2048, "max_position_embeddings"),
-    (64, "sliding_window index_topk indexer_budget"),
+    (64, "sliding_window"),
+    (512, "index_topk indexer_budget"),  # more than there are tokens: all are attended
     (211, "ngram_vocab_size_base"),
     ([1], "cross_attention_layers"),
     (None, "backbone_layer_counts"),
@@ -201,8 +202,8 @@ def _small(config: PreTrainedConfig, table: Values) -> Values:
         if not _has(config, name):
             continue
         old = _setting(config, name)
-        if name == "mlp_ratio" and old is None:
-            continue
+        if name in ("mlp_ratio", "sliding_window") and old is None:
+            continue  # what is off stays off
         if isinstance(old, list | tuple) and not isinstance(value, list):
             if name not in ("image_size", "patch_size"):
                 continue  # one value a layer: they have no common small value

@@ -98,8 +98,8 @@ class Subject:
     def _text(self, ids: list[int], pictures: int = 1) -> dict[str, Tensor]:
         tokens = torch.tensor([ids])
         is_image = (tokens == self.image_token_id).long()
-        # Gemma 3 marks images by token_type_ids, PaliGemma the answer.
-        types = is_image if "gemma" in self.kind else 0 * is_image
+        # Gemma 3 marks images by token_type_ids, PaliGemma the answer: none here.
+        types = 0 * is_image if self.kind == "paligemma" else is_image
         side = {
             "mm_token_type_ids": is_image,
             "token_type_ids": types,
@@ -121,14 +121,17 @@ class Subject:
         made = self._made(pictures)
         made = made if self.settings.pixels is None else self.settings.pixels(made)
         known = self.takes - {"attention_mask"}  # the patches' own, under the text's name
-        return {name: _float32(value) for name, value in made.items() if name in known}
+        return {name: _as_input(value) for name, value in made.items() if name in known}
 
 
 def _parameters(function: Any) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
-def _float32(value: Any) -> Any:
+def _as_input(value: Any) -> Any:
+    """Floats in float32, and a tensor of the numbers of a list, as processors make them."""
+    if isinstance(value, list) and not any(isinstance(each, Tensor | np.ndarray) for each in value):
+        value = torch.tensor(value)
     is_float = isinstance(value, Tensor) and value.is_floating_point()
     return value.float() if is_float else value
 
