@@ -150,6 +150,11 @@ class Adapter(PictureCanvases, ABC):
         ids = ids.to(weight.device)
         return weight[ids].to(self.device), None if bias is None else bias[ids].to(self.device)
 
+    @property
+    def whole_prompt(self) -> bool:
+        """Whether maps need the whole prompt, not only what stands up to the last picture."""
+        return self.bidirectional_prompt
+
     def finish_logits(self, logits: Float[Tensor, "*rows vocabulary"]) -> Tensor:
         """What the model makes of the LM head's output; by default its logits as they are.
 

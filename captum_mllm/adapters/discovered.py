@@ -136,6 +136,11 @@ class DiscoveredAdapter(Adapter):
         return self.facts.bidirectional
 
     @property
+    @override
+    def whole_prompt(self) -> bool:
+        return self.facts.bidirectional or self.facts.whole_prompt
+
+    @property
     def pixel_keys(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of the inputs that show pictures, as far as they are known."""
         keys = [key for sample in self.discovery.samples.values() for key in sample.painted.keys]

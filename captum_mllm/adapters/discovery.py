@@ -27,6 +27,7 @@ class ModelFacts:
         scale: factor on the LM head's output; 1 for most.
         cap: bound of a soft cap, ``cap * tanh(logits / cap)``; None for none.
         bidirectional: whether text of the prompt attends to later text of the prompt.
+        whole_prompt: whether the model does not run on a prompt that ends at its last picture.
         required: side inputs without which the model silently computes other values, and what
             happens without each.
     """
@@ -37,6 +38,7 @@ class ModelFacts:
     scale: float = 1.0
     cap: float | None = None
     bidirectional: bool = False
+    whole_prompt: bool = False
     required: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:

@@ -18,6 +18,7 @@ from captum_mllm.functional import (
     joint_min_max,
     rank_biased_overlap,
 )
+from captum_mllm.functional.calibration import Calibration
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import UNIT, MLLMAttributionResult
 from captum_mllm.validation import ArgumentError, check_alpha_max, check_number
@@ -71,7 +72,7 @@ class RankCorrelationDenoiser(PostProcessor):
         *,
         alpha_max: float | None = 0.25,
         upsampling: int = 2,
-        calibration: float | None = 1.5,
+        calibration: Calibration | None = 1.5,
     ) -> None:
         if isinstance(attribution_method, TokenAttribution):
             as_token_attribution(attribution_method, caller="ARC")
@@ -275,7 +276,7 @@ class ARC(RankCorrelationDenoiser):
         strength: float = 1.0,
         alpha_max: float | None = 0.25,
         upsampling: int = 2,
-        calibration: float | None = 1.5,
+        calibration: Calibration | None = 1.5,
     ) -> None:
         super().__init__(
             as_token_attribution(model_or_attribution, processor, layer, caller="ARC"),

@@ -9,6 +9,7 @@ from captum_mllm.attr.base import TokenAttribution, build_result
 from captum_mllm.attr.logit_lens import as_token_attribution
 from captum_mllm.attr.postprocessing import PostProcessor
 from captum_mllm.functional import joint_min_max
+from captum_mllm.functional.calibration import Calibration
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import UNIT, MLLMAttributionResult
 
@@ -53,7 +54,7 @@ class JointNormalization(PostProcessor):
         *,
         layer: int = -1,
         upsampling: int = 1,
-        calibration: float | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__(
             as_token_attribution(

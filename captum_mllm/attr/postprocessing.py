@@ -11,9 +11,10 @@ from typing_extensions import override
 
 from captum_mllm.attr.base import TokenAttribution
 from captum_mllm.functional import calibrate, upsample
+from captum_mllm.functional.calibration import Calibration
 from captum_mllm.model.runner import Runner, RunOptions
 from captum_mllm.model.trace import TokenTrace
-from captum_mllm.validation import check_number
+from captum_mllm.validation import check_choice, check_number
 
 
 class PostProcessor(TokenAttribution):
@@ -26,8 +27,9 @@ class PostProcessor(TokenAttribution):
         attribution_method: the inner attribution.
         upsampling: whole number in 1 .. 64: the maps' grid is made this many times finer
             (bilinear), default 1.
-        calibration: tau > 0 of :func:`~captum_mllm.functional.calibrate`, or None (default) for
-            none. It comes last, on the finer grid, where it leaves the ranking of pixels alone.
+        calibration: tau of :func:`~captum_mllm.functional.calibrate`, above 0 or "adaptive", or
+            None (default) for none. It comes last, on the finer grid, where it leaves the ranking
+            of pixels alone.
 
     Raises:
         TypeError: ``upsampling`` or ``calibration`` is not a number.
@@ -39,14 +41,17 @@ class PostProcessor(TokenAttribution):
         attribution_method: Attribution | None,
         *,
         upsampling: int = 1,
-        calibration: float | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__(getattr(attribution_method, "forward_func", None))  # type: ignore[arg-type]
         self.attribution_method = attribution_method
         check_number("upsampling", upsampling, "in 1 .. 64", lambda n: n in range(1, 65))
-        if calibration is not None:
+        if isinstance(calibration, str):
+            check_choice("calibration", calibration, ("adaptive",))
+        elif calibration is not None:
             check_number("calibration", calibration, "in 0 .. inf", lambda tau: 0 < tau < inf)
-        self.upsampling, self.calibration = int(upsampling), calibration
+        self.upsampling = int(upsampling)
+        self.calibration: Calibration | None = calibration
 
     @property
     def base(self) -> TokenAttribution:

@@ -16,6 +16,7 @@ from captum_mllm.functional import (
     joint_min_max,
     rank_gaussian_filter,
 )
+from captum_mllm.functional.calibration import Calibration
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import UNIT, MLLMAttributionResult
 from captum_mllm.validation import check_alpha_max, check_number
@@ -66,7 +67,7 @@ class TokenActivationMap(PostProcessor):
         alpha_max: float | None = None,
         template_tail: int = 0,
         upsampling: int = 1,
-        calibration: float | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         base = as_token_attribution(model, processor, layer, caller="TokenActivationMap")
         super().__init__(base, upsampling=upsampling, calibration=calibration)

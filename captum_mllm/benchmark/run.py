@@ -280,8 +280,9 @@ def _sentences(fixed: Mapping[str, Any], pictures: int, settings: Settings) -> l
         sentences.append(
             "arc, msea+arc, direct and direct_lens calibrate their maps on a finer grid by "
             "default; lens, tam and msea do not, which matters for thresholded metrics such as "
-            "Obj-IoU. The options calibration=1.5 and upsampling=2 do the same for lens, tam and "
-            "msea; calibration=None switches it off for the others."
+            "Obj-IoU. The options upsampling=2 and calibration=1.5 (as arc has it; 'adaptive', as "
+            "direct has it) do the same for lens, tam and msea; calibration=None switches it off "
+            "for the others."
         )
     return sentences
 

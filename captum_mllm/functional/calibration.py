@@ -1,14 +1,24 @@
 """Calibration: the same ranking of cells, with values that a threshold can separate."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Calibration = float | Literal["adaptive"]
+"""How far :func:`calibrate` lets a map fall: in standard deviations, or by the map's height."""
+
 
 def calibrate(
-    maps: Float[Tensor, "targets cells"], tau: float = 1.5
+    maps: Float[Tensor, "targets cells"], tau: Calibration = 1.5
 ) -> Float[Tensor, "targets cells"]:
     """Sharpen each map around its peak: ``max * exp((M - max) / (tau * std))``.
+
+    With ``tau="adaptive"`` the divisor is 0.4 times the peak's height above the map's mean: the
+    mean falls to 8 % of the peak, whatever the map's shape. A standard deviation says little
+    about how far the peak stands out: where few cells are bright it is small, and a fixed number
+    of them cuts the object too small; where a map is broad it is large, and leaves the plateau.
 
     The function is strictly increasing in M, so the ranking of the cells does not change. The peak
     keeps its height, so maps of different tokens stay comparable (a function word's dark map stays
@@ -22,15 +32,15 @@ def calibrate(
     the ranking of the pixels.
 
     Args:
-        maps: maps >= 0 over the cells of all images; one standard deviation spans them all.
+        maps: maps >= 0 over the cells of all images; one spread spans them all.
         tau: how far below the peak a value falls to 1/e of it, in (population) standard deviations
-            of the map; > 0, default 1.5.
+            of the map; > 0, default 1.5. Or "adaptive".
 
     Returns:
         Calibrated maps, >= 0; a constant map is left unchanged.
 
     Raises:
-        ValueError: ``tau`` is not above 0.
+        ValueError: ``tau`` is a number that is not above 0.
 
     Reference:
         Ours; TAM and the paper threshold the values as they are.
@@ -41,9 +51,12 @@ def calibrate(
         tensor([[1.0000, 0.3895],
                 [0.2000, 0.2000]])
     """
-    if not tau > 0:
-        raise ValueError(f"tau must be above 0, got {tau}.")
     peak = maps.amax(1, keepdim=True)
-    spread = tau * maps.std(1, keepdim=True, correction=0)
+    if tau == "adaptive":
+        spread = 0.4 * (peak - maps.mean(1, keepdim=True))
+    elif tau > 0:
+        spread = tau * maps.std(1, keepdim=True, correction=0)
+    else:
+        raise ValueError(f"tau must be above 0, or 'adaptive', got {tau}.")
     safe = torch.where(spread > 0, spread, torch.ones_like(spread))
     return torch.where(spread > 0, peak * ((maps - peak) / safe).exp(), maps)

@@ -6,9 +6,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-FLOOR = 0.01
-"""Share of a map's peak that :func:`product_of_experts` adds to the direct attribution."""
-
 
 def visible_keys(
     rows: Int64[Tensor, " rows"],
@@ -204,7 +201,10 @@ def _grouped(
 
 
 def product_of_experts(
-    lens: Float[Tensor, "maps cells"], direct: Float[Tensor, "maps cells"], beta: float = 1.0
+    lens: Float[Tensor, "maps cells"],
+    direct: Float[Tensor, "maps cells"],
+    beta: float = 1.0,
+    floor: float = 0.01,
 ) -> Float[Tensor, "maps cells"]:
     """The lens's map times the direct attribution's, each standardised in the log domain.
 
@@ -217,6 +217,7 @@ def product_of_experts(
         lens: maps >= 0, lens logits.
         direct: maps >= 0 of the same cells.
         beta: weight of the direct attribution, default 1.
+        floor: share of a map's peak that is added to the direct attribution, > 0, default 0.01.
 
     Returns:
         Maps >= 0 with the lens's peaks: 0 where the lens is 0 everywhere; the lens itself where
@@ -234,7 +235,7 @@ def product_of_experts(
     """
     peak = direct.amax(1, keepdim=True)
     share = direct / torch.where(peak > 0, peak, 1.0)
-    both = _standardised(lens) + beta * _standardised((share + FLOOR).log())
+    both = _standardised(lens) + beta * _standardised((share + floor).log())
     low, high = both.amin(1, keepdim=True), both.amax(1, keepdim=True)
     width = torch.where(high > low, high - low, 1.0)
     return torch.where(high > low, (both - low) / width, 1.0) * lens.amax(1, keepdim=True)

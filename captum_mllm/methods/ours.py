@@ -17,6 +17,7 @@ from captum_mllm.attr import (
     TokenActivationMap,
     TokenAttribution,
 )
+from captum_mllm.functional.calibration import Calibration
 from captum_mllm.methods.registry import constructor_options, method
 from captum_mllm.methods.request import Request
 from captum_mllm.result import MLLMAttributionResult
@@ -80,13 +81,13 @@ def direct(
     request: Request,
     images: Any = None,
     upsampling: int = 2,
-    calibration: float | None = 1.5,
+    calibration: Calibration | None = "adaptive",
     **options: Any,
 ) -> MLLMAttributionResult:
     """Direct logit attribution aggregated over several scales.
 
-    ``JointNormalization(MSEA(DirectLogitAttribution(model)))``, upsampled and calibrated as ARC
-    is; options as those of the constructors, and ``images``.
+    ``JointNormalization(MSEA(DirectLogitAttribution(model)))``, upsampled as ARC is, and
+    calibrated adaptively; options as those of the constructors, and ``images``.
     """
     kinds = (DirectLogitAttribution, MSEA, JointNormalization)
     options |= {"upsampling": upsampling, "calibration": calibration}
@@ -98,13 +99,13 @@ def direct_lens(
     request: Request,
     images: Any = None,
     upsampling: int = 2,
-    calibration: float | None = 1.5,
+    calibration: Calibration | None = "adaptive",
     **options: Any,
 ) -> MLLMAttributionResult:
     """Logit lens times direct logit attribution, over several scales.
 
-    ``JointNormalization(DirectLens(model))``, upsampled and calibrated as ARC is; options as those
-    of both constructors, and ``images``.
+    ``JointNormalization(DirectLens(model))``, upsampled as ARC is, and calibrated adaptively;
+    options as those of both constructors, and ``images``.
     """
     options |= {"upsampling": upsampling, "calibration": calibration}
     return _attribute(request, DirectLens, JointNormalization, options=options, images=images)

@@ -121,9 +121,9 @@ def explain(
     - "direct", "direct_lens": ``JointNormalization(MSEA(DirectLogitAttribution(model)))``,
       ``JointNormalization(DirectLens(model))``: what each mention of a word read.
 
-    ARC and the last two calibrate their maps by default, which matters wherever maps are
-    thresholded: compare with ``calibration=1.5, upsampling=2`` for the others, or
-    ``calibration=None`` for these.
+    ARC (1.5) and the last two ("adaptive") calibrate their maps by default, which matters wherever
+    maps are thresholded: compare with the same ``calibration`` and ``upsampling=2`` for the others,
+    or with ``calibration=None`` for these.
 
     Baselines, of which positive values count:
 

@@ -110,8 +110,9 @@ def discover_scales(adapter: Adapter, sample: Sample, scales: Iterable[float]) -
 def _is_native(shown: ShownSample) -> bool:
     """Whether a picture of one view gets pixels in proportion to its size."""
     pictures, keys = shown.layout.pictures, shown.painted.keys
-    if len(pictures) > 1 or any(len(p.views) > 1 or len(p.runs) > 1 for p in pictures):
-        return False
+    (view, *others), runs = pictures[0].views, pictures[0].runs
+    if len(pictures) > 1 or others or runs != (view.shape[0] * view.shape[1],):
+        return False  # new lines, tiles: how their number follows the size is not known
     (picture,) = shown.pictures
     sizes = []
     for factor in (1.0, 1.5):

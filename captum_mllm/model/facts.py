@@ -15,6 +15,7 @@ from captum_mllm.adapters.head import head_matrix
 from captum_mllm.adapters.layout import LayoutError
 from captum_mllm.functional import lens_logits
 from captum_mllm.model.forward import evaluating, selected_rows
+from captum_mllm.model.inputs import cut
 
 _ROWS = 4  # last positions of the prompt whose logits are looked at
 _LARGE = 30.0  # size of logits at which a soft cap shows
@@ -41,8 +42,9 @@ def find_facts(
         scale, cap = _head_law(adapter, inputs, norm)
         states = _states(adapter, inputs, norm)
         bidirectional = _reads_ahead(adapter, inputs, norm, states, placeholders)
+        whole = not _runs_up_to(adapter, inputs, int(placeholders.max()) + 1)
         required = _required(adapter, inputs, norm, states, placeholders)
-    return ModelFacts(norm, tower, calls, scale, cap, bidirectional, required)
+    return ModelFacts(norm, tower, calls, scale, cap, bidirectional, whole, required)
 
 
 def _rows(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -223,6 +225,15 @@ def _reads_ahead(
     ids[0, -1] = next(i for i in range(adapter.vocabulary) if i not in barred | {int(ids[0, -1])})
     other = _states(adapter, {**inputs, "input_ids": ids}, norm)
     return not _alike(other[:-1], states[:-1])
+
+
+def _runs_up_to(adapter: Adapter, inputs: Mapping[str, Tensor], length: int) -> bool:
+    """Whether the model runs on the first tokens of a prompt, without what follows a picture."""
+    try:
+        _run(adapter, cut(inputs, length, adapter))
+    except (ValueError, TypeError, RuntimeError, KeyError, IndexError):
+        return False
+    return True
 
 
 def _required(

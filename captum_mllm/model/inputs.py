@@ -63,7 +63,7 @@ def read_sample(inputs: Mapping[str, Any], adapter: Adapter) -> Sample:
     grids = adapter.grids(kwargs)
     positions = _placeholders(kwargs["input_ids"][0], grids, adapter)
     prefix = max(int(where[-1]) for where in positions) + 1
-    if adapter.bidirectional_prompt:
+    if adapter.whole_prompt:
         prefix = kwargs["input_ids"].shape[1]
     blocks = tuple(adapter.block(kwargs["input_ids"][0], where) for where in positions)
     return Sample(kwargs, grids, positions, prefix, padding, blocks)

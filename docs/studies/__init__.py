@@ -8,6 +8,9 @@ They are no part of the package: ``make study NAME=quality`` puts this folder on
 ``make study NAME=relevance`` shows what ARC changes where context matters, with
 rank-biased overlap and with what could replace it,
 ``make study NAME=hallucination`` tells real from hallucinated nouns by their maps,
+``make study NAME=direct`` measures maps that read the context, ``NAME=calibration`` how far their
+values should fall, ``NAME=direct_faithful`` whether the model used what they mark,
+``NAME=controls`` the order of the controls, ``NAME=gates`` how many samples pass the gates,
 ``make study NAME=windows`` measures scales of models of one size,
 ``make study NAME=large`` takes time and memory at the sizes of 7B models on a GPU,
 ``make study NAME=readme_picture`` draws the picture at the top of README. ``make study

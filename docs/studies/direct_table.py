@@ -9,6 +9,7 @@ from captum_mllm.metrics import paired_bootstrap, paired_bootstrap_f1
 
 SEED, RESAMPLES = 0, 1000
 AGAINST, STRONGER = "TAM", "TAM over turned views"
+ADAPTIVE = ", adaptive"
 Rows = Sequence[Mapping[str, Mapping[str, Sequence[float]]]]
 
 
@@ -19,17 +20,20 @@ def padded(rows: Rows, name: str, metric: str) -> np.ndarray:
     return np.array([[*values, *[np.nan] * (width - len(values))] for values in each])
 
 
-def _line(rows: Rows, name: str) -> str:
-    values = {n: tuple(padded(rows, n, m) for m in ("obj_iou", "func_iou")) for n in rows[0]}
+def _line(every: Rows, name: str) -> str:
+    rows = [row for row in every if name in row]
+    peers = [one + ADAPTIVE * name.endswith(ADAPTIVE) for one in (AGAINST, STRONGER)]
+    values = {n: tuple(padded(rows, n, m) for m in ("obj_iou", "func_iou")) for n in {name, *peers}}
     obj, func = values[name]
     f1 = {
         n: paired_bootstrap_f1((values[n][0], values[n][1]), n_resamples=2, seed=SEED).mean
-        for n in (name, AGAINST, STRONGER)
+        for n in (name, *peers)
     }
     precision = padded(rows, name, "average_precision")
-    cells = [name, f"{np.nanmean(obj):.3f}", f"{np.nanmean(func):.3f}", f"{f1[name]:.3f}"]
+    label = name if len(rows) == len(every) else f"{name} ({len(rows)} scenes)"
+    cells = [label, f"{np.nanmean(obj):.3f}", f"{np.nanmean(func):.3f}", f"{f1[name]:.3f}"]
     draws: dict[str, Any] = {"n_resamples": RESAMPLES, "seed": SEED}
-    for other in (AGAINST, STRONGER):
+    for other in peers:
         if name == other:
             cells.append("")
             continue
@@ -37,10 +41,10 @@ def _line(rows: Rows, name: str) -> str:
         gain = [100 * v / f1[other] for v in paired_bootstrap_f1((obj, func), base, **draws)]
         cells.append(f"{gain[0]:+.1f} % [{gain[1]:+.1f}, {gain[2]:+.1f}]")
     cells.append(f"{np.nanmean(precision):.3f}")
-    if name == AGAINST:
+    if name == peers[0]:
         cells.append("")
     else:
-        more = paired_bootstrap(precision, padded(rows, AGAINST, "average_precision"), **draws)
+        more = paired_bootstrap(precision, padded(rows, peers[0], "average_precision"), **draws)
         cells.append(f"{more.mean:+.3f} [{more.low:+.3f}, {more.high:+.3f}]")
     right = padded(rows, name, "right")
     cells.append("" if np.isnan(right).all() else f"{np.nanmean(right):.3f}")
@@ -62,7 +66,8 @@ def tables(record: Mapping[str, Any]) -> str:
         f"Scenes of the {record['split']} split, reference answers teacher-forced; F1-IoU and "
         "average precision (AP) with what each gains over the equally tuned TAM, and over that "
         "TAM on the same views of several scales (turned views); 95 % intervals "
-        f"from {RESAMPLES} paired resamples of scenes; right: share of nouns that two objects "
+        f"from {RESAMPLES} paired resamples of scenes; rows whose calibration is adaptive, over a "
+        "TAM of the same calibration; right: share of nouns that two objects "
         "share whose map is brighter on the object that is meant.",
     ]
     for training, sets in record["measured"].items():
@@ -77,3 +82,43 @@ def tables(record: Mapping[str, Any]) -> str:
                 *(_line(rows, row) for row in rows[0]),
             ]
     return "\n".join(out) + "\n"
+
+
+def adaptive_table(record: Mapping[str, Any]) -> str:
+    """What adaptive calibration gains over 1.5, per training and set that has its rows.
+
+    Args:
+        record: of ``studies.direct``.
+
+    Returns:
+        Markdown; empty where no example has such a row.
+    """
+    lines: list[str] = []
+    for training, sets in record["measured"].items():
+        for set_name, every in sets.items():
+            fitted = [name for name in every[0] if name.endswith(ADAPTIVE)]
+            rows = [row for row in every if all(name in row for name in fitted)]
+            if not fitted:
+                continue
+            if not lines:
+                plain = [name.removesuffix(ADAPTIVE) for name in fitted]
+                lines += ["", "## Adaptive calibration: gain of F1-IoU over 1.5", ""]
+                lines += [
+                    f"| model, set | {' | '.join(plain)} |",
+                    "| --- " * (1 + len(plain)) + "|",
+                ]
+            cells = [_over_fixed(rows, name) for name in fitted]
+            lines.append(f"| {training}, {set_name} ({len(rows)}) | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _over_fixed(rows: Rows, name: str) -> str:
+    own, fixed = (
+        tuple(padded(rows, one, metric) for metric in ("obj_iou", "func_iou"))
+        for one in (name, name.removesuffix(ADAPTIVE))
+    )
+    draws: dict[str, Any] = {"n_resamples": RESAMPLES, "seed": SEED}
+    base = paired_bootstrap_f1((fixed[0], fixed[1]), n_resamples=2, seed=SEED).mean
+    gain = paired_bootstrap_f1((own[0], own[1]), (fixed[0], fixed[1]), **draws)
+    mean, low, high = (100 * value / base for value in gain)
+    return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"

@@ -116,6 +116,7 @@ def test_other_attributors_keep_the_published_scales(model):
             "resize='density' is for tensors, and LogitLens is a token attribution",
         ),
         (lambda m: ARC(m, calibration=0.0), "calibration must lie in 0 .. inf, got 0.0"),
+        (lambda m: ARC(m, calibration="adapt"), "calibration must be one of adaptive, got 'adapt'"),
         (lambda m: TokenActivationMap(m, upsampling=0), "upsampling must lie in 1 .. 64"),
         (lambda m: JointNormalization(m, upsampling=1.5), "upsampling must lie in 1 .. 64"),
         (
@@ -309,8 +310,9 @@ def test_upsampling_and_calibration_come_last(subject, kind):
     before = make().attribute_trace(trace)
     (maps,) = before.grid_attr
     finer = upsample(maps, (3 * maps.shape[1], 3 * maps.shape[2]))
-    got = make(upsampling=3, calibration=0.8).attribute_trace(trace)
-    assert_close(got.grid_attr[0], calibrate(finer.flatten(1), 0.8).view_as(finer))
+    for tau in (0.8, "adaptive"):
+        got = make(upsampling=3, calibration=tau).attribute_trace(trace)
+        assert_close(got.grid_attr[0], calibrate(finer.flatten(1), tau).view_as(finer))
     assert torch.equal(got.token_attr, before.token_attr)
     assert got.units == before.units == "[0, 1]"
     low, high = got.grid_attr[0].aminmax()

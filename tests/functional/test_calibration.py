@@ -10,24 +10,44 @@ from tests.oracle import formulas
 
 
 @over_seeds
-@pytest.mark.parametrize("tau", [0.3, 1.0, 1.5, 8.0])
+@pytest.mark.parametrize("tau", [0.3, 1.0, 1.5, 8.0, "adaptive"])
 def test_calibration_equals_the_reference(seed, tau):
     maps = sparse(5, 17, seed=seed)
     assert_close(calibrate(maps, tau), formulas.calibrate(maps, tau), **TIGHT)
 
 
 @over_seeds
-def test_calibration_keeps_order_peak_and_proportion(seed):
+@pytest.mark.parametrize("tau", [1.5, "adaptive"])
+def test_calibration_keeps_order_peak_and_proportion(seed, tau):
     maps = sparse(4, 23, seed=seed) + 0.01
-    found = calibrate(maps)
+    found = calibrate(maps, tau)
     for own, made in zip(maps, found, strict=True):
         assert own.argsort(stable=True).tolist() == made.argsort(stable=True).tolist()
     assert_close(found.amax(1), maps.amax(1))
-    assert_close(calibrate(3 * maps), 3 * found)
+    assert_close(calibrate(3 * maps, tau), 3 * found)
     assert bool((found >= 0).all())
 
 
-def test_calibration_of_flat_maps_and_of_nothing():
+@over_seeds
+def test_the_adaptive_fall_is_that_of_the_mean(seed):
+    """The map's mean would fall to exp(-1 / .4) = 8.2 % of the peak, whatever the map's shape."""
+    maps = torch.cat([sparse(4, 23, seed=seed), sparse(4, 23, seed=seed).square()])
+    middle = maps.mean(1, keepdim=True)
+    peak = maps.amax(1, keepdim=True)
+    again = calibrate(maps, "adaptive")
+    rate = (again / peak).log() / (maps - peak)
+    at_mean = peak * (rate.nanmean(1, keepdim=True) * (middle - peak)).exp()
+    assert_close(at_mean / peak, torch.full_like(peak, 0.0821), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("tau", [1.5, "adaptive"])
+def test_calibration_of_flat_maps_and_of_nothing(tau):
     flat = torch.tensor([[0.0, 0.0, 0.0], [0.4, 0.4, 0.4]])
-    assert torch.equal(calibrate(flat), flat)
-    assert bool(torch.isfinite(calibrate(torch.tensor([[0.0, 0.0, 1e-30]]))).all())
+    assert torch.equal(calibrate(flat, tau), flat)
+    assert bool(torch.isfinite(calibrate(torch.tensor([[0.0, 0.0, 1e-30]]), tau)).all())
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, float("nan")])
+def test_a_wrong_tau_is_an_error(tau):
+    with pytest.raises(ValueError, match="tau must be above 0, or 'adaptive', got"):
+        calibrate(torch.rand(2, 3), tau)

@@ -128,12 +128,15 @@ def test_contributions_equal_a_loop_and_add_up(seed, groups):
 
 
 @over_seeds
-@pytest.mark.parametrize("beta", [0.3, 1.0, 2.0])
-def test_product_equals_a_loop(seed, beta):
+@pytest.mark.parametrize(("beta", "floor"), [(0.3, 0.01), (1.0, 0.2), (2.0, 0.001)])
+def test_product_equals_a_loop(seed, beta, floor):
     lens, direct = rand(3, 9, seed=seed), rand(3, 9, seed=seed + 1).square()
-    got = product_of_experts(lens, direct, beta)
+    got = product_of_experts(lens, direct, beta, floor)
+    if beta == 0.3:
+        assert torch.equal(got, product_of_experts(lens, direct, beta))  # the default floor
     for row in range(3):
-        expected = formulas.product_of_experts(lens[row].tolist(), direct[row].tolist(), beta)
+        both = lens[row].tolist(), direct[row].tolist()
+        expected = formulas.product_of_experts(*both, beta, floor)
         assert_close(got[row], torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 

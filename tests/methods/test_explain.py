@@ -205,7 +205,7 @@ def test_direct_methods_are_upsampled_and_calibrated(model, processor, inputs, a
         "direct_lens": DirectLens(model, processor, scales=(1.0,)),
     }
     for name, source in by_hand.items():
-        finished = JointNormalization(source, upsampling=2, calibration=1.5)
+        finished = JointNormalization(source, upsampling=2, calibration="adaptive")
         got = explain(name, model, processor, inputs, answer, scales=(1.0,))
         same(got, finished.attribute(inputs, answer))
         plain = explain(

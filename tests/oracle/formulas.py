@@ -420,13 +420,19 @@ def rank_mask(values: torch.Tensor, segments: int) -> torch.Tensor:
 # --- calibration and scales --------------------------------------------------------------------
 
 
-def calibrate(maps: Tensor, tau: float) -> Tensor:
-    """Each value by its distance from the peak, in population standard deviations of its map."""
+def calibrate(maps: Tensor, tau: float | str) -> Tensor:
+    """Each value by its distance from the peak, in population standard deviations of its map.
+
+    "adaptive": in the peak's height above the mean, of which .4 are a fall to 1/e.
+    """
     rows = []
     for row in maps.tolist():
-        spread = statistics.pstdev(row)
         peak = max(row)
-        rows.append([peak * math.exp((v - peak) / (tau * spread)) if spread else v for v in row])
+        if tau == "adaptive":
+            unit = 0.4 * (peak - statistics.fmean(row))
+        else:
+            unit = tau * statistics.pstdev(row)
+        rows.append([peak * math.exp((v - peak) / unit) if unit else v for v in row])
     return _f64(rows)
 
 
@@ -498,7 +504,9 @@ def attention_row(
     return [power / total for power in powers]
 
 
-def product_of_experts(lens: list[float], direct: list[float], beta: float) -> list[float]:
+def product_of_experts(
+    lens: list[float], direct: list[float], beta: float, floor: float = 0.01
+) -> list[float]:
     """One map: z-scores of the lens and of the log of the direct attribution, stretched."""
 
     def z(values: list[float]) -> list[float]:
@@ -506,7 +514,7 @@ def product_of_experts(lens: list[float], direct: list[float], beta: float) -> l
         return [(x - mean) / std for x in values]
 
     peak = max(direct)
-    logs = [math.log(x / peak + 0.01) for x in direct]
+    logs = [math.log(x / peak + floor) for x in direct]
     both = [a + beta * b for a, b in zip(z(lens), z(logs), strict=True)]
     low, high = min(both), max(both)
     return [(x - low) / (high - low) * max(lens) for x in both]

@@ -10,7 +10,7 @@ import torch
 from captum_mllm.reference.sets import make_example
 from studies import direct, direct_cost, direct_faithful
 from studies.choose import weights_of
-from studies.direct_table import padded, tables
+from studies.direct_table import adaptive_table, padded, tables
 from studies.evidence import Evidence
 from studies.records import read_record
 
@@ -26,6 +26,8 @@ def test_the_table_is_that_of_the_record(split):
     text = (RECORDS / f"direct.{split}.md").read_text()
     drawn = tables(some).split("\n\n", 2)
     assert all(part.strip() in text for part in drawn)
+    assert text.endswith(adaptive_table(record))
+    assert bool(adaptive_table(record)) == (split == "test")
 
 
 @pytest.mark.parametrize(
