@@ -130,7 +130,8 @@ TILES_AND_WHOLE: dict[str, Settings] = {
     "qianfan_ocr": Settings(images=TILES),
     "smolvlm": IDEFICS3,
     "step3p7": Settings(
-        {"vision_config": {"mlp_ratio": 2.0}}, {"patch_size": 32, "max_image_size": 96}
+        {"vision_config": {"mlp_ratio": 2.0}, "text_config": {"sliding_window": 64}},
+        {"patch_size": 32, "max_image_size": 96},
     ),
     "unlimited_ocr": Settings(
         {

@@ -150,7 +150,7 @@ def permuted() -> Negative:
     """A fixed random order of the patches; ``layout`` tells where each went."""
     order = torch.randperm(SIDE**2, generator=torch.Generator().manual_seed(0))
     places = order.argsort().reshape(SIDE, SIDE)  # of each cell, its token
-    says = r"order|scrambl|irregular|permut"
+    says = r"order|scrambl|irregular|permut|row by row"
     return _as_negative(_llava(Permuted(order)), says, layout=places)
 
 

@@ -131,9 +131,10 @@ def _parameters(function: Any) -> set[str]:
 def _as_input(value: Any) -> Any:
     """Floats in float32, and a tensor of the numbers of a list, as processors make them."""
     if isinstance(value, list) and not any(isinstance(each, Tensor | np.ndarray) for each in value):
-        value = torch.tensor(value)
-    is_float = isinstance(value, Tensor) and value.is_floating_point()
-    return value.float() if is_float else value
+        return _as_input(torch.tensor(value))
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.float()
+    return value
 
 
 # ---- the number of placeholders -----------------------------------------------------------------
