@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OLDEST ?= transformers==5.5.0
-TORCHVISION ?= torchvision==0.28.0
+TORCHVISION ?= torchvision==0.28.0 timm==1.0.31
 BIN := .venv/bin
 OLD := .venv-oldest/bin
 PYTEST := -m pytest -q -n 2 --dist worksteal --durations=15

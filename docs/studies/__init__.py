@@ -13,6 +13,7 @@ values should fall, ``NAME=direct_faithful`` whether the model used what they ma
 ``NAME=controls`` the order of the controls, ``NAME=gates`` how many samples pass the gates,
 ``make study NAME=windows`` measures scales of models of one size,
 ``make study NAME=large`` takes time and memory at the sizes of 7B models on a GPU,
+``make study NAME=classes`` tries every image-text-to-text class of transformers on tiny models,
 ``make study NAME=readme_picture`` draws the picture at the top of README. ``make study
 NAME=postprocessing`` times the post-processing, ``NAME=captum`` captum's methods, ``NAME=devices``
 compares GPUs with the CPU; these three need the tests' reference implementations beside them.
