@@ -82,28 +82,31 @@ class Embedder:
                 be followed back to the pixels.
         """
         device = self.adapter.device
-        leaves = {
-            key: value.detach().to(device, torch.float32).requires_grad_(gradients)
-            for key, value in pixels.items()
-        }
         mode = LocalAttention()
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))  # the caller's may be on
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            leaves = {
+                key: value.detach().to(device, torch.float32).clone().requires_grad_(gradients)
+                for key, value in pixels.items()
+            }
             stack.enter_context(evaluating(self.adapter, gradients=True))
             stack.enter_context(plain_attention(self.adapter.model))
-            stack.enter_context(torch.set_grad_enabled(gradients))
             caught = stack.enter_context(_stopped_at(self.adapter.decoder))
             if local:
                 stack.enter_context(mode)
             self._run(leaves)
-        embeddings = self._embeddings(caught)
-        if not gradients:
-            return Embedded(embeddings.detach().float(), tuple(mode.mixed))
-        if not embeddings.requires_grad:
-            raise LayoutError(
-                "the image tokens are no differentiable function of the pixels (discrete codes?)."
-            )
-        direction = torch.randn(embeddings.shape[1], generator=torch.Generator().manual_seed(0))
-        summary = embeddings.float() @ direction.to(embeddings.device)
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            embeddings = self._embeddings(caught)
+            if not gradients:
+                return Embedded(embeddings.detach().float(), tuple(mode.mixed))
+            if not embeddings.requires_grad:
+                raise LayoutError(
+                    "the image tokens are no differentiable function of the pixels (discrete "
+                    "codes?)."
+                )
+            direction = torch.randn(embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+            summary = embeddings.float() @ direction.to(embeddings.device)
         return Embedded(
             embeddings.detach().float(), tuple(mode.mixed), tuple(leaves.values()), summary
         )

@@ -212,14 +212,19 @@ class Runner:
         maps = []
         for where, grid in zip(sample.image_positions, sample.grids, strict=True):
             views = self.adapter.views(grid)
+            states = [hidden[where[view.tokens.flatten().to(where.device)]] for view in views]
             lens = [
-                lens_logits(hidden[where[view.tokens.flatten().to(where.device)]], *weights)
-                .clamp(min=0)
-                .unflatten(1, view.tokens.shape)
-                for view in views
+                self._scores(at, weights).unflatten(1, view.tokens.shape)
+                for at, view in zip(states, views, strict=True)
             ]
             maps.append(merge_views(lens, [view.box for view in views], grid.shape))
         return tuple(maps)
+
+    def _scores(
+        self, hidden: Float[Tensor, "positions dim"], weights: Any
+    ) -> Float[Tensor, "classes positions"]:
+        """Positive logits of classes at some positions, as the model would give them."""
+        return self.adapter.finish_logits(lens_logits(hidden, *weights)).clamp(min=0)
 
     def _gather(
         self,
@@ -248,7 +253,7 @@ class Runner:
         check_head(adapter, captured.final_hidden[text - 1], captured.logits, class_ids)
 
         target_weights = adapter.class_weights(text_ids[targets])
-        scores = lens_logits(captured.lens_hidden[pos], *target_weights).clamp(min=0)
+        scores = self._scores(captured.lens_hidden[pos], target_weights)
         columns = torch.arange(len(text), device=text.device)
         scores = torch.where(columns[None, :] < targets[:, None], scores, 0.0).to(scores.dtype)
         trace = TokenTrace(
@@ -265,9 +270,9 @@ class Runner:
             n_prompt=int(in_prompt.sum()),
             released_code_deviations=ReleasedCodeDeviations(
                 first_class=int(torch.searchsorted(class_ids, first)),
-                first_scores=lens_logits(
-                    captured.lens_hidden[pos], *adapter.class_weights(first)
-                ).clamp(min=0)[0],
+                first_scores=self._scores(captured.lens_hidden[pos], adapter.class_weights(first))[
+                    0
+                ],
                 last_class=int(torch.searchsorted(class_ids, last)),
             ),
             preprocessing=self._preprocessing(),

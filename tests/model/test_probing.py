@@ -394,3 +394,13 @@ def test_other_methods_know_the_pictures(method, unregistered):
     result = explain(method, kin.model, kin.processor, inputs, kin.answer, images=picture)
     assert tuple(result.grid_attr[0].shape) == (len(kin.answer), 4, 4)
     assert float(result.grid_attr[0].max()) > 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_does_not_matter(mode, unregistered):
+    kin = family("Llava")
+    picture = smooth((60, 60))
+    with mode():
+        inputs = kin.encode(picture)
+        result = LogitLens(kin.model, kin.processor).attribute(inputs, kin.answer, images=picture)
+    assert float(result.grid_attr[0].max()) > 0
