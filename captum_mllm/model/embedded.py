@@ -45,8 +45,9 @@ class Embedded:
         """
         if self.summary is None:
             raise RuntimeError("run with gradients=True to take gradients.")
-        total = (self.summary * weights.to(self.summary)).sum()
-        parts = torch.autograd.grad(total, self.pixels, retain_graph=True, allow_unused=True)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
+            total = (self.summary * weights.to(self.summary, copy=True)).sum()
+            parts = torch.autograd.grad(total, self.pixels, retain_graph=True, allow_unused=True)
         return torch.cat(
             [
                 (torch.zeros_like(pixels) if part is None else part).flatten()
