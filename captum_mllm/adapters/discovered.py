@@ -44,7 +44,7 @@ class DiscoveredAdapter(Adapter):
     def facts(self) -> ModelFacts:
         """What one traced run told about the model."""
         if self.discovery.facts is None:
-            raise self._unknown()
+            raise self.unknown()
         return self.discovery.facts
 
     def shown(self, inputs: Mapping[str, Tensor]) -> ShownSample:
@@ -61,13 +61,18 @@ class DiscoveredAdapter(Adapter):
         """
         sample = self.discovery.find(inputs)
         if sample is None:
-            raise self._unknown()
+            raise self.unknown()
         return sample
 
-    def _unknown(self) -> LayoutError:
+    def unknown(self) -> LayoutError:
+        """The error for inputs that were not seen with their pictures.
+
+        Returns:
+            It says what to call.
+        """
         return LayoutError(
             f"model: no adapter is registered for {type(self.model).__name__}, so the layout of "
-            f"its image tokens is found by probing, and these pixels were not probed yet. Give an "
+            f"its image tokens is found by probing, and these pixels were not seen yet. Give an "
             f"attributor the processor, and the original picture(s) to its first call: "
             f"MSEA(model, processor).attribute(inputs, images=picture). (Or subclass "
             f"captum_mllm.adapters.Adapter and decorate it with "
@@ -110,7 +115,8 @@ class DiscoveredAdapter(Adapter):
     @property
     @override
     def tower(self) -> nn.Module:
-        return self.model if self.discovery.facts is None else self.facts.tower
+        facts = self.discovery.facts
+        return self.model if facts is None or facts.tower is None else facts.tower
 
     @property
     @override
@@ -192,7 +198,7 @@ class DiscoveredAdapter(Adapter):
         try:
             return self.discovery.pictures[grid]
         except KeyError:
-            raise self._unknown() from None
+            raise self.unknown() from None
 
     # ---- inputs -----------------------------------------------------------------------------
 
@@ -289,7 +295,7 @@ class DiscoveredAdapter(Adapter):
             if made[key].shape != inputs[key].shape:
                 raise LayoutError(f"{key} changes its shape with what the picture shows.")
         shown = ShownSample(tuple(pictures), sample.source, sample.layout, sample.painted)
-        self.discovery.remember({**inputs, **made}, shown)
+        self.discovery.remember({**inputs, **made}, shown, derived=True)
         return made
 
     # ---- canvases ---------------------------------------------------------------------------
@@ -302,7 +308,7 @@ class DiscoveredAdapter(Adapter):
         black, span = self._levels(sample.painted)
         found = []
         for picture, grid in zip(sample.pictures, grids, strict=True):
-            resized = picture.convert("RGB").resize(self._canvas_size(picture, grid))
+            resized = picture.resize(self._canvas_size(picture, grid))
             pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255
             found.append((black + span * pixels)[None].to(inputs["input_ids"].device))
         return tuple(found)
@@ -315,7 +321,8 @@ class DiscoveredAdapter(Adapter):
         painted, own = sample.painted, self.canvases(inputs, grids)
         _, span = self._levels(painted)
         numbers = painted.flat(inputs)
-        change = torch.zeros_like(numbers)
+        # in float32: coordinates do not fit into half precision
+        change = torch.zeros_like(numbers, dtype=torch.float32)
         for k, (canvas, before, picture) in enumerate(
             zip(canvases, own, sample.pictures, strict=True)
         ):
@@ -326,15 +333,15 @@ class DiscoveredAdapter(Adapter):
             factor = (painted.white - painted.black)[at] / span[channel, 0, 0]
             device = canvas.device
             sampled = F.grid_sample(
-                (canvas - before.to(canvas)).to(change.dtype),
-                where[None, None].to(device, change.dtype),
+                canvas.float() - before.to(device),
+                where[None, None].to(device, torch.float32),
                 mode="bilinear",
                 padding_mode="border",
                 align_corners=False,
             )[0, :, 0]
             own_channel = sampled.gather(0, channel[None].to(device))[0]
             change = change.index_add(0, at.to(device), own_channel * factor.to(own_channel))
-        return painted.shaped(numbers + change)
+        return painted.shaped(numbers + change.to(numbers.dtype))
 
     def _canvas_size(self, picture: Any, grid: ImageGrid) -> tuple[int, int]:
         """(width, height) of the whole picture at the resolution that the encoder sees."""

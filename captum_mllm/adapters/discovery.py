@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from captum_mllm.adapters.layout import LayoutError, PictureLayout, TokenLayout
@@ -14,6 +15,7 @@ from captum_mllm.adapters.painting import Painted, PixelSource
 from captum_mllm.geometry import ImageGrid
 
 _REMEMBERED = 8  # samples whose pictures are kept
+_DERIVED = 64  # windows, flips and sizes of them, which one call needs
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +24,7 @@ class ModelFacts:
 
     Args:
         final_norm: the module whose output the LM head reads.
-        tower: the module whose calls stand for the vision encoder's.
+        tower: the vision encoder; None where the model names none, and stands for it itself.
         tower_calls: how often it runs in one forward.
         scale: factor on the LM head's output; 1 for most.
         cap: bound of a soft cap, ``cap * tanh(logits / cap)``; None for none.
@@ -33,7 +35,7 @@ class ModelFacts:
     """
 
     final_norm: nn.Module
-    tower: nn.Module
+    tower: nn.Module | None
     tower_calls: int = 1
     scale: float = 1.0
     cap: float | None = None
@@ -75,6 +77,7 @@ class Discovery:
         facts: of the model itself, once a sample has been run.
         layouts: by processor, settings and picture sizes, with what was painted.
         samples: the last few samples, by their pixels.
+        derived: the last windows, flips and sizes of their pictures.
         pictures: the layout behind each grid.
         scaled: the grid of a picture resized by a factor, for models of native resolution.
         native: whether a larger picture has more tokens, as far as it was tried.
@@ -83,16 +86,20 @@ class Discovery:
     facts: ModelFacts | None = None
     layouts: dict[Any, tuple[TokenLayout, Painted]] = field(default_factory=dict)
     samples: OrderedDict[str, ShownSample] = field(default_factory=OrderedDict)
+    derived: OrderedDict[str, ShownSample] = field(default_factory=OrderedDict)
     pictures: dict[ImageGrid, PictureLayout] = field(default_factory=dict)
     scaled: dict[tuple[ImageGrid, float], ImageGrid] = field(default_factory=dict)
     native: bool = False
 
-    def remember(self, inputs: Mapping[str, Tensor], sample: ShownSample) -> None:
+    def remember(
+        self, inputs: Mapping[str, Tensor], sample: ShownSample, *, derived: bool = False
+    ) -> None:
         """Keep the pictures behind some inputs; the oldest of too many go.
 
         Args:
             inputs: the model's inputs.
             sample: what is behind them.
+            derived: whether they were made of another sample's pictures, default False.
 
         Raises:
             LayoutError: a picture with the same grid has another layout in another prompt.
@@ -104,9 +111,10 @@ class Discovery:
                     "the tokens of a picture of this size lie otherwise in another prompt; "
                     "explain them with separate copies of the model."
                 )
-        self.samples[pixel_digest(inputs, sample.painted.keys)] = sample
-        while len(self.samples) > _REMEMBERED:
-            self.samples.popitem(last=False)
+        kept, most = (self.derived, _DERIVED) if derived else (self.samples, _REMEMBERED)
+        kept[pixel_digest(inputs, sample.source.keys)] = sample
+        while len(kept) > most:
+            kept.popitem(last=False)
 
     def find(self, inputs: Mapping[str, Tensor]) -> ShownSample | None:
         """The pictures behind some inputs, if they were seen.
@@ -114,12 +122,14 @@ class Discovery:
         Args:
             inputs: the model's inputs.
         """
-        for keys in {sample.painted.keys for sample in self.samples.values()}:
-            if all(isinstance(inputs.get(key), Tensor) for key in keys):
-                found = self.samples.get(pixel_digest(inputs, keys))
-                if found is not None:
-                    self.samples.move_to_end(pixel_digest(inputs, keys))
-                    return found
+        for keys in {sample.source.keys for sample in self.samples.values()}:
+            if not all(isinstance(inputs.get(key), Tensor) for key in keys):
+                continue
+            digest = pixel_digest(inputs, keys)
+            for kept in (self.samples, self.derived):
+                if digest in kept:
+                    kept.move_to_end(digest)
+                    return kept[digest]
         return None
 
 
@@ -148,25 +158,27 @@ def carry_over(model: nn.Module, copy: nn.Module) -> None:
     if facts is not None:
         names = {id(module): name for name, module in model.named_modules()}
         norm, tower = (
-            copy.get_submodule(names[id(module)]) for module in (facts.final_norm, facts.tower)
+            None if module is None else copy.get_submodule(names[id(module)])
+            for module in (facts.final_norm, facts.tower)
         )
-        facts = replace(facts, final_norm=norm, tower=tower)
-    _FOUND[copy] = Discovery(facts, found.layouts, found.samples, found.pictures)
-    _FOUND[copy].scaled, _FOUND[copy].native = found.scaled, found.native
+        facts = replace(facts, final_norm=norm, tower=tower)  # type: ignore[arg-type]
+    _FOUND[copy] = replace(found, facts=facts)
 
 
 def pixel_digest(inputs: Mapping[str, Tensor], keys: Sequence[str]) -> str:
-    """A digest of the pixel inputs, whatever their device.
+    """A digest of the inputs that pictures make, whatever their device and precision.
 
     Args:
         inputs: the model's inputs.
-        keys: names of the pixel inputs.
+        keys: names of the inputs that the image processor makes.
     """
     digest = hashlib.blake2b()
     for key in keys:
-        value = inputs[key].detach().cpu().float().contiguous()
+        value = inputs[key].detach().cpu().contiguous()
+        if value.is_floating_point():
+            value = value.to(torch.bfloat16).view(torch.int16)
         digest.update(repr((key, tuple(value.shape))).encode())
-        digest.update(value.numpy().tobytes())
+        digest.update(value.long().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ def picture_pixels(
     Returns:
         (3, height, width), float32.
     """
-    resized = _rgb(picture).resize((size[1], size[0]), settings.resample)
+    resized = as_rgb(picture).resize((size[1], size[0]), settings.resample)
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).float()
     pixels = pixels.reshape(size[0], size[1], 3).permute(2, 0, 1)
     if settings.do_rescale:
@@ -40,8 +40,36 @@ def picture_pixels(
     return pixels
 
 
-def _rgb(picture: Any) -> Any:
-    """The picture in RGB; transparent parts as this version of transformers converts them."""
+def as_pictures(images: Any) -> list[Any]:
+    """One picture or several as a list.
+
+    Args:
+        images: a PIL picture or a list of them.
+
+    Raises:
+        TypeError: paths or arrays.
+
+    Example:
+        >>> from PIL import Image
+        >>> len(as_pictures(Image.new("RGB", (2, 2))))
+        1
+    """
+    pictures = list(images) if isinstance(images, list | tuple) else [images]
+    for picture in pictures:
+        if not hasattr(picture, "convert"):
+            raise TypeError(
+                f"images= takes PIL pictures, not {type(picture).__name__}: open paths by "
+                f"PIL.Image.open(path), make arrays pictures by PIL.Image.fromarray(array)."
+            )
+    return pictures
+
+
+def as_rgb(picture: Any) -> Any:
+    """The picture in RGB; transparent parts as this version of transformers converts them.
+
+    Args:
+        picture: PIL picture.
+    """
     from PIL import Image
     from transformers.image_transforms import convert_to_rgb
 
@@ -149,7 +177,7 @@ def resized(picture: Any, size: tuple[int, int]) -> Any:
     """
     from PIL import Image
 
-    return picture.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return as_rgb(picture).resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 def reframed(picture: Any, box: tuple[float, float, float, float]) -> Any:
@@ -169,6 +197,6 @@ def reframed(picture: Any, box: tuple[float, float, float, float]) -> Any:
     left, upper, right, lower = box
     margin = max(0.0, -left, -upper, right - picture.width, lower - picture.height)
     pad = int(np.ceil(margin))
-    pixels = np.pad(np.array(picture.convert("RGB")), ((pad, pad), (pad, pad), (0, 0)), "edge")
+    pixels = np.pad(np.array(as_rgb(picture)), ((pad, pad), (pad, pad), (0, 0)), "edge")
     moved = (left + pad, upper + pad, right + pad, lower + pad)
     return Image.fromarray(pixels).resize(picture.size, Image.Resampling.BICUBIC, moved)

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_mllm.adapters import Adapter
+from captum_mllm.adapters import Adapter, find_adapter
+from captum_mllm.adapters.devices import unwrap
 from captum_mllm.adapters.discovered import DiscoveredAdapter
 from captum_mllm.adapters.discovery import ShownSample, picture_grid
 from captum_mllm.adapters.layout import LayoutError, TokenLayout
 from captum_mllm.adapters.painting import PixelSource, paint
-from captum_mllm.adapters.pixels import resized
+from captum_mllm.adapters.pixels import as_pictures, as_rgb, resized
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.facts import find_facts
-from captum_mllm.model.inputs import Sample
+from captum_mllm.model.inputs import Sample, one_sample
 from captum_mllm.model.probing import find_layout
 from captum_mllm.validation import ArgumentError
 
@@ -28,7 +29,6 @@ def discover(
     images: Any,
     *,
     allow_irregular: bool = False,
-    layout: TokenLayout | None = None,
 ) -> None:
     """Find what a model without an adapter needs to be known of it, unless it is known.
 
@@ -41,7 +41,6 @@ def discover(
         inputs: what the processor made of prompt and pictures.
         images: the original picture(s), or None.
         allow_irregular: use a layout that does not fit, default False.
-        layout: a layout found before, for this processor and these picture sizes; default: probe.
 
     Raises:
         LayoutError: the pictures are missing or the layout is irregular; the tokens have no places.
@@ -49,31 +48,32 @@ def discover(
     """
     if not isinstance(adapter, DiscoveredAdapter) or not isinstance(inputs, Mapping):
         return
+    pictures = [] if images is None else [as_rgb(picture) for picture in as_pictures(images)]
+    sizes = tuple((picture.height, picture.width) for picture in pictures)
     known = adapter.discovery.find(inputs)
-    if known is not None:
-        _refuse(adapter, known.layout, allow_irregular)
+    if known is not None and (images is None or sizes == _sizes(known)):
         return
     if processor is None or images is None:
-        adapter.grids(inputs)  # says what is missing
-    pictures = _pictures(images)
+        raise adapter.unknown()
     source = PixelSource.of(processor, pictures, inputs)
-    kwargs = _unpadded(adapter, inputs)
-    sizes = tuple((picture.height, picture.width) for picture in pictures)
+    kwargs = _checked(adapter, inputs, source)
     key = (_settings(source), sizes)
-    if layout is not None:
-        adapter.discovery.layouts[key] = (layout, paint(source, sizes)[0])
     found = key not in adapter.discovery.layouts
     if found:
         adapter.discovery.layouts[key] = find_layout(adapter, kwargs, source, pictures)
-    known_layout, painted = adapter.discovery.layouts[key]
+    layout, painted = adapter.discovery.layouts[key]
     if found:
-        _say(adapter, known_layout)
-    _refuse(adapter, known_layout, allow_irregular)
+        _say(adapter, layout)
+    _refuse(adapter, layout, allow_irregular)
     if adapter.discovery.facts is None:
-        ids = torch.tensor(known_layout.placeholders, device=adapter.device)
+        ids = torch.tensor(layout.placeholders, device=adapter.device)
         where = torch.isin(kwargs["input_ids"][0], ids).nonzero()[:, 0]
         adapter.discovery.facts = find_facts(adapter, kwargs, where)
-    adapter.discovery.remember(inputs, ShownSample(tuple(pictures), source, known_layout, painted))
+    adapter.discovery.remember(inputs, ShownSample(tuple(pictures), source, layout, painted))
+
+
+def _sizes(shown: ShownSample) -> tuple[tuple[int, int], ...]:
+    return tuple((picture.height, picture.width) for picture in shown.pictures)
 
 
 def discover_scales(adapter: Adapter, sample: Sample, scales: Iterable[float]) -> None:
@@ -98,13 +98,11 @@ def discover_scales(adapter: Adapter, sample: Sample, scales: Iterable[float]) -
         return
     (grid,), (picture,) = sample.grids, shown.pictures
     for scale in scales:
-        if (grid, scale) not in found.scaled:
+        if scale == 1.0:
             found.scaled[grid, scale] = grid
-            if scale != 1.0:
-                found.scaled[grid, scale] = _probe_scale(adapter, sample, shown, scale)
-        size = found.scaled[grid, scale].picture
-        if scale != 1.0 and size is not None:
-            _remember_scale(adapter, sample, shown, resized(picture, size))
+            continue
+        size = (max(1, round(picture.height * scale)), max(1, round(picture.width * scale)))
+        found.scaled[grid, scale] = _probe_size(adapter, sample, shown, resized(picture, size))
 
 
 def _is_native(shown: ShownSample) -> bool:
@@ -149,37 +147,32 @@ def _scaled_inputs(sample: Sample, shown: ShownSample, picture: Any) -> dict[str
     return {**inputs, **made}
 
 
-def _probe_scale(
-    adapter: DiscoveredAdapter, sample: Sample, shown: ShownSample, scale: float
-) -> ImageGrid:
-    """The grid of the picture at another size."""
-    (picture,) = shown.pictures
-    size = (max(1, round(picture.height * scale)), max(1, round(picture.width * scale)))
-    key = (_settings(shown.source), (size,))
-    known = adapter.discovery.layouts
-    if key not in known:
-        larger = resized(picture, size)
-        try:
-            inputs = _scaled_inputs(sample, shown, larger)
-            known[key] = find_layout(adapter, inputs, shown.source, [larger])
-            _refuse(adapter, known[key][0], allow_irregular=False)
-        except (LayoutError, ValueError) as error:
-            raise LayoutError(f"scales: at {scale} {error}") from error
-    return picture_grid(known[key][0].pictures[0])
-
-
-def _remember_scale(
+def _probe_size(
     adapter: DiscoveredAdapter, sample: Sample, shown: ShownSample, picture: Any
-) -> None:
-    """Let the picture at another size be known by its pixels."""
-    key = (_settings(shown.source), ((picture.height, picture.width),))
-    layout, painted = adapter.discovery.layouts[key]
+) -> ImageGrid:
+    """The grid of the picture at another size, which is then known by its pixels."""
+    size = (picture.height, picture.width)
+    key, layouts = (_settings(shown.source), (size,)), adapter.discovery.layouts
     inputs = _scaled_inputs(sample, shown, picture)
-    adapter.discovery.remember(inputs, ShownSample((picture,), shown.source, layout, painted))
+    if key not in layouts:
+        try:
+            layouts[key] = find_layout(adapter, inputs, shown.source, [picture])
+        except LayoutError as error:
+            raise LayoutError(f"scales: the picture at {size}: {error}") from error
+    layout, painted = layouts[key]
+    _refuse(adapter, layout, allow_irregular=bool(shown.layout.notes))
+    made = ShownSample((picture,), shown.source, layout, painted)
+    adapter.discovery.remember(inputs, made, derived=True)
+    return picture_grid(layout.pictures[0])
 
 
 def probe_layout(
-    model: nn.Module, inputs: Mapping[str, Any], processor: Any, images: Any
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    processor: Any,
+    images: Any,
+    *,
+    layout: TokenLayout | None = None,
 ) -> TokenLayout:
     r"""Probe the layout of a prompt's image tokens, with or without an adapter for the class.
 
@@ -188,9 +181,12 @@ def probe_layout(
         inputs: what the processor made of prompt and pictures.
         processor: the model's processor, or its image processor.
         images: the original picture(s).
+        layout: a layout that was found before, by the same model and processor, default None: it
+            is kept instead of being probed.
 
     Returns:
-        The layout, with notes where it is irregular.
+        The layout, with notes where it is irregular. It is kept in memory too, for pictures of
+        these sizes.
 
     Raises:
         LayoutError: the image tokens have no places in the picture.
@@ -209,10 +205,21 @@ def probe_layout(
         >>> print(probe_layout(model, inputs, processor, picture))
         14 x 14 tokens over 336 x 336 pixels
     """
-    adapter = DiscoveredAdapter(model)
-    pictures = _pictures(images)
+    find_adapter(model)  # what can't be explained at all
+    adapter = DiscoveredAdapter(unwrap(model))
+    pictures = [as_rgb(picture) for picture in as_pictures(images)]
     source = PixelSource.of(processor, pictures, inputs)
-    return find_layout(adapter, _unpadded(adapter, inputs), source, pictures)[0]
+    kwargs = _checked(adapter, inputs, source)
+    sizes = tuple((picture.height, picture.width) for picture in pictures)
+    if layout is None:
+        found = find_layout(adapter, kwargs, source, pictures)
+    elif tuple(picture.size for picture in layout.pictures) == sizes:
+        found = (layout, paint(source, sizes)[0])
+    else:
+        known = [picture.size for picture in layout.pictures]
+        raise ArgumentError("layout", f"is of pictures of {known}, images are of {list(sizes)}.")
+    adapter.discovery.layouts[_settings(source), sizes] = found
+    return found[0]
 
 
 def _say(adapter: Adapter, layout: TokenLayout) -> None:
@@ -230,35 +237,10 @@ def _refuse(adapter: Adapter, layout: TokenLayout, allow_irregular: bool) -> Non
         )
 
 
-def _pictures(images: Any) -> list[Any]:
-    pictures = list(images) if isinstance(images, list | tuple) else [images]
-    for picture in pictures:
-        if not hasattr(picture, "convert"):
-            raise TypeError(
-                f"images= takes PIL pictures, not {type(picture).__name__}: open paths by "
-                f"PIL.Image.open(path), make arrays pictures by PIL.Image.fromarray(array)."
-            )
-    return pictures
-
-
-def _unpadded(adapter: Adapter, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _checked(adapter: Adapter, inputs: Mapping[str, Any], source: PixelSource) -> dict[str, Tensor]:
     """The tensors of one sample on the model's device, without left padding."""
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != 1:
-        raise ArgumentError(
-            "inputs", "must hold input_ids of exactly one sample, a tensor (1, tokens)."
-        )
-    mask = inputs.get("attention_mask")
-    padding = int((mask[0] == 0).sum()) if isinstance(mask, Tensor) else 0
-    kept = {
-        name: value.to(adapter.device)
-        for name, value in inputs.items()
-        if isinstance(value, Tensor) and name != "labels"
-    }
-    for name in adapter.token_wise:
-        if name in kept:
-            kept[name] = kept[name][:, padding:]
-    return kept
+    shown = [key for key in source.keys if inputs[key].is_floating_point()]
+    return one_sample(inputs, adapter, shown)[0]
 
 
 def _settings(source: PixelSource) -> str:

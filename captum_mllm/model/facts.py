@@ -57,7 +57,9 @@ def _run(adapter: Adapter, inputs: Mapping[str, Tensor]) -> Tensor:
         return adapter.model(**inputs, use_cache=False, return_dict=True).logits[0]
 
 
-def _final_norm(adapter: Adapter, inputs: Mapping[str, Tensor]) -> tuple[nn.Module, nn.Module, int]:
+def _final_norm(
+    adapter: Adapter, inputs: Mapping[str, Tensor]
+) -> tuple[nn.Module, nn.Module | None, int]:
     """The module whose output the LM head reads; the vision encoder, and how often it runs."""
     read: list[Tensor] = []
     made: list[tuple[nn.Module, Tensor]] = []
@@ -65,7 +67,9 @@ def _final_norm(adapter: Adapter, inputs: Mapping[str, Tensor]) -> tuple[nn.Modu
     calls: list[None] = []
     handles = [
         adapter.head.register_forward_hook(lambda _m, args, _o: read.append(args[0].detach())),
-        tower.register_forward_hook(lambda *_: calls.append(None)),
+        (adapter.model if tower is None else tower).register_forward_hook(
+            lambda *_: calls.append(None)
+        ),
     ]
     for module in adapter.decoder.modules():
         handles.append(module.register_forward_hook(_keeper(made)))
@@ -93,13 +97,14 @@ def _keeper(made: list[tuple[nn.Module, Tensor]]) -> Any:
     return keep
 
 
-def _tower(adapter: Adapter) -> nn.Module:
-    """The vision encoder, or the whole model where it names none."""
+def _tower(adapter: Adapter) -> nn.Module | None:
+    """The vision encoder; None where the model names none."""
     try:
         tower = adapter.model.get_encoder(modality="image")
     except (AttributeError, TypeError, ValueError, NotImplementedError):
-        return adapter.model
-    return tower if isinstance(tower, nn.Module) else adapter.model
+        return None
+    named = isinstance(tower, nn.Module) and tower is not adapter.model
+    return tower if named else None
 
 
 def _head_law(
@@ -121,7 +126,9 @@ def _head_law(
             f"the model's logits are {tuple(logits.shape)}, its LM head makes "
             f"{tuple(linear.shape)}."
         )
-    return head_law(linear.flatten(), logits.flatten(), exact=weight.dtype == torch.float32)
+    return head_law(
+        linear.flatten(), logits.flatten(), exact=weight.dtype in (torch.float32, torch.float64)
+    )
 
 
 def head_law(

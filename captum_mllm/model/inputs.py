@@ -58,7 +58,7 @@ def read_sample(inputs: Mapping[str, Any], adapter: Adapter) -> Sample:
         TypeError: not a mapping.
         ValueError: no pixels, more than one sample, placeholders that don't match the images.
     """
-    kwargs, padding = _one_sample(inputs, adapter)
+    kwargs, padding = one_sample(inputs, adapter)
     adapter.check_inputs(kwargs)
     grids = adapter.grids(kwargs)
     positions = _placeholders(kwargs["input_ids"][0], grids, adapter)
@@ -99,16 +99,30 @@ def _placeholders(
     return tuple(per_kind[kind].pop(0) for kind in kinds)  # type: ignore[attr-defined]
 
 
-def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, Tensor], int]:
-    """The tensors of one sample on the model's device, and how much left padding was cut."""
+def one_sample(
+    inputs: Mapping[str, Any], adapter: Adapter, pixel_keys: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], int]:
+    """The tensors of one sample on the model's device, and how much left padding was cut.
+
+    Args:
+        inputs: what the processor returns.
+        adapter: the model's adapter.
+        pixel_keys: names of the pixel inputs, default the adapter's.
+
+    Raises:
+        TypeError: not a mapping.
+        ValueError: no pixels, more than one sample, padding on the right, values that are not
+            finite.
+    """
+    pixel_keys = adapter.pixel_keys if pixel_keys is None else pixel_keys
     if not isinstance(inputs, Mapping):
         raise TypeError(
             f"inputs must be the mapping that the processor returns (with input_ids and "
             f"pixel_values), or a pixel tensor with the rest of the mapping as "
             f"additional_forward_args; got {type(inputs).__name__}."
         )
-    pixels = [name for name in adapter.pixel_keys if inputs.get(name) is not None]
-    for name in ("input_ids", *(pixels or adapter.pixel_keys[:1])):
+    pixels = [name for name in pixel_keys if inputs.get(name) is not None]
+    for name in ("input_ids", *(pixels or pixel_keys[:1])):
         if not isinstance(inputs.get(name), Tensor):
             got = "nothing" if inputs.get(name) is None else type(inputs[name]).__name__
             raise ValueError(

@@ -101,7 +101,7 @@ def _changed(
 
     painted = []
     for picture, mask in zip(probe.pictures, masks, strict=True):
-        pixels = np.array(picture.convert("RGB"))
+        pixels = np.array(picture)
         noise = draw.integers(0, 256, (int(mask.sum()), 3))
         # at least 64 levels from what is there, so that each painted cell does change
         there = pixels[mask].astype(int)

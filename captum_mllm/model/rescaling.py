@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from captum_mllm.adapters import Adapter
+from captum_mllm.adapters.pixels import as_pictures
 from captum_mllm.functional import Box
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.inputs import Sample
@@ -72,13 +73,7 @@ def _pictures(
     adapter: Adapter, processor: Any, sample: Sample, images: Any
 ) -> tuple[list[Any], Any]:
     """The checked pictures, and the image processor."""
-    pictures = list(images) if isinstance(images, list | tuple) else [images]
-    for picture in pictures:
-        if not hasattr(picture, "convert"):
-            raise TypeError(
-                f"images= takes PIL pictures, not {type(picture).__name__}: open paths by "
-                f"PIL.Image.open(path), make arrays pictures by PIL.Image.fromarray(array)."
-            )
+    pictures = as_pictures(images)
     settings = getattr(processor, "image_processor", None)
     if settings is None:
         raise ValueError("images= needs a processor: make the attributor with one.")

@@ -357,9 +357,15 @@ def test_a_layout_is_saved_and_used_again(tmp_path, unregistered, capsys):
     layout.save(tmp_path / "layout.json")
     again = TokenLayout.load(tmp_path / "layout.json")
     assert again == layout
-    discover(find_adapter(kin.model), kin.processor, inputs, picture, layout=again)
+    other = family("InternVL")
+    assert probe_layout(other.model, inputs, other.processor, picture, layout=again) == layout
+    lens = LogitLens(other.model, other.processor)
+    assert lens.attribute(inputs, kin.answer, images=picture).grid_attr
     assert capsys.readouterr().err == ""  # nothing was probed
-    assert LogitLens(kin.model, kin.processor).attribute(inputs, kin.answer).grid_attr
+    small = smooth((60, 60))
+    inputs = kin.encode(small)
+    with pytest.raises(ArgumentError, match="layout is of pictures"):
+        probe_layout(kin.model, inputs, kin.processor, small, layout=again)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 2}', '{"format": 1, "pictures": 3}'])
@@ -404,3 +410,81 @@ def test_the_callers_gradient_mode_does_not_matter(mode, unregistered):
         inputs = kin.encode(picture)
         result = LogitLens(kin.model, kin.processor).attribute(inputs, kin.answer, images=picture)
     assert float(result.grid_attr[0].max()) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_own_canvases_give_the_same_pixels_in_half_precision(dtype, unregistered):
+    kin = family("Llava", dtype=dtype)
+    picture = smooth((60, 60))
+    inputs = kin.encode(picture)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    adapter = find_adapter(kin.model)
+    discover(adapter, kin.processor, inputs, picture)
+    grids = adapter.grids(inputs)
+    canvases = adapter.canvases(inputs, grids)
+    same = adapter.with_canvases(inputs, grids, canvases)["pixel_values"]
+    assert torch.equal(same, inputs["pixel_values"])
+    other = adapter.with_canvases(inputs, grids, [canvas + 0.5 for canvas in canvases])
+    assert_close(
+        other["pixel_values"].float(), inputs["pixel_values"].float() + 0.5, atol=0.02, rtol=0
+    )
+    single = {**inputs, "pixel_values": inputs["pixel_values"].float()}
+    assert adapter.discovery.find(single) is not None  # the same pixels in another precision
+
+
+def test_pictures_of_equal_pixels_are_told_apart(unregistered):
+    kin = family("Qwen2_5_VL")
+    lens = LogitLens(kin.model, kin.processor)
+    shapes = []
+    for size in ((64, 32), (32, 64)):
+        grey = Image.new("RGB", size, (90, 90, 90))
+        probe_layout(kin.model, kin.encode(smooth(size)), kin.processor, smooth(size))
+        result = lens.attribute(kin.encode(grey), kin.answer, images=grey)
+        shapes.append(tuple(result.grid_attr[0].shape[1:]))
+        assert result.grids[0].picture == (size[1], size[0])
+    assert shapes == [(4, 8), (8, 4)]
+
+
+def test_an_interrupted_scale_leaves_nothing_behind(unregistered, monkeypatch):
+    kin = family("Qwen2VL")
+    picture = smooth((64, 48))
+    inputs = kin.encode(picture)
+    msea = MSEA(kin.model, kin.processor, scales=(1.0, 2.0), flip="none")
+    LogitLens(kin.model, kin.processor).attribute(inputs, kin.answer, images=picture)
+
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("captum_mllm.model.discovery.find_layout", stop)
+        with pytest.raises(KeyboardInterrupt):
+            msea.attribute(inputs, kin.answer, images=picture)
+    rows, cols = msea.attribute(inputs, kin.answer).grid_attr[0].shape[1:]
+    assert (rows, cols) > (6, 8)  # as large as the processor allows, and no longer scale 1's
+
+
+def test_windows_and_flips_do_not_push_samples_out(unregistered):
+    kin = family("Llava")
+    pictures = [smooth((60, 60), seed) for seed in range(3)]
+    msea = MSEA(kin.model, kin.processor, scales=(1.0, 1.5, 2.0))
+    for picture in pictures:
+        msea.attribute(kin.encode(picture), kin.answer, images=picture)
+    for picture in pictures:
+        assert LogitLens(kin.model).attribute(kin.encode(picture), kin.answer).grid_attr
+
+
+def test_transparent_pictures_are_shown_as_the_processor_shows_them(unregistered):
+    kin = family("Llava")
+    picture = smooth((60, 60)).convert("RGBA")
+    picture.putalpha(smooth((60, 60), 1).convert("L"))
+    inputs = kin.encode(picture)
+    discover(find_adapter(kin.model), kin.processor, inputs, picture)
+    adapter = find_adapter(kin.model)
+    whole = adapter.window_pixels(inputs, adapter.grids(inputs), [(0.0, 0.0, 1.0, 1.0)])
+    assert_close(whole["pixel_values"], inputs["pixel_values"], rtol=0, atol=0.1)
+
+
+def test_what_is_no_multimodal_model_is_refused():
+    kin = family("Llava")
+    with pytest.raises(ValueError, match="no adapter for Linear"):
+        probe_layout(nn.Linear(2, 2), kin.encode(), kin.processor, kin.picture)
