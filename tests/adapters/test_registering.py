@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from captum_mllm import LogitLens
-from captum_mllm.adapters import find_adapter, registry
+from captum_mllm.adapters import DiscoveredAdapter, find_adapter, registry
 from tests.docs.test_pages import blocks
 from tests.oracle.families import without_mixing
 from tests.oracle.published import ARC, MSEA
@@ -42,9 +42,13 @@ def sample():
     return {"input_ids": ids, "pixel_values": torch.randn(1, 3, SIDE, SIDE)}
 
 
-def test_an_unknown_family_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"no adapter for VipLlava.*register_adapter") as error:
-        find_adapter(tiny_vip_llava())
+def test_an_unknown_family_says_the_ways_out():
+    model = tiny_vip_llava()
+    assert isinstance(find_adapter(model), DiscoveredAdapter)
+    with pytest.raises(ValueError, match=r"no adapter is registered for VipLlava.*images=picture"):
+        LogitLens(model).attribute(sample(), torch.arange(10, 13))
+    with pytest.raises(ValueError, match=r"no adapter for Linear.*register_adapter") as error:
+        find_adapter(torch.nn.Linear(2, 2))
     assert "Qwen2VLForConditionalGeneration" in str(error.value)
 
 
