@@ -137,6 +137,12 @@ class DiscoveredAdapter(Adapter):
         return {} if self.discovery.facts is None else self.facts.required
 
     @property
+    def suffix_fill(self) -> Mapping[str, int]:  # type: ignore[override]
+        """Value of each token-wise input at the answer's tokens."""
+        facts = self.discovery.facts
+        return {**Adapter.suffix_fill, "token_type_ids": 0 if facts is None else facts.answer_type}
+
+    @property
     def bidirectional_prompt(self) -> bool:  # type: ignore[override]
         """Whether text of the prompt attends to later text of the prompt."""
         return self.facts.bidirectional

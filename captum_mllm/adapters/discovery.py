@@ -30,6 +30,7 @@ class ModelFacts:
         cap: bound of a soft cap, ``cap * tanh(logits / cap)``; None for none.
         bidirectional: whether text of the prompt attends to later text of the prompt.
         whole_prompt: whether the model does not run on a prompt that ends at its last picture.
+        answer_type: entry of ``token_type_ids`` at the answer's tokens.
         required: side inputs without which the model silently computes other values, and what
             happens without each.
     """
@@ -41,6 +42,7 @@ class ModelFacts:
     cap: float | None = None
     bidirectional: bool = False
     whole_prompt: bool = False
+    answer_type: int = 0
     required: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:

@@ -42,9 +42,10 @@ def find_facts(
         scale, cap = _head_law(adapter, inputs, norm)
         states = _states(adapter, inputs, norm)
         bidirectional = _reads_ahead(adapter, inputs, norm, states, placeholders)
+        answer_type = _answer_type(adapter, inputs, norm, states) if bidirectional else 0
         whole = not _runs_up_to(adapter, inputs, int(placeholders.max()) + 1)
         required = _required(adapter, inputs, norm, states, placeholders)
-    return ModelFacts(norm, tower, calls, scale, cap, bidirectional, whole, required)
+    return ModelFacts(norm, tower, calls, scale, cap, bidirectional, whole, answer_type, required)
 
 
 def _rows(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -232,6 +233,29 @@ def _reads_ahead(
     ids[0, -1] = next(i for i in range(adapter.vocabulary) if i not in barred | {int(ids[0, -1])})
     other = _states(adapter, {**inputs, "input_ids": ids}, norm)
     return not _alike(other[:-1], states[:-1])
+
+
+def _answer_type(
+    adapter: Adapter,
+    inputs: Mapping[str, Tensor],
+    norm: nn.Module,
+    states: Float[Tensor, "tokens dim"],
+) -> int:
+    """The entry of ``token_type_ids`` with which an answer leaves a prefix LM's prompt alone."""
+    more = {
+        name: torch.cat([inputs[name], inputs[name][:, -1:]], dim=1)
+        for name in adapter.token_wise
+        if name in inputs
+    }
+    for value in (0, 1) if "token_type_ids" in more else (0,):
+        if "token_type_ids" in more:
+            more["token_type_ids"][0, -1] = value
+        if _alike(_states(adapter, {**inputs, **more}, norm)[: len(states)], states):
+            return value
+    raise LayoutError(
+        "its prompt is read in both directions and changes with the answer after it: which input "
+        "tells the answer apart is not known."
+    )
 
 
 def _runs_up_to(adapter: Adapter, inputs: Mapping[str, Tensor], length: int) -> bool:
