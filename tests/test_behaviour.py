@@ -22,6 +22,22 @@ def test_the_record_is_of_all_subjects():
     assert len(recorded()) == 1522
 
 
+# Differences of log-probabilities near 0, and ranks of nearly equal cells: on another processor
+# (both with AVX-512) the same commit differs by up to .0074, .0060, .0002, .0001 and .00005.
+ROUNDED = {
+    "explain_ablation": 2e-2,
+    "integrated_gradients": 2e-2,
+    "saliency": 2e-2,
+    "gradcam": 1e-3,
+    "hall_log_prob": 1e-3,
+    "/ap": 2e-4,
+}
+
+
+def tolerance(name):
+    return max((value for part, value in ROUNDED.items() if part in name), default=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_values_are_those_of_the_record(subject):
@@ -36,6 +52,6 @@ def test_values_are_those_of_the_record(subject):
             wrong[name] = "another shape"
             continue
         off = np.nanmax(np.abs(new[axes + 1 :] - old[axes + 1 :]), initial=0.0)
-        if off > 1e-5 * max(old[axes + 1], 1e-12):
+        if off > tolerance(name) * max(old[axes + 1], 1e-12):
             wrong[name] = off
     assert not wrong
