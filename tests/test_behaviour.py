@@ -27,6 +27,7 @@ def test_the_record_is_of_all_subjects():
 ROUNDED = {
     "explain_ablation": 2e-2,
     "integrated_gradients": 2e-2,
+    "/ig": 2e-3,
     "saliency": 2e-2,
     "gradcam": 1e-3,
     "hall_log_prob": 1e-3,
