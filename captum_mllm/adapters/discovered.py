@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from typing_extensions import override
@@ -14,7 +13,7 @@ from typing_extensions import override
 from captum_mllm.adapters.base import Adapter, View
 from captum_mllm.adapters.discovery import ModelFacts, ShownSample, discovery_of, picture_grid
 from captum_mllm.adapters.layout import LayoutError, PictureLayout
-from captum_mllm.adapters.painting import Painted
+from captum_mllm.adapters.painting import levels, repainted
 from captum_mllm.adapters.pixels import enlarged, reframed, resized
 from captum_mllm.functional import WHOLE, Box
 from captum_mllm.geometry import ImageGrid
@@ -311,7 +310,7 @@ class DiscoveredAdapter(Adapter):
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid]
     ) -> tuple[Tensor, ...]:
         sample = self.shown(inputs)
-        black, span = self._levels(sample.painted)
+        black, span = levels(sample.painted)
         found = []
         for picture, grid in zip(sample.pictures, grids, strict=True):
             resized = picture.resize(self._canvas_size(picture, grid))
@@ -324,30 +323,11 @@ class DiscoveredAdapter(Adapter):
         self, inputs: Mapping[str, Tensor], grids: Sequence[ImageGrid], canvases: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         sample = self.shown(inputs)
-        painted, own = sample.painted, self.canvases(inputs, grids)
-        _, span = self._levels(painted)
-        numbers = painted.flat(inputs)
-        # in float32: coordinates do not fit into half precision
-        change = torch.zeros_like(numbers, dtype=torch.float32)
-        for k, (canvas, before, picture) in enumerate(
-            zip(canvases, own, sample.pictures, strict=True)
-        ):
-            at = ((painted.picture == k) & (painted.channel >= 0)).nonzero()[:, 0]
-            channel = painted.channel[at]
-            width, height = picture.size
-            where = torch.stack([painted.x[at] / width, painted.y[at] / height], 1) * 2 - 1
-            factor = (painted.white - painted.black)[at] / span[channel, 0, 0]
-            device = canvas.device
-            sampled = F.grid_sample(
-                canvas.float() - before.to(device),
-                where[None, None].to(device, torch.float32),
-                mode="bilinear",
-                padding_mode="border",
-                align_corners=False,
-            )[0, :, 0]
-            own_channel = sampled.gather(0, channel[None].to(device))[0]
-            change = change.index_add(0, at.to(device), own_channel * factor.to(own_channel))
-        return painted.shaped(numbers + change.to(numbers.dtype))
+        changes = [
+            canvas.float() - own.to(canvas.device)
+            for canvas, own in zip(canvases, self.canvases(inputs, grids), strict=True)
+        ]
+        return repainted(sample.painted, inputs, [p.size for p in sample.pictures], changes)
 
     def _canvas_size(self, picture: Any, grid: ImageGrid) -> tuple[int, int]:
         """(width, height) of the whole picture at the resolution that the encoder sees."""
@@ -357,20 +337,6 @@ class DiscoveredAdapter(Adapter):
             max(1, round(width * grid.width / (right - left))),
             max(1, round(height * grid.height / (lower - upper))),
         )
-
-    def _levels(self, painted: Painted) -> tuple[Tensor, Tensor]:
-        """Black and the step to white, (3, 1, 1) each, as the inputs hold them."""
-        levels = []
-        for channel in range(3):
-            here = painted.channel == channel
-            if not here.any():
-                raise LayoutError(
-                    "the image processor mixes colours, so pixels can't be replaced or traced back."
-                )
-            low, high = painted.black[here].median(), painted.white[here].median()
-            levels.append((low, high - low))
-        black, span = torch.tensor(levels).float().T.reshape(2, 3, 1, 1)
-        return black, span
 
     # ---- output of the tower ----------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from captum_mllm.adapters.layout import LayoutError
@@ -244,6 +245,72 @@ def paint(source: PixelSource, sizes: Sequence[tuple[int, int]]) -> tuple[Painte
         high,
         _tiles(shapes.values()),
     ), len(made) + calls
+
+
+def levels(painted: Painted) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
+    """Black and the step to white, as the pixel inputs hold them.
+
+    Args:
+        painted: what each number shows.
+
+    Returns:
+        Both for red, green and blue.
+
+    Raises:
+        LayoutError: some colour stands in no number by itself.
+    """
+    found = []
+    for channel in range(3):
+        here = painted.channel == channel
+        if not here.any():
+            raise LayoutError(
+                "the image processor mixes colours, so pixels can't be replaced or traced back."
+            )
+        low, high = painted.black[here].median(), painted.white[here].median()
+        found.append((low, high - low))
+    black, span = torch.tensor(found).float().T.reshape(2, 3, 1, 1)
+    return black, span
+
+
+def repainted(
+    painted: Painted,
+    inputs: Mapping[str, Tensor],
+    sizes: Sequence[tuple[int, int]],
+    changes: Sequence[Float[Tensor, "1 3 height width"]],
+) -> dict[str, Tensor]:
+    """Change each number by what changes at the point that it shows; gradients pass.
+
+    Args:
+        painted: what each number shows.
+        inputs: the model's inputs.
+        sizes: (width, height) of each picture, pixels.
+        changes: what is added to each picture as a canvas of any size, in the units of the inputs.
+
+    Returns:
+        The pixel inputs by name.
+
+    Raises:
+        LayoutError: some colour stands in no number by itself.
+    """
+    _, span = levels(painted)
+    numbers = painted.flat(inputs)
+    # in float32: coordinates do not fit into half precision
+    total = torch.zeros_like(numbers, dtype=torch.float32)
+    for k, (change, size) in enumerate(zip(changes, sizes, strict=True)):
+        at = ((painted.picture == k) & (painted.channel >= 0)).nonzero()[:, 0]
+        channel, device = painted.channel[at], change.device
+        places = torch.stack([painted.x[at] / size[0], painted.y[at] / size[1]], 1) * 2 - 1
+        sampled = F.grid_sample(
+            change,
+            places[None, None].to(device, torch.float32),
+            mode="bilinear",
+            padding_mode="border",
+            align_corners=False,
+        )[0, :, 0]
+        own_channel = sampled.gather(0, channel[None].to(device))[0]
+        factor = (painted.white - painted.black)[at] / span[channel, 0, 0]
+        total = total.index_add(0, at.to(device), own_channel * factor.to(own_channel))
+    return painted.shaped(numbers + total.to(numbers.dtype))
 
 
 def _pictures(
