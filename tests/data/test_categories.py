@@ -132,12 +132,14 @@ def slow_labels(words, table, parity):
               if any(word in phrase for phrase in own)] or [None])[-1]
             for word in words
         ]  # fmt: skip
+    names = {own[0] for own in table.phrases}
     spans = [(a, b) for a in range(len(words)) for b in range(a + 1, len(words) + 1)]
     found = [
         (b - a, n, a, b)
         for a, b in spans
         for n, own in enumerate(table.phrases)
         if tuple(words[a:b]) in own
+        if tuple(words[a:b]) == own[0] or tuple(words[a:b]) not in names
     ]
     labels = [None] * len(words)
     while found:
