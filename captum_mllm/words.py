@@ -80,10 +80,10 @@ def token_labels(ids: Iterable[int], tokenizer: Any = None) -> tuple[str, ...]:
         token = tokenizer.convert_ids_to_tokens(token_id)
         if not token:
             reader.add_whole(f"<id {token_id}>")
-        elif token_id in special:
-            reader.add_whole(tokenizer.convert_tokens_to_string([token]) or token)
         elif byte := _BYTE.match(token):
             reader.add_byte(token_id, bytes.fromhex(byte[1]))
+        elif token_id in special:
+            reader.add_whole(tokenizer.convert_tokens_to_string([token]) or token)
         else:
             reader.add_piece(token_id, token)
     reader.close()
@@ -200,6 +200,7 @@ _HYPHENS = "-\u2010\u2011"
 # point or colon between letters ends a sentence or a key, except in "e.g." and "U.S.".
 _JOINED = re.compile(rf"(?<=[^\W_])[{_HYPHENS}](?=[^\W_])|(?<=\d)[.,:/](?=\d)")
 _ABBREVIATION = re.compile(r"(?<![^\W_])(?:[^\W\d_]\.){2,}(?![^\W_])")
+_APART = re.compile(r"(?<=[^\W_] )['\u2019] (?=(?:s|re|ve|ll|d|m)(?![^\W_]))")  # "dog ' s"
 _CUT = re.compile(r"(?<=[^\W\d_])[.:](?=[^\W_])|(?<=[^\W_])[.:](?=[^\W\d_])|^_+|_+$")
 
 
@@ -254,6 +255,8 @@ def split_words(text: str) -> tuple[tuple[int, int], ...]:
     cuts -= {edge for match in _JOINED.finditer(text) for edge in match.span()}
     for match in _ABBREVIATION.finditer(text):
         cuts -= set(range(match.start() + 1, match.end()))
+    for match in _APART.finditer(text):
+        cuts -= {match.end() - 1, match.end()}
     spans: list[tuple[int, int]] = []
     edges = sorted(cuts | {0})
     for start, end in pairwise(edges):
@@ -344,8 +347,10 @@ def _words_of_run(labels: Sequence[str], first: int) -> list[tuple[str, tuple[in
 def _text_of(text: str, spans: Sequence[tuple[int, int]]) -> str:
     """The text of a word, without punctuation at its ends where that shares a token with it."""
     whole = text[spans[0][0] : spans[-1][1]]
+    if _CLITIC.fullmatch(whole.replace(" ", "")):
+        return whole.replace(" ", "")
     named = [span for span in spans if any(c.isalnum() for c in text[slice(*span)])]
-    if not named or _CLITIC.fullmatch(whole):
+    if not named:
         return whole
     return text[named[0][0] : named[-1][1]]
 

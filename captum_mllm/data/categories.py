@@ -87,6 +87,8 @@ _IRREGULAR = {
     "lens": "lenses", "virus": "viruses", "buffalo": "buffaloes",
     **{word: f"{word}s" for word in _MANS.split()},
 }  # fmt: skip
+_PLURAL_ONLY = """binoculars clothes glasses goggles headphones jeans leggings overalls pajamas
+pants pliers pyjamas scissors shears shorts stairs sunglasses tights tongs trousers tweezers"""
 _BEFORE_NOUNS = "at|by|for|from|in|of|on|to|under|with"  # "passer-by", "bowl of soup"
 _HEAD = re.compile(rf"(.+?)((?:[ -](?:{_BEFORE_NOUNS})(?:[ -].*)?| \(.*)?)")
 
@@ -108,6 +110,7 @@ def _pluralizer() -> Any:
         rules.add_uncountable_rule(word)
     for one, many in _IRREGULAR.items():
         rules.add_irregular_rule(one, many)
+    rules.add_plural_rule(re.compile("([\u00e0-\u00f6\u00f8-\u00ff])$"), "$1s")  # "cafés"
     return rules
 
 
@@ -139,14 +142,19 @@ def _words(phrase: str) -> Phrase:
 
 def _plain_name(name: str) -> str:
     """A name as people write it: of LVIS ("stop_sign"), of COCO panoptic ("sky-other-merged")."""
-    return " ".join(_LEFT_OVER.sub("", name.lower().replace("_", " ")).split())
+    return " ".join(_LEFT_OVER.sub("", name.lower().replace("_", " ")).split()) or name.lower()
 
 
 def _variants(name: str) -> tuple[str, ...]:
     """Other ways to say a name; they count if no other category is called so."""
     bare = re.sub(r" ?\([^()]*\)$", "", name)  # "mouse (computer equipment)", of LVIS
     turned = _SURFACE.sub(r"\2 \1", name)  # "wall-brick", of COCO panoptic
-    return tuple(form for form in dict.fromkeys((bare, turned)) if form and form != name)
+    *before, last = name.split(" ")
+    one = last if last in _PLURAL_ONLY.split() else _pluralizer().singular(last)
+    if _pluralizer().plural(one) != last or not _pluralizer().is_plural(last):
+        one = last
+    single = " ".join([*before, one])  # "people"
+    return tuple(form for form in dict.fromkeys((bare, turned, single)) if form and form != name)
 
 
 @dataclass(frozen=True)
@@ -267,6 +275,7 @@ def match_categories(
     for number, phrases in enumerate(table.phrases):
         for phrase in phrases:
             order.setdefault(_parts(phrase)[0], number)
+            order.setdefault(_parts(_LINK.sub(" - ", " ".join(phrase)).split())[0], number)
     starts = [0, *ends]
     words_at = {place: word for word, place in enumerate(starts)}
     matches = [
@@ -290,6 +299,6 @@ def _parts(words: Sequence[str]) -> tuple[Phrase, list[int]]:
     ends = []
     for word in words:
         plain = unicodedata.normalize("NFKC", word).casefold().replace("\u2019", "'")
-        parts += [part for part in _LINK.split(plain) if part] or [plain]
+        parts += [part for part in _LINK.split(plain) if part] or ["-"]
         ends.append(len(parts))
     return tuple(parts), ends
