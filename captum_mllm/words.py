@@ -12,7 +12,6 @@ import codecs
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
@@ -24,7 +23,6 @@ from captum_mllm.geometry import ImageGeometry
 
 _SPACE_MARKS = ("\u2581", "\u0120")  # how SentencePiece and byte-level BPE write a space
 _WORD_STARTS = f" {''.join(_SPACE_MARKS)}"
-_LINE_MARK = "\u010a"  # how byte-level BPE writes a line break
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>$")  # how SentencePiece writes a byte of a character
 _UNFINISHED = "\ufffd"
 _WINDOW = 4  # as many tokens before a token show how it is decoded; a character has 4 bytes
@@ -219,13 +217,6 @@ class Word:
     content: bool
 
 
-@cache
-def _word_breaker() -> Any:
-    from icu4py.breakers import WordBreaker  # ICU's dictionaries: not before they are needed
-
-    return WordBreaker
-
-
 def split_words(text: str) -> tuple[tuple[int, int], ...]:
     """Where the words of a text are, by Unicode's rules and ICU's dictionaries.
 
@@ -248,9 +239,11 @@ def split_words(text: str) -> tuple[tuple[int, int], ...]:
         >>> [text[start:end] for start, end in split_words(text)]
         ['A', 'teddy-bear', "'s", 'tail', '.', 'The', '斑马', '在', '草地', '上']
     """
+    from icu4py.breakers import WordBreaker  # ICU's dictionaries: not before they are needed
+
     sizes = (1 + (ord(character) > 0xFFFF) for character in text)  # ICU counts in UTF-16
     place = {units: index for index, units in enumerate(accumulate(sizes, initial=0))}
-    coarse = _word_breaker()(text.encode("utf-8", "replace").decode(), "en").segments()
+    coarse = WordBreaker(text.encode("utf-8", "replace").decode(), "en").segments()
     cuts = {place[start] for start, _ in coarse} | {len(text)}
     cuts -= {edge for match in _JOINED.finditer(text) for edge in match.span()}
     for match in _ABBREVIATION.finditer(text):
@@ -258,8 +251,7 @@ def split_words(text: str) -> tuple[tuple[int, int], ...]:
     for match in _APART.finditer(text):
         cuts -= {match.end() - 1, match.end()}
     spans: list[tuple[int, int]] = []
-    edges = sorted(cuts | {0})
-    for start, end in pairwise(edges):
+    for start, end in pairwise(sorted(cuts | {0})):
         if not text[start:end].isspace():
             spans += _finer(text, start, end)
     return tuple(spans)
@@ -273,8 +265,7 @@ def _finer(text: str, start: int, end: int) -> list[tuple[int, int]]:
         inside = {edge for match in _CUT.finditer(word) for edge in match.span()}
     if (clitic := _CLITIC.search(word)) and clitic.start():
         inside.add(clitic.start())
-    edges = sorted({0, len(word)} | inside)
-    return [(start + a, start + b) for a, b in pairwise(edges)]
+    return [(start + a, start + b) for a, b in pairwise(sorted({0, len(word)} | inside))]
 
 
 def group_words(tokens: Sequence[str], spaced: bool = True) -> tuple[Word, ...]:
@@ -308,13 +299,16 @@ def group_words(tokens: Sequence[str], spaced: bool = True) -> tuple[Word, ...]:
 
 def _plain_labels(tokens: Sequence[str]) -> list[str]:
     """Labels in which spaces, line breaks and characters stand as they are."""
+    decoded = any(" " in token for token in tokens)  # so that U+0120 is a letter of Maltese
     reader = _Reader(None)
     for token in tokens:
         if byte := _BYTE.match(token):
             reader.add_byte(0, bytes.fromhex(byte[1]))
+        elif decoded:
+            reader.add_whole(token)
         else:
             body = token.lstrip(_WORD_STARTS)
-            reader.add_whole(" " * (len(token) - len(body)) + body.replace(_LINE_MARK, "\n"))
+            reader.add_whole(" " * (len(token) - len(body)) + body.replace("\u010a", "\n"))
     reader.close()
     return reader.labels
 
@@ -350,9 +344,7 @@ def _text_of(text: str, spans: Sequence[tuple[int, int]]) -> str:
     if _CLITIC.fullmatch(whole.replace(" ", "")):
         return whole.replace(" ", "")
     named = [span for span in spans if any(c.isalnum() for c in text[slice(*span)])]
-    if not named:
-        return whole
-    return text[named[0][0] : named[-1][1]]
+    return text[named[0][0] : named[-1][1]] if named else whole
 
 
 # ---- word lists ------------------------------------------------------------------------------

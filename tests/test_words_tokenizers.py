@@ -251,7 +251,7 @@ def test_special_tokens_and_unknown_ids_stand_alone():
     dog = ids_of(byte_level, " dog")
     tokenizer.add_special_tokens({"eos_token": "</s>"})
     try:
-        labels = token_labels([*dog, tokenizer.eos_token_id, *dog, 99999], tokenizer)
+        labels = token_labels([*dog, *ids_of(byte_level, "</s>"), *dog, 99999], tokenizer)
         assert [word.text for word in group_words(labels)] == ["dog", "</s>", "dog", "<id 99999>"]
     finally:
         byte_level.cache_clear()
