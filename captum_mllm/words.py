@@ -344,7 +344,12 @@ def _text_of(text: str, spans: Sequence[tuple[int, int]]) -> str:
     if _CLITIC.fullmatch(whole.replace(" ", "")):
         return whole.replace(" ", "")
     named = [span for span in spans if any(c.isalnum() for c in text[slice(*span)])]
-    return text[named[0][0] : named[-1][1]] if named else whole
+    if not named or whole.split() != [whole]:  # "& dog": more than signs around a word
+        return whole
+    inner = spans[spans.index(named[0]) : spans.index(named[-1]) + 1]
+    if list(inner) != named:  # "<b>dog</b>"
+        return whole
+    return text[named[0][0] : named[-1][1]]
 
 
 # ---- word lists ------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ def texts(*tokens):
         ((" dog", ".The"), ["dog", "The"]),  # one token, one word
         ((" dog", '."', "\n\n"), ["dog", '."']),
         ((" 'd", "og", "'"), ["dog", "'"]),  # as GPT-2's tokenizer has it
+        ((" & dog", " &", "cat"), ["& dog", "&", "cat"]),
         (("the", "ir dog"), ["their dog"]),  # a token can't be in two words
         (("\u6591", "\u9a6c", "\u5728"), ["\u6591\u9a6c", "\u5728"]),
         (("\u6591", "\u9a6c\u5728"), ["\u6591\u9a6c\u5728"]),
