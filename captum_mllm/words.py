@@ -152,13 +152,12 @@ class _Reader:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
 
     def _append(self, fresh: str, unfinished: bool) -> None:
-        owner = self.owner
-        if owner is not None and fresh:
-            self.labels[owner] += fresh[0]
-        self.labels.append(fresh if owner is None else fresh[1:])
+        if self.owner is not None and fresh:
+            self.labels[self.owner] += fresh[0]
+        self.labels.append(fresh if self.owner is None else fresh[1:])
         if not unfinished:
             self.owner = None
-        elif fresh or owner is None:
+        elif fresh or self.owner is None:
             self.owner = len(self.labels) - 1
 
 
@@ -284,12 +283,9 @@ def group_words(tokens: Sequence[str], spaced: bool = True) -> tuple[Word, ...]:
         ['A', 'zebra', "'s", 'tail', '.']
     """
     labels = _plain_labels(tokens)
-    if not spaced:
-        alone = [(label.strip(), (n,)) for n, label in enumerate(labels) if label.strip()]
-        return tuple(Word(text, group, is_content_word(text)) for text, group in alone)
-    found: list[tuple[str, tuple[int, ...]]] = []
+    found = [] if spaced else [(x.strip(), (n,)) for n, x in enumerate(labels) if x.strip()]
     start = 0
-    for n, label in enumerate([*labels, "</s>"]):  # one more special token ends the last run
+    for n, label in enumerate([*labels, "</s>"] if spaced else ()):  # one more ends the last run
         if _SPECIAL.match(label.strip()):
             found += _words_of_run(labels[start:n], start)
             found += [(label.strip(), (n,))] * (n < len(labels))
@@ -343,13 +339,11 @@ def _text_of(text: str, spans: Sequence[tuple[int, int]]) -> str:
     whole = text[spans[0][0] : spans[-1][1]]
     if _CLITIC.fullmatch(whole.replace(" ", "")):
         return whole.replace(" ", "")
-    named = [span for span in spans if any(c.isalnum() for c in text[slice(*span)])]
-    if not named or whole.split() != [whole]:  # "& dog": more than signs around a word
+    named = [n for n, (a, b) in enumerate(spans) if any(map(str.isalnum, text[a:b]))]
+    together = named == [*range(named[0], named[-1] + 1)] if named else False
+    if not together or whole.split() != [whole]:  # "<b>dog</b>", "& dog": more than signs around it
         return whole
-    inner = spans[spans.index(named[0]) : spans.index(named[-1]) + 1]
-    if list(inner) != named:  # "<b>dog</b>"
-        return whole
-    return text[named[0][0] : named[-1][1]]
+    return text[spans[named[0]][0] : spans[named[-1]][1]]
 
 
 # ---- word lists ------------------------------------------------------------------------------
