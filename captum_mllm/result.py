@@ -51,7 +51,8 @@ class MLLMAttributionResult:
         token_attr: (targets, text tokens): attribution of each text token; columns at or after
             the target are 0.
         input_tokens: labels of the columns: prompt text, then the answer.
-        output_tokens: labels of the rows.
+        output_tokens: labels of the rows; empty for a token that only completes the character of
+            the one before it.
         output_ids: (targets,): token ids of the rows.
         output_probs: (targets,): probability of each target given all tokens before it, softmax of
             the unprocessed teacher-forced logits.

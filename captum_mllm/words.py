@@ -2,16 +2,17 @@
 
 A person reads words, a model generates tokens. Pure functions, all **our choice**:
 
-- a label that starts with a space starts a word, one without continues it, punctuation stands
-  alone;
+- labels are pieces of the text that the tokenizer decodes; words are those of Unicode's
+  segmentation of that text, whatever the tokens are, and punctuation stands alone;
 - a word's map is the elementwise maximum of its tokens' maps (a cell counts if it supports any
   part of the word), its probability the product of its tokens' probabilities.
 """
 
+import codecs
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from captum_mllm.geometry import ImageGeometry
 
 _SPACE_MARKS = ("\u2581", "\u0120")  # how SentencePiece and byte-level BPE write a space
 _WORD_STARTS = f" {''.join(_SPACE_MARKS)}"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>$")  # how SentencePiece writes a byte of a character
+_UNFINISHED = "\ufffd"
+_WINDOW = 4  # as many tokens before a token show how it is decoded; a character has 4 bytes
 
 # ---- labels ----------------------------------------------------------------------------------
 
@@ -56,33 +60,112 @@ def token_labels(ids: Iterable[int], tokenizer: Any = None) -> tuple[str, ...]:
         tokenizer: a transformers tokenizer, or None.
 
     Returns:
-        Labels such as ``" dog"``; ``"<id 123>"`` without a tokenizer.
+        Labels such as ``" dog"``, which make the decoded text when joined; ``"<id 123>"`` without
+        a tokenizer. A character of several tokens is in the label of its first one; the labels of
+        the others are empty, or begin after it.
 
     Example:
         >>> token_labels([5, 123])
         ('<id 5>', '<id 123>')
     """
-    return tuple(_label(int(i), tokenizer) for i in ids)
-
-
-def _label(token_id: int, tokenizer: Any) -> str:
     if tokenizer is None:
-        return f"<id {token_id}>"
-    token = tokenizer.convert_ids_to_tokens(token_id)
-    if not token:
-        return f"<id {token_id}>"
-    starts_word = token.startswith(_SPACE_MARKS)
-    text = tokenizer.convert_tokens_to_string([token])
-    if "\ufffd" in text:  # a byte of a longer character: the raw token tells more
-        return token
-    return f" {text.strip(' ')}" if starts_word else text or token
+        return tuple(f"<id {int(token_id)}>" for token_id in ids)
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special |= {token_id for token_id, token in added.items() if getattr(token, "special", False)}
+    reader = _Reader(tokenizer)
+    for token_id in map(int, ids):
+        token = tokenizer.convert_ids_to_tokens(token_id)
+        if not token:
+            reader.add_whole(f"<id {token_id}>")
+        elif byte := _BYTE.match(token):
+            reader.add_byte(token_id, bytes.fromhex(byte[1]))
+        elif token_id in special:
+            reader.add_whole(tokenizer.convert_tokens_to_string([token]) or token)
+        else:
+            reader.add_piece(token_id, token)
+    reader.close()
+    return tuple(reader.labels)
+
+
+@dataclass
+class _Reader:
+    """Decodes tokens one after another, each with those before it.
+
+    A text whose last character is not finished decodes to U+FFFD; it is known when the token that
+    finishes it is there, and given to ``owner``, the token that began it.
+    """
+
+    tokenizer: Any
+    labels: list[str] = field(default_factory=list)
+    before: list[int] = field(default_factory=list)  # ids whose text is known
+    group: list[int] = field(default_factory=list)  # ids since then
+    text: str = ""  # of the group, with U+FFFD at its end
+    owner: int | None = None
+    decoder: Any = None  # of bytes; None: the last token was none
+
+    def add_whole(self, label: str) -> None:
+        self.close()
+        self.before = []
+        self.labels.append(label)
+
+    def add_byte(self, token_id: int, byte: bytes) -> None:
+        if self.decoder is None:
+            self.close()
+            self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        fresh = self.decoder.decode(byte)
+        self.before = [*self.before, token_id]
+        self._append(fresh, unfinished=bool(self.decoder.getstate()[0]))
+
+    def add_piece(self, token_id: int, token: str) -> None:
+        if self.decoder is not None or len(self.group) > _WINDOW:
+            self.close()
+        self.before = self.before[-_WINDOW:] if not self.group else self.before
+        known = len(self.text.rstrip(_UNFINISHED))
+        self.group.append(token_id)
+        base, full = self._decode(self.before), self._decode([*self.before, *self.group])
+        if not full.startswith(base):  # pieces that change those before them: this one alone
+            self.close()
+            base, full = "", self._decode([token_id])
+            self.group, known = [token_id], 0
+        self.text = full[len(base) :]
+        stable = self.text.rstrip(_UNFINISHED)
+        fresh = stable[known:]
+        if not self.before and len(self.group) == 1 and token.startswith(_SPACE_MARKS):
+            fresh = fresh if fresh[:1].isspace() else f" {fresh}"  # stripped as the text's first
+        if fresh or self.text:
+            self._append(fresh, unfinished=stable != self.text)
+        else:
+            self._append(" " if token.strip(_WORD_STARTS) == "" else token, unfinished=False)
+        if stable == self.text:
+            self.before, self.group, self.text = [*self.before, *self.group], [], ""
+
+    def close(self) -> None:
+        """Take what is unfinished for what it is: a piece of a character."""
+        rest = self.decoder.decode(b"", True) if self.decoder else self.text
+        if self.owner is not None:
+            self.labels[self.owner] += rest[len(rest.rstrip(_UNFINISHED)) :]
+        self.before = [*self.before, *self.group]
+        self.group, self.text, self.owner, self.decoder = [], "", None, None
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
+
+    def _append(self, fresh: str, unfinished: bool) -> None:
+        if self.owner is not None and fresh:
+            self.labels[self.owner] += fresh[0]
+        self.labels.append(fresh if self.owner is None else fresh[1:])
+        if not unfinished:
+            self.owner = None
+        elif fresh or self.owner is None:
+            self.owner = len(self.labels) - 1
 
 
 def marks_spaces(tokens: Sequence[str]) -> bool:
-    """Whether a tokenizer marks the spaces between words, judged by labels of a whole text.
+    """Whether labels hold the spaces between words: those of :func:`token_labels` do.
 
     Args:
-        tokens: labels as in ``result.input_tokens``; the longer the better.
+        tokens: labels of another source, of a whole text; the longer the better.
 
     Example:
         >>> marks_spaces(["a", " dog"]), marks_spaces(["a", "dog"])
@@ -107,10 +190,15 @@ def join_tokens(tokens: Sequence[str], spaced: bool = True) -> str:
 
 # ---- words -----------------------------------------------------------------------------------
 
-_APOSTROPHES = "'\u2019"
-_CLITIC = re.compile(rf"[{_APOSTROPHES}](s|re|ve|ll|d|m)$", re.IGNORECASE)
-_SPECIAL = re.compile(r"<(?!0x)[^<>\s]+>$|\[[A-Z]+\]$")
-_NO_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+_CLITIC = re.compile(r"['\u2019](s|re|ve|ll|d|m)$", re.IGNORECASE)
+_SPECIAL = re.compile(r"<(?!0x)[^<>\s]+>$|\[[A-Z]+\]$|<id \d+>$")
+_HYPHENS = "-\u2010\u2011"
+# What Unicode leaves open: hyphens and underscores join words, signs between digits numbers; a
+# point or colon between letters ends a sentence or a key, except in "e.g." and "U.S.".
+_JOINED = re.compile(rf"(?<=[^\W_])[{_HYPHENS}](?=[^\W_])|(?<=\d)[.,:/](?=\d)")
+_ABBREVIATION = re.compile(r"(?<![^\W_])(?:[^\W\d_]\.){2,}(?![^\W_])")
+_APART = re.compile(r"(?<=[^\W_] )['\u2019] (?=(?:s|re|ve|ll|d|m)(?![^\W_]))")  # "dog ' s"
+_CUT = re.compile(r"(?<=[^\W\d_])[.:](?=[^\W_])|(?<=[^\W_])[.:](?=[^\W\d_])|^_+|_+$")
 
 
 @dataclass(frozen=True)
@@ -128,91 +216,134 @@ class Word:
     content: bool
 
 
-def group_words(tokens: Sequence[str], spaced: bool = True) -> tuple[Word, ...]:
-    """Group the labels of tokens to words.
+def split_words(text: str) -> tuple[tuple[int, int], ...]:
+    """Where the words of a text are, by Unicode's rules and ICU's dictionaries.
 
-    A leading space starts a word; so does the first token. Punctuation, special tokens, the
-    clitics ('s, 're, ..., of one token or two) and tokens of scripts written without spaces stand
-    alone. Hyphens and other apostrophes inside a word and points inside a number belong to it.
-    White space is not a word.
+    Chinese, Japanese, Thai, Lao, Khmer and Burmese words are found by dictionary. Punctuation and
+    the clitics ('s, 're, ...) are words of their own; hyphens, underscores and other apostrophes
+    inside a word and points inside a number belong to it. White space is not a word.
+
+    Args:
+        text: any text.
+
+    Returns:
+        (start, end) of each word, in characters, in order.
+
+    Reference:
+        Unicode Standard Annex 29, "Unicode Text Segmentation", word boundaries; the rest is our
+        choice.
+
+    Example:
+        >>> text = "A teddy-bear's tail.The 斑马在草地上"
+        >>> [text[start:end] for start, end in split_words(text)]
+        ['A', 'teddy-bear', "'s", 'tail', '.', 'The', '斑马', '在', '草地', '上']
+    """
+    from icu4py.breakers import WordBreaker  # ICU's dictionaries: not before they are needed
+
+    sizes = (1 + (ord(character) > 0xFFFF) for character in text)  # ICU counts in UTF-16
+    place = {units: index for index, units in enumerate(accumulate(sizes, initial=0))}
+    coarse = WordBreaker(text.encode("utf-8", "replace").decode(), "en").segments()
+    cuts = {place[start] for start, _ in coarse} | {len(text)}
+    cuts -= {edge for match in _JOINED.finditer(text) for edge in match.span()}
+    for match in _ABBREVIATION.finditer(text):
+        cuts -= set(range(match.start() + 1, match.end()))
+    for match in _APART.finditer(text):
+        cuts -= {match.end() - 1, match.end()}
+    spans: list[tuple[int, int]] = []
+    for start, end in pairwise(sorted(cuts | {0})):
+        if not text[start:end].isspace():
+            spans += _finer(text, start, end)
+    return tuple(spans)
+
+
+def _finer(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """One of Unicode's words, cut where we cut more."""
+    word = text[start:end]
+    inside: set[int] = set()
+    if not _ABBREVIATION.fullmatch(word):
+        inside = {edge for match in _CUT.finditer(word) for edge in match.span()}
+    if (clitic := _CLITIC.search(word)) and clitic.start():
+        inside.add(clitic.start())
+    return [(start + a, start + b) for a, b in pairwise(sorted({0, len(word)} | inside))]
+
+
+def group_words(tokens: Sequence[str], spaced: bool = True) -> tuple[Word, ...]:
+    """Group the labels of tokens to the words of the text that they make (:func:`split_words`).
+
+    Special tokens stand alone. A token belongs to one word at most: what is in one token is one
+    word, without the punctuation at its ends if there is more.
 
     Args:
         tokens: labels as in ``result.output_tokens``.
-        spaced: whether the tokenizer marks spaces (:func:`marks_spaces`); with False every token
-            is a word. Default True.
+        spaced: False: the labels don't hold the spaces (:func:`marks_spaces`), so every token is a
+            word. Default True.
 
     Example:
         >>> [word.text for word in group_words(["A", " zeb", "ra", "'s", " tail", "."])]
         ['A', 'zebra', "'s", 'tail', '.']
     """
-    groups: list[list[int]] = []
-    bare = [_bare(token) for token in tokens]
-    joins = False  # may the next token continue the last group?
-    for index, token in enumerate(tokens):
-        if not bare[index]:
-            joins = False
-            continue
-        starts = token[0] in _WORD_STARTS or token[0].isspace()
-        if joins and spaced and _ends_as_clitic(bare, tokens, index):
-            groups.append([index])  # the apostrophe; its letters follow
-            continue
-        if not spaced or _stands_alone(bare, tokens, index):
-            groups.append([index])
-            joins = False
-            continue
-        if joins and not starts:
-            groups[-1].append(index)
+    labels = _plain_labels(tokens)
+    found = [] if spaced else [(x.strip(), (n,)) for n, x in enumerate(labels) if x.strip()]
+    start = 0
+    for n, label in enumerate([*labels, "</s>"] if spaced else ()):  # one more ends the last run
+        if _SPECIAL.match(label.strip()):
+            found += _words_of_run(labels[start:n], start)
+            found += [(label.strip(), (n,))] * (n < len(labels))
+            start = n + 1
+    return tuple(Word(text, group, is_content_word(text)) for text, group in found)
+
+
+def _plain_labels(tokens: Sequence[str]) -> list[str]:
+    """Labels in which spaces, line breaks and characters stand as they are."""
+    decoded = any(" " in token for token in tokens)  # so that U+0120 is a letter of Maltese
+    reader = _Reader(None)
+    for token in tokens:
+        if byte := _BYTE.match(token):
+            reader.add_byte(0, bytes.fromhex(byte[1]))
+        elif decoded:
+            reader.add_whole(token)
         else:
-            groups.append([index])
-        joins = not token[-1].isspace()
-    texts = ["".join(bare[index] for index in group) for group in groups]
-    return tuple(
-        Word(text, tuple(group), is_content_word(text))
-        for text, group in zip(texts, groups, strict=True)
-    )
+            body = token.lstrip(_WORD_STARTS)
+            reader.add_whole(" " * (len(token) - len(body)) + body.replace("\u010a", "\n"))
+    reader.close()
+    return reader.labels
 
 
-def _bare(token: str) -> str:
-    """A label without white space around it, in whatever way that is written."""
-    return token.strip().strip(_WORD_STARTS).replace("\u010a", "").strip()
+def _words_of_run(labels: Sequence[str], first: int) -> list[tuple[str, tuple[int, ...]]]:
+    """(text, tokens) of the words of labels without special tokens."""
+    text = "".join(labels)
+    ends = list(accumulate(map(len, labels)))
+    spans = split_words(text)
+    groups: list[tuple[list[int], list[int]]] = []  # (spans, tokens) of each word
+    at = 0
+    for token, (label, end) in enumerate(zip(labels, ends, strict=True)):
+        start = end - len(label)
+        while at < len(spans) and spans[at][1] <= start:
+            at += 1
+        touched = [*takewhile(lambda n, end=end: spans[n][0] < end, range(at, len(spans)))]
+        if not label and groups and groups[-1][1][-1] == token - 1:
+            groups[-1][1].append(token)  # it finishes a character of the token before
+        elif touched and groups and groups[-1][0][-1] >= touched[0]:
+            groups[-1][0].extend(n for n in touched if n > groups[-1][0][-1])
+            groups[-1][1].append(token)
+        elif touched:
+            groups.append((touched, [token]))
+    return [
+        (_text_of(text, [spans[n] for n in own]), tuple(first + token for token in group))
+        for own, group in groups
+    ]
 
 
-def _stands_alone(bare: Sequence[str], tokens: Sequence[str], index: int) -> bool:
-    text = bare[index]
-    if _SPECIAL.match(text) or _CLITIC.match(text):
-        return True
-    if unicodedata.name(text[0], "").startswith(_NO_SPACES):
-        return True
-    if not all(unicodedata.category(character)[0] in "PS" for character in text):
-        return False
-    if "\ufffd" in text:  # a piece of a character
-        return False
-    return not _connects(bare, tokens, index)
-
-
-def _connects(bare: Sequence[str], tokens: Sequence[str], index: int) -> bool:
-    """Whether this punctuation sits inside a word (teddy-bear) or a number (3.5)."""
-    if not 0 < index < len(tokens) - 1 or bare[index] != tokens[index]:
-        return False
-    left, right = bare[index - 1], bare[index + 1]
-    if not left or not right or right != tokens[index + 1].rstrip():
-        return False
-    if bare[index] in f"-{_APOSTROPHES}":
-        return left[-1].isalnum() and right[0].isalnum()
-    return bare[index] in ".,:/" and left[-1].isdigit() and right[0].isdigit()
-
-
-def _ends_as_clitic(bare: Sequence[str], tokens: Sequence[str], index: int) -> bool:
-    """Whether this apostrophe and the token after it are a clitic that ends the word."""
-    if bare[index] not in tuple(_APOSTROPHES) or not _connects(bare, tokens, index):
-        return False
-    after = index + 2
-    if not _CLITIC.match(bare[index] + bare[index + 1]):
-        return False
-    if after == len(tokens) or not bare[after] or tokens[index + 1][-1].isspace():
-        return True
-    starts = tokens[after][0] in _WORD_STARTS or tokens[after][0].isspace()
-    return starts or _stands_alone(bare, tokens, after)
+def _text_of(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """The text of a word, without punctuation at its ends where that shares a token with it."""
+    whole = text[spans[0][0] : spans[-1][1]]
+    if _CLITIC.fullmatch(whole.replace(" ", "")):
+        return whole.replace(" ", "")
+    named = [n for n, (a, b) in enumerate(spans) if any(map(str.isalnum, text[a:b]))]
+    together = named == [*range(named[0], named[-1] + 1)] if named else False
+    if not together or whole.split() != [whole]:  # "<b>dog</b>", "& dog": more than signs around it
+        return whole
+    return text[spans[named[0]][0] : spans[named[-1]][1]]
 
 
 # ---- word lists ------------------------------------------------------------------------------

@@ -44,7 +44,19 @@ def texts(*tokens):
         ((" dog", " ", "cat"), ["dog", "cat"]),
         (("这", "是", "狗"), ["这", "是", "狗"]),
         ((" dog", "</s>", "cat"), ["dog", "</s>", "cat"]),
-        ((" caf", "<0xC3>", "<0xA9>"), ["caf<0xC3><0xA9>"]),
+        ((" caf", "<0xC3>", "<0xA9>"), ["café"]),
+        ((" u", " \u0120ur", "\u0121"), ["u", "\u0120ur\u0121"]),  # Maltese, no mark of a space
+        ((" dog", ".The"), ["dog", "The"]),  # one token, one word
+        ((" dog", '."', "\n\n"), ["dog", '."']),
+        ((" 'd", "og", "'"), ["dog", "'"]),  # as GPT-2's tokenizer has it
+        ((" & dog", " &", "cat"), ["& dog", "&", "cat"]),
+        (("the", "ir dog"), ["their dog"]),  # a token can't be in two words
+        (("\u6591", "\u9a6c", "\u5728"), ["\u6591\u9a6c", "\u5728"]),
+        (("\u6591", "\u9a6c\u5728"), ["\u6591\u9a6c\u5728"]),
+        (("\u00e9", "", "", "t"), ["\u00e9t"]),
+        (("", " dog", ""), ["dog"]),
+        (("<id 5>", "<id 6>"), ["<id 5>", "<id 6>"]),
+        (("dog\ud800",), ["dog"]),  # half of a surrogate pair
         ((), []),
         ((".",), ["."]),
         (("$", "5"), ["$", "5"]),

@@ -19,7 +19,7 @@ from captum_mllm.methods.request import Request, SharedTraces
 from captum_mllm.metrics import MASK_METRICS, insertion_deletion, score_words
 from captum_mllm.model.loading import prepare_inputs
 from captum_mllm.result import MLLMAttributionResult
-from captum_mllm.words import group_words, marks_spaces
+from captum_mllm.words import group_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ def prepare_sample(
         images=sample.image,
     )
     ids = trace.text_ids[trace.n_prompt :].cpu()
-    words = group_words(trace.labels[trace.n_prompt :], spaced=marks_spaces(trace.labels))
+    words = group_words(trace.labels[trace.n_prompt :])
     categories = match_categories([word.text for word in words], table, parity=settings.parity)
     labels: list[str | None] = [None] * len(ids)
     for word, label in zip(words, categories, strict=True):

@@ -140,7 +140,8 @@ class TokenLogProb(nn.Module):
     @property
     def output_tokens(self) -> tuple[str, ...]:
         """Labels of the scored tokens."""
-        return token_labels(self.output_ids.tolist(), self._tokenizer)
+        labels = self.input_tokens  # a label depends on the tokens before it
+        return tuple(labels[row] for row in self._rows.tolist())
 
     @property
     def input_tokens(self) -> tuple[str, ...]:

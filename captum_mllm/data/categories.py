@@ -1,10 +1,14 @@
 """Which category a word names: COCO's 80 names, plurals and synonyms; the longest phrase wins."""
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
-from captum_mllm.words import group_words
+from captum_mllm.words import split_words
 
 _COCO = """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
@@ -76,51 +80,81 @@ COCO_SYNONYMS: dict[str, tuple[str, ...]] = {
 """Common synonyms of COCO's names, without their plurals: our choice, far from complete."""
 
 
+# What pluralizer's rules get wrong among the names of things.
+_UNCOUNTABLE = "baggage broccoli cattle furniture jewelry luggage police"
+_MANS = "caiman cayman doberman german hetman norman ottoman roman shaman talisman turkoman"
 _IRREGULAR = {
-    "person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice",
-    "goose": "geese", "ox": "oxen", "foot": "feet", "tooth": "teeth", "sheep": "sheep",
-    "cattle": "cattle", "luggage": "luggage", "people": "people", "skis": "skis",
-    "scissors": "scissors", "aircraft": "aircraft", "broccoli": "broccoli", "calf": "calves",
-    "knife": "knives", "wife": "wives", "life": "lives", "leaf": "leaves", "loaf": "loaves",
-    "shelf": "shelves", "wolf": "wolves", "half": "halves", "potato": "potatoes",
-    "tomato": "tomatoes",
+    "lens": "lenses", "virus": "viruses", "buffalo": "buffaloes",
+    **{word: f"{word}s" for word in _MANS.split()},
 }  # fmt: skip
+_PLURAL_ONLY = """binoculars clothes glasses goggles headphones jeans leggings overalls pajamas
+pants pliers pyjamas scissors shears shorts stairs sunglasses tights tongs trousers tweezers"""
+_BEFORE_NOUNS = "at|by|for|from|in|of|on|to|under|with"  # "passer-by", "bowl of soup"
+_HEAD = re.compile(rf"(.+?)((?:[ -](?:{_BEFORE_NOUNS})(?:[ -].*)?| \(.*)?)")
+
+# How COCO panoptic and COCO stuff write names: what is left over, and "wall-brick".
+_LEFT_OVER = re.compile(r"(?:-(?:other|merged|stuff))+$")
+_SURFACE = re.compile(r"(wall|floor|ceiling)-(\w+)$")
+_LINK = re.compile(r"[-_\u2010\u2011]")
 
 
 Phrase = tuple[str, ...]
 
 
+@cache
+def _pluralizer() -> Any:
+    from pluralizer import Pluralizer
+
+    rules = Pluralizer()
+    for word in _UNCOUNTABLE.split():
+        rules.add_uncountable_rule(word)
+    for one, many in _IRREGULAR.items():
+        rules.add_irregular_rule(one, many)
+    rules.add_plural_rule(re.compile("([\u00e0-\u00f6\u00f8-\u00ff])$"), "$1s")  # "cafés"
+    return rules
+
+
 def plural(phrase: str) -> str:
-    """The plural of an English noun, or of a noun phrase by its last word.
+    """The plural of an English noun, or of a noun phrase by its head: the word before "of", "by".
 
     Args:
-        phrase: lower case, e.g. "wine glass".
+        phrase: lower case, e.g. "wine glass". What is a plural already stays as it is.
 
     Returns:
         The plural, lower case.
 
     Example:
-        >>> [plural(word) for word in ("wine glass", "knife", "puppy", "person", "sheep")]
-        ['wine glasses', 'knives', 'puppies', 'people', 'sheep']
+        >>> [plural(word) for word in ("wine glass", "knife", "puppy", "person", "passer-by")]
+        ['wine glasses', 'knives', 'puppies', 'people', 'passers-by']
     """
-    *before, last = phrase.split(" ")
-    if last in _IRREGULAR:
-        ending = _IRREGULAR[last]
-    elif last.endswith("man") and last != "human":
-        ending = last[:-3] + "men"
-    elif last.endswith("y") and last[-2:-1] not in tuple("aeiou"):
-        ending = last[:-1] + "ies"
-    elif last.endswith(("s", "x", "z", "ch", "sh")):
-        ending = last + "es"
-    else:
-        ending = last + "s"
-    return " ".join([*before, ending])
+    match = _HEAD.fullmatch(phrase)
+    if match is None:
+        return phrase
+    head, rest = match[1], match[2]
+    before = head[: 1 + max(head.rfind(mark) for mark in " -_")]
+    return f"{before}{_pluralizer().plural(head[len(before) :])}{rest}"
 
 
 def _words(phrase: str) -> Phrase:
     """A phrase's words, split as an answer's are: "woman's hand" has three."""
-    pieces = re.findall(r"\s*(?:\w+|[^\w\s])", phrase)
-    return tuple(word.text for word in group_words(pieces))
+    return tuple(phrase[start:end] for start, end in split_words(phrase))
+
+
+def _plain_name(name: str) -> str:
+    """A name as people write it: of LVIS ("stop_sign"), of COCO panoptic ("sky-other-merged")."""
+    return " ".join(_LEFT_OVER.sub("", name.lower().replace("_", " ")).split()) or name.lower()
+
+
+def _variants(name: str) -> tuple[str, ...]:
+    """Other ways to say a name; they count if no other category is called so."""
+    bare = re.sub(r" ?\([^()]*\)$", "", name)  # "mouse (computer equipment)", of LVIS
+    turned = _SURFACE.sub(r"\2 \1", name)  # "wall-brick", of COCO panoptic
+    *before, last = name.split(" ")
+    one = last if last in _PLURAL_ONLY.split() else _pluralizer().singular(last)
+    if _pluralizer().plural(one) != last or not _pluralizer().is_plural(last):
+        one = last
+    single = " ".join([*before, one])  # "people"
+    return tuple(form for form in dict.fromkeys((bare, turned, single)) if form and form != name)
 
 
 @dataclass(frozen=True)
@@ -140,6 +174,10 @@ class CategoryTable:
         cls, names: Iterable[str], synonyms: Mapping[str, Sequence[str]] | None = None
     ) -> "CategoryTable":
         """A table of names and synonyms; plurals of both and hyphens ("teddy-bear") are added.
+
+        Names may be written as data sets do: "stop_sign", "mouse_(computer_equipment)",
+        "sky-other-merged", "wall-brick" are named by "stop sign", "mouse", "sky", "brick wall",
+        the qualified ones where no other name or qualified name is the same word.
 
         Args:
             names: the categories' names, in the order that breaks ties.
@@ -162,10 +200,14 @@ class CategoryTable:
         unknown = sorted(set(others) - set(kept))
         if unknown:
             raise ValueError(f"synonyms are given for {unknown}, which are not among the names.")
+        plain = [_plain_name(name) for name in kept]
+        taken = Counter(plain)
+        taken.update(form for name in plain for form in _variants(name))
         rows = []
-        for name in kept:
-            singular = [" ".join(word.lower().split()) for word in (name, *others.get(name, ()))]
-            both = [form for word in singular for form in (word, plural(word))]
+        for name, own in zip(kept, plain, strict=True):
+            free = [form for form in _variants(own) if taken[form] == 1]
+            others_own = [_plain_name(word) for word in others.get(name, ())]
+            both = [form for word in (own, *free, *others_own) for form in (word, plural(word))]
             both += [form.replace(" ", "-") for form in both]
             rows.append(tuple(_words(form) for form in dict.fromkeys(both)))
         return cls(kept, tuple(rows))
@@ -186,9 +228,11 @@ def match_categories(
 ) -> tuple[str | None, ...]:
     """The category that each word of a text names, or helps to name.
 
-    By default whole phrases are matched, case ignored: of overlapping ones the longest wins, then
-    the category that comes first in the table, then the one further left. A word belongs to one
-    phrase at most, so the "dog" of "hot dog" does not name a dog.
+    By default whole phrases are matched; case, hyphens and underscores, and the ways to write an
+    accent or apostrophe make no difference. Of overlapping phrases the longest wins, then the
+    category that comes first in the table, then the phrase further left. A category's own name is
+    not taken for a form of another's name. A word belongs to one phrase at most, so the "dog" of
+    "hot dog" does not name a dog; nor does the one of "dog-friendly".
 
     Args:
         words: a text's words in order, punctuation as words of its own
@@ -224,20 +268,37 @@ def match_categories(
             if word[0].isalnum()  # neither punctuation nor 's
         }
         return tuple(last.get(word) for word in lower)
+    parts, ends = _parts(words)
     order: dict[Phrase, int] = {}
+    for number, phrases in enumerate(table.phrases):  # a name before other forms of another name
+        order.setdefault(_parts(phrases[0])[0], number)
     for number, phrases in enumerate(table.phrases):
         for phrase in phrases:
-            order.setdefault(phrase, number)
-    longest = max((len(phrase) for phrase in order), default=0)
+            order.setdefault(_parts(phrase)[0], number)
+            order.setdefault(_parts(_LINK.sub(" - ", " ".join(phrase)).split())[0], number)
+    starts = [0, *ends]
+    words_at = {place: word for word, place in enumerate(starts)}
     matches = [
         (-length, order[phrase], start)
-        for length in range(1, longest + 1)
-        for start in range(len(lower) - length + 1)
-        if (phrase := tuple(lower[start : start + length])) in order
+        for length in range(1, max(map(len, order), default=0) + 1)
+        for start in starts
+        if start + length in words_at
+        if (phrase := parts[start : start + length]) in order
     ]
-    labels: list[str | None] = [None] * len(lower)
+    labels: list[str | None] = [None] * len(words)
     for length, number, start in sorted(matches):
-        span = slice(start, start - length)
+        span = slice(words_at[start], words_at[start - length])
         if not any(labels[span]):
-            labels[span] = [table.names[number]] * -length
+            labels[span] = [table.names[number]] * (span.stop - span.start)
     return tuple(labels)
+
+
+def _parts(words: Sequence[str]) -> tuple[Phrase, list[int]]:
+    """What words are compared by, and how many parts there are up to each word's end."""
+    parts: list[str] = []
+    ends = []
+    for word in words:
+        plain = unicodedata.normalize("NFKC", word).casefold().replace("\u2019", "'")
+        parts += [part for part in _LINK.split(plain) if part] or ["-"]
+        ends.append(len(parts))
+    return tuple(parts), ends

@@ -25,7 +25,7 @@ from captum_mllm.metrics.localization import (
     precision_recall,
 )
 from captum_mllm.result import UNIT, MLLMAttributionResult
-from captum_mllm.words import FUNCTION_WORDS, Word, group_words, marks_spaces
+from captum_mllm.words import FUNCTION_WORDS, Word, group_words
 
 
 def is_function_word(word: str) -> bool:
@@ -386,7 +386,7 @@ def score_words(
     maps = result.grid_attr[image]
     if maps.ndim != 3:
         raise ValueError("result's image is a video, which has no mask of one picture.")
-    words = group_words(result.output_tokens, spaced=marks_spaces(result.input_tokens))
+    words = group_words(result.output_tokens)
     labels = match_categories([word.text for word in words], table, parity=parity)
     box = None if parity else result.geometry(image, size, geometry=geometry, processor=processor)
 

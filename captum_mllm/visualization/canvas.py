@@ -62,7 +62,8 @@ def token_labels(tokens: Sequence[str]) -> list[str]:
     Args:
         tokens: labels as in ``result.output_tokens``.
     """
-    return [literal(token.strip(" ") or token, _LABEL_CHARACTERS) for token in tokens]
+    shown = (token.strip(" ") or token or "\u2026" for token in tokens)  # "": see words.py
+    return [literal(token, _LABEL_CHARACTERS) for token in shown]
 
 
 def literal(text: str, limit: int | None = None) -> str:

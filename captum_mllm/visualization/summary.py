@@ -16,7 +16,6 @@ from captum_mllm.words import (
     find_peak,
     group_words,
     join_tokens,
-    marks_spaces,
     word_attributions,
     word_maps,
     word_probabilities,
@@ -200,7 +199,7 @@ def answer_words(result: ResultLike) -> tuple[Word, ...]:
     Args:
         result: what ``attribute`` returned.
     """
-    return group_words(result.output_tokens, marks_spaces(result.input_tokens))
+    return group_words(result.output_tokens)
 
 
 def answer_text(result: ResultLike) -> str:
@@ -212,7 +211,7 @@ def answer_text(result: ResultLike) -> str:
     Returns:
         The tokens joined as the tokenizer would.
     """
-    return join_tokens(result.output_tokens, marks_spaces(result.input_tokens))
+    return join_tokens(result.output_tokens)
 
 
 def summarise(
@@ -338,17 +337,16 @@ def context_of(
         (words, context).
     """
     labels, rows = result.input_tokens, len(result.output_tokens)
-    spaced = marks_spaces(labels)
     start = len(labels) - rows
     aligned = start >= 0 and labels[start:] == result.output_tokens
     if not aligned:  # only some tokens are explained
-        context = group_words(labels, spaced)
+        context = group_words(labels)
         return context, word_attributions(result.token_attr, words, context)
     answer = tuple(
         Word(word.text, tuple(start + token for token in word.tokens), word.content)
         for word in words
     )
-    prompt = group_words(labels[:start], spaced)
+    prompt = group_words(labels[:start])
     context = prompt + answer
     attr = word_attributions(result.token_attr, words, context)
     for row in range(len(words)):  # a word's later tokens are supported by its first one

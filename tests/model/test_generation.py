@@ -256,7 +256,7 @@ def test_a_processor_is_not_needed_and_changes_labels_only(subject):
 def test_a_tokenizer_alone_will_do(tiny_subject):
     s = tiny_subject
     got = LogitLens(s.model, s.processor.tokenizer).attribute(s.inputs, "a dog")
-    assert got.output_tokens == ("a", "dog")
+    assert got.output_tokens == (" a", " dog")  # as they stand in the decoded text
     assert got.preprocessing is None
 
 
