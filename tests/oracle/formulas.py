@@ -423,7 +423,8 @@ def rank_mask(values: torch.Tensor, segments: int) -> torch.Tensor:
 def calibrate(maps: Tensor, tau: float | str) -> Tensor:
     """Each value by its distance from the peak, in population standard deviations of its map.
 
-    "adaptive": in the peak's height above the mean, of which .4 are a fall to 1/e.
+    "adaptive": in the peak's height above the mean, of which .4 are a fall to 1/e. The lowest
+    value falls to exp(-60) at the most.
     """
     rows = []
     for row in maps.tolist():
@@ -432,6 +433,7 @@ def calibrate(maps: Tensor, tau: float | str) -> Tensor:
             unit = 0.4 * (peak - statistics.fmean(row))
         else:
             unit = tau * statistics.pstdev(row)
+        unit = max(unit, (peak - min(row)) / 60)
         rows.append([peak * math.exp((v - peak) / unit) if unit else v for v in row])
     return _f64(rows)
 
