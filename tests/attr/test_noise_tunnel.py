@@ -118,7 +118,9 @@ def test_repeated_ids_on_several_versions_are_refused(tiny_subject, versions, ta
     close(got, loop(method, inputs, target, pixels))
 
 
-@pytest.mark.parametrize(("versions", "target"), [(2, [20, 31]), (2, [9]), (3, [7, 7]), (4, [7] * 3)])
+@pytest.mark.parametrize(
+    ("versions", "target"), [(2, [20, 31]), (2, [9]), (3, [7, 7]), (4, [7] * 3)]
+)
 def test_ids_that_captum_cannot_have_repeated_are_the_answer(tiny_subject, versions, target):
     s, inputs = tiny_subject, tiny_subject.inputs
     pixels, method = inputs["pixel_values"].repeat(versions, 1, 1, 1), LogitLens(s.model)
