@@ -166,8 +166,8 @@ def test_other_kinds(tiny_subject, nt_type):
 def test_explain_goes_through(tiny_subject):
     s, inputs = tiny_subject, tiny_subject.inputs
     got = NoiseTunnel(LogitLens(s.model)).attribute(
-        inputs["pixel_values"], nt_samples=2, stdevs=0.0, target=tuple(s.answer.tolist()), explain="all",
-        additional_forward_args=rest_of(inputs),
+        inputs["pixel_values"], nt_samples=2, stdevs=0.0, target=tuple(s.answer.tolist()),
+        explain="all", additional_forward_args=rest_of(inputs),
     )  # fmt: skip
     expected = LogitLens(s.model).attribute(inputs, s.answer, explain="all")
     close(got[0], expected.image_attr[0])
