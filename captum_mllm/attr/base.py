@@ -12,6 +12,7 @@ from torch import Tensor
 from captum_mllm._captum import log_usage
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGrid
+from captum_mllm.model.processor_checks import check_pixels
 from captum_mllm.model.runner import Runner, RunOptions, check_options
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import LOGITS, MLLMAttributionResult
@@ -130,6 +131,8 @@ class TokenAttribution(Attribution):
                 "everything itself."
             )
         mapping: Any = inputs
+        if isinstance(mapping, Mapping):
+            check_pixels(mapping, self.runner.processor, self.runner.adapter)
         return self.attribute_trace(self.trace(mapping, target, **options))
 
     def _attribute_pixels(

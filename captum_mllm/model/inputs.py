@@ -11,6 +11,7 @@ from torch import Tensor
 
 from captum_mllm.adapters import Adapter
 from captum_mllm.geometry import ImageGrid
+from captum_mllm.validation import ArgumentError
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +118,13 @@ def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, 
             )
     _check_ids(inputs["input_ids"], adapter)
     for name in pixels:
+        if name.startswith("pixel_values") and not inputs[name].is_floating_point():
+            raise ArgumentError(
+                name,
+                f"must be normalised floats, got {inputs[name].dtype}: bytes of a picture are no "
+                f"input of the model. Pass what its processor makes of the picture, with "
+                f"return_tensors='pt'.",
+            )
         if not torch.isfinite(inputs[name]).all():
             raise ValueError(f"{name} hold NaN or infinite values; check the image.")
     _check_tensors(inputs, adapter)
