@@ -108,6 +108,7 @@ def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, 
             f"pixel_values), or a pixel tensor with the rest of the mapping as "
             f"additional_forward_args; got {type(inputs).__name__}."
         )
+    refuse_meta(inputs)
     pixels = [name for name in adapter.pixel_keys if inputs.get(name) is not None]
     for name in ("input_ids", *(pixels or adapter.pixel_keys[:1])):
         if not isinstance(inputs.get(name), Tensor):
@@ -139,6 +140,24 @@ def _one_sample(inputs: Mapping[str, Any], adapter: Adapter) -> tuple[dict[str, 
         if name in kept:
             kept[name] = kept[name][:, padding:]
     return kept, padding
+
+
+def refuse_meta(tensors: Mapping[str, Any]) -> None:
+    """Raise on tensors of the meta device, which hold no values.
+
+    Args:
+        tensors: arguments by their names; those that are no tensors don't matter.
+
+    Raises:
+        ArgumentError: one lies on the meta device.
+    """
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ArgumentError(
+                name,
+                "lies on the meta device, where tensors have no values: make it on the CPU or the "
+                "model's device, outside of torch.device('meta') and init_empty_weights().",
+            )
 
 
 def _check_tensors(inputs: Mapping[str, Any], adapter: Adapter) -> None:

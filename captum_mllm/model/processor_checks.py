@@ -72,6 +72,8 @@ def check_pixels(inputs: Mapping[str, Any], processor: Any, adapter: Adapter) ->
     pixels = inputs.get("pixel_values")
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or not pixels.numel():
         return
+    if pixels.is_meta or not torch.isfinite(pixels).all():  # refused where the inputs are read
+        return
     statistics = pixel_statistics(processor)
     lowest, highest = (float(extreme) for extreme in pixels.aminmax())
     if statistics is None:
