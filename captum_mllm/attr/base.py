@@ -23,8 +23,8 @@ class TokenAttribution(Attribution):
     """Explains each token of an answer by the image's cells and by the text before it.
 
     Subclasses give :attr:`runner`, which runs the model, and may refine :meth:`trace` (more
-    evidence) and :meth:`attribute_trace` (the result from it). Not thread-safe: while one runs,
-    hooks sit in the user's model.
+    evidence) and :meth:`attribute_trace` (the result from it). While one runs, hooks sit in
+    the user's model; other threads that explain with it wait.
     """
 
     @property
