@@ -61,7 +61,7 @@ def contiguous_gradients(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # pyright: ignore
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # a re-entrant lock per model
 _MAKING = threading.Lock()
 
 

@@ -163,10 +163,11 @@ def other_family(processor: Any, model_type: str) -> str | None:
     Returns:
         The class's name; None where the processor may be the model's, or nothing is known of it.
     """
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto import processing_auto
 
-    own = PROCESSOR_MAPPING_NAMES.get(model_type)
-    registered = {name for name in PROCESSOR_MAPPING_NAMES.values() if isinstance(name, str)}
+    classes: dict[str, Any] = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
+    own = classes.get(model_type)
+    registered = {name for name in classes.values() if isinstance(name, str)}
     names = {cls.__name__ for cls in type(processor).__mro__} & registered
     alike = {own}.union(*(kin for kin in _KIN if own in kin))
     return own if isinstance(own, str) and names and names.isdisjoint(alike) else None
