@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from math import isfinite
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -65,7 +65,7 @@ def picture_size(size: Any) -> tuple[int, int]:
     """Read (height, width) from a pair of numbers or a PIL picture.
 
     Args:
-        size: (height, width) in pixels, or the picture.
+        size: (height, width) in pixels, whole numbers of Python or NumPy; or the picture.
 
     Returns:
         (height, width) in pixels.
@@ -78,9 +78,10 @@ def picture_size(size: Any) -> tuple[int, int]:
         size = (size.height, size.width)
     if not isinstance(size, tuple | list):
         raise TypeError(f"size must be (height, width) in pixels or a PIL picture, got {size!r}.")
-    if len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size):
+    whole = [isinstance(side, Integral) and not isinstance(side, bool) for side in size]
+    if len(size) != 2 or not all(whole) or min(size) < 1:
         raise ArgumentError("size", f"must be (height, width), whole pixels >= 1, got {size!r}.")
-    return size[0], size[1]
+    return int(size[0]), int(size[1])
 
 
 def check_scales(scales: Any) -> tuple[float, ...]:

@@ -2,7 +2,9 @@
 
 import pickle
 
+import numpy as np
 import pytest
+import torch
 
 from captum_mllm.validation import ArgumentError, check_alpha_max, check_number, picture_size
 
@@ -37,6 +39,13 @@ def test_bounds_of_alpha():
 
 def test_sizes_of_pictures():
     assert picture_size([3, 4]) == (3, 4)
+    from_numpy = picture_size((np.int64(3), np.uint16(4)))
+    assert from_numpy == (3, 4)
+    assert {type(side) for side in from_numpy} == {int}
+    assert picture_size(torch.tensor([3, 4]).tolist()) == picture_size(torch.Size([3, 4]))
+    for wrong in ((3.0, 4), (np.float64(3), 4), (True, 4), ("3", 4)):
+        with pytest.raises(ArgumentError, match="size must be"):
+            picture_size(wrong)
     with pytest.raises(ArgumentError, match="size must be") as caught:
         picture_size((0, 4))
     assert caught.value.argument == "size"

@@ -1,8 +1,10 @@
 """Hooks on a user's model while we run it, and the model restored afterwards."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -57,6 +59,26 @@ def contiguous_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # a re-entrant lock per model
+_MAKING = threading.Lock()
+
+
+@contextmanager
+def one_thread(model: nn.Module) -> Iterator[None]:
+    """Let one thread at a time run a model: a second waits, the same may enter again.
+
+    Hooks, flags and the attention setting sit in the model while it runs; a thread between them
+    would get another one's values.
+
+    Args:
+        model: the user's model.
+    """
+    with _MAKING:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock:
+        yield
 
 
 @contextmanager

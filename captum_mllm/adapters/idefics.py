@@ -9,6 +9,7 @@ from typing_extensions import override
 from captum_mllm.adapters.registry import register_adapter
 from captum_mllm.adapters.tiles import TileAdapter
 from captum_mllm.geometry import ImageGrid
+from captum_mllm.validation import ArgumentError
 
 
 @register_adapter("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
@@ -30,6 +31,14 @@ class IdeficsAdapter(TileAdapter):
             raise ValueError(
                 f"pixel_values must be (1, tiles, channels, height, width), got shape "
                 f"{tuple(pixels.shape)}; pass what the processor returns for one sample."
+            )
+        expected = (*pixels.shape[:2], *pixels.shape[3:])
+        if mask is not None and tuple(mask.shape) != expected:
+            raise ArgumentError(
+                "pixel_attention_mask",
+                f"must be (1, tiles, height, width) = {expected}, as pixel_values have it, got "
+                f"{tuple(mask.shape)}: text, pixels and mask must come from the same processor "
+                f"call.",
             )
         real = (pixels[0] != 0).flatten(1).any(1)  # how the model recognises padding
         if mask is not None and not bool(mask[0][real].bool().all()):

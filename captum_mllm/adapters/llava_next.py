@@ -15,6 +15,7 @@ from captum_mllm.adapters.pixels import cut_window, enlarged, picture_pixels
 from captum_mllm.adapters.registry import register_adapter
 from captum_mllm.functional import WHOLE, Box, join_tiles, resize_pixels, split_tiles
 from captum_mllm.geometry import ImageGrid
+from captum_mllm.validation import ArgumentError
 
 Size = tuple[int, int]
 
@@ -62,6 +63,12 @@ class LlavaNextAdapter(Adapter):
             raise ValueError(
                 f"image_sizes must be (images, 2) with one (height, width) for each of "
                 f"{len(pixels)} images, got shape {tuple(sizes.shape)}."
+            )
+        if sizes.is_floating_point() or bool((sizes < 1).any()):
+            raise ArgumentError(
+                "image_sizes",
+                f"must hold whole pixels >= 1, (height, width) of each picture, got "
+                f"{sizes.tolist()}; pass what the processor returns.",
             )
         grids = tuple(self._grid((int(height), int(width))) for height, width in sizes)
         needed = max(1 + grid.tiles[0] * grid.tiles[1] for grid in grids)

@@ -22,6 +22,13 @@ _PLACEHOLDERS = {
 }
 """By class of processor: what stands for one picture in a prompt without a chat template."""
 
+_KIN = (
+    {"LlavaProcessor", "LlavaNextProcessor", "PixtralProcessor"},
+    {"Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"},
+    {"Idefics3Processor", "SmolVLMProcessor"},
+)
+"""Classes of processors that checkpoints of one another's families come with."""
+
 
 def read_preprocessing(processor: Any) -> Preprocessing:
     """Read what a processor does to a picture from its settings.
@@ -124,3 +131,43 @@ def lacks_video_part(processor: Any) -> bool:
         processor: a transformers processor.
     """
     return type(processor).__name__.startswith("ImageOnly")
+
+
+def pixel_statistics(processor: Any) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation per channel by which a processor normalises pixels of 0 .. 1.
+
+    Args:
+        processor: a transformers processor, an image processor or None.
+
+    Returns:
+        Mean and standard deviation; None where it does not bring bytes to 0 .. 1 and normalise.
+    """
+    settings = getattr(processor, "image_processor", processor)
+    wanted = ("do_rescale", "do_normalize", "image_mean", "image_std", "rescale_factor")
+    if not all(getattr(settings, name, None) for name in wanted):
+        return None
+    mean, std = settings.image_mean, settings.image_std
+    if not isinstance(mean, list | tuple) or not isinstance(std, list | tuple):
+        return None
+    whole = abs(settings.rescale_factor * 255 - 1) < 1e-3
+    return (list(mean), list(std)) if whole and len(mean) == len(std) and min(std) > 0 else None
+
+
+def other_family(processor: Any, model_type: str) -> str | None:
+    """The class of processor that a type of model has, where this one is another type's.
+
+    Args:
+        processor: a transformers processor.
+        model_type: of the model's config.
+
+    Returns:
+        The class's name; None where the processor may be the model's, or nothing is known of it.
+    """
+    from transformers.models.auto import processing_auto
+
+    classes: dict[str, Any] = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
+    own = classes.get(model_type)
+    registered = {name for name in classes.values() if isinstance(name, str)}
+    names = {cls.__name__ for cls in type(processor).__mro__} & registered
+    alike = {own}.union(*(kin for kin in _KIN if own in kin))
+    return own if isinstance(own, str) and names and names.isdisjoint(alike) else None

@@ -12,17 +12,19 @@ from torch import Tensor
 from captum_mllm._captum import log_usage
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGrid
+from captum_mllm.model.processor_checks import check_pixels
 from captum_mllm.model.runner import Runner, RunOptions, check_options
 from captum_mllm.model.trace import TokenTrace
 from captum_mllm.result import LOGITS, MLLMAttributionResult
+from captum_mllm.validation import ArgumentError
 
 
 class TokenAttribution(Attribution):
     """Explains each token of an answer by the image's cells and by the text before it.
 
     Subclasses give :attr:`runner`, which runs the model, and may refine :meth:`trace` (more
-    evidence) and :meth:`attribute_trace` (the result from it). Not thread-safe: while one runs,
-    hooks sit in the user's model.
+    evidence) and :meth:`attribute_trace` (the result from it). While one runs, hooks sit in
+    the user's model; other threads that explain with it wait.
     """
 
     @property
@@ -100,8 +102,9 @@ class TokenAttribution(Attribution):
                 ``additional_forward_args``.
             target: the answer: None (default) generates it; a 1-D tensor or list of token ids is
                 teacher-forced; a string needs a processor. With noisy copies of the pixels
-                (``NoiseTunnel``) a 1-D target that captum repeated per copy is understood; a
-                tuple of ids is never repeated.
+                (``NoiseTunnel``) give a tuple of ids or a 2-D tensor of one row: captum repeats
+                the ids of a list or 1-D tensor for each copy, which could not be told from an
+                answer of repeated words and is refused.
             additional_forward_args: with a pixel tensor, the rest of the mapping; with the whole
                 mapping a tensor (N, C, H, W) holds versions of the picture's canvas, as
                 ``TokenLogProb(...).pixels`` gives it in every family.
@@ -128,6 +131,8 @@ class TokenAttribution(Attribution):
                 "everything itself."
             )
         mapping: Any = inputs
+        if isinstance(mapping, Mapping):
+            check_pixels(mapping, self.runner.processor, self.runner.adapter)
         return self.attribute_trace(self.trace(mapping, target, **options))
 
     def _attribute_pixels(
@@ -171,23 +176,45 @@ class TokenAttribution(Attribution):
 
 
 def _one_target(target: Any, n: int) -> Any:
-    """The target of one sample, where captum repeated each of its ids for n copies."""
-    if n == 1:
-        return target[0] if isinstance(target, Tensor) and target.ndim == 2 else target
+    """The target of one version out of n, whatever captum's wrappers made of it.
+
+    captum repeats each entry of a list or tensor for each of m copies, where n is a multiple of m,
+    and leaves tuples alone. Rows of a 2-D target are whole answers, so that repeating them does no
+    harm; ids of a 1-D one that come m at a time could be either.
+    """
     if target is None:
-        raise ValueError(
-            f"target is None, but inputs hold {n} versions of the image whose own answers could "
-            f"differ: give the token ids to explain."
+        if n == 1:
+            return None
+        raise ArgumentError(
+            "target",
+            f"is None, but inputs hold {n} versions of the image whose own answers could differ: "
+            f"give the token ids to explain.",
         )
     if isinstance(target, str | tuple):
         return target
-    ids = torch.as_tensor(target)
-    if ids.ndim == 2:
-        ids = ids.T.reshape(-1)
-    if ids.numel() and ids.numel() % n == 0:
-        copies = ids.reshape(-1, n)
-        if bool((copies == copies[:, :1]).all()):
-            return copies[:, 0]
+    try:
+        ids = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError):
+        return target  # refused with what a target may be, where it is read
+    if ids.ndim == 2 and len(ids):
+        if bool((ids != ids[:1]).any()):
+            raise ArgumentError(
+                "target",
+                f"has rows that differ, {ids.tolist()}: all versions of an image explain one "
+                f"answer; attribute each version on its own, or give one row.",
+            )
+        return ids[0]
+    if ids.ndim == 1 and len(ids):
+        for m in range(2, n + 1):
+            copies = ids[: len(ids) // m * m].reshape(-1, m)
+            if not n % m and copies.numel() == len(ids) and bool((copies == copies[:, :1]).all()):
+                raise ArgumentError(
+                    "target",
+                    f"holds each id {m} times in a row, {ids.tolist()}, and inputs {n} versions of "
+                    f"the image: captum's wrappers repeat the ids of a list or tensor for each "
+                    f"copy, which an answer of repeated words looks like as well. Give a tuple of "
+                    f"ids, tuple(ids), or a 2-D tensor of one row, ids[None].",
+                )
     return target
 
 

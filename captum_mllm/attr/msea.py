@@ -33,7 +33,9 @@ class MSEA(TokenAttribution):
             (``LogitLens(model)``).
         processor: see :class:`LogitLens`, default None; with an attribution, give it to that.
         layer: as for ``LogitLens``, default -1.
-        scales: factors of the images' height and width, default (1.0, 2.0).
+        scales: factors of the images' height and width, default (1.0, 2.0). ``(1.0,)`` with
+            ``flip="none"`` gives the maps of the base bit for bit, whatever the aggregation; with
+            flipped views there are two maps of scale 1.0 to aggregate.
         aggregation: "mean" (default, the paper's) or "median".
         scale_weights: "adaptive" (default): a scale whose map orders the cells differently from
             scale 1's counts less, token by token

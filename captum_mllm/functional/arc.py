@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from captum_mllm.functional.tam import fit_alpha
+from captum_mllm.functional.tam import subtract_fitted
 
 
 def top_k_rankings(
@@ -43,8 +43,20 @@ def top_k_rankings(
     vocabulary = logits.shape[1]
     if not 1 <= k <= vocabulary:
         raise ValueError(f"top_k must lie in 1..{vocabulary} (the vocabulary), got {k}.")
+    rows = max(1, _BLOCK // vocabulary)  # the keys of all rows would be eight times the logits
+    return torch.cat([_ranked(block, k) for block in logits.split(rows)])
+
+
+_BLOCK = 2**20
+"""Numbers that a step works on at once: 8 MB of int64 or float64, whatever the input's size."""
+
+
+def _ranked(
+    logits: Float[Tensor, "positions vocabulary"], k: int
+) -> Int64[Tensor, "positions {k}"]:
     # An order-preserving int of the float in the high half and the reversed id in the low half
     # make every key distinct, so that topk has one right answer even where logits are equal.
+    vocabulary = logits.shape[1]
     bits = (logits.float() + 0.0).contiguous().view(torch.int32).to(torch.int64)  # + 0.0: no -0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     ids = torch.arange(vocabulary, device=logits.device)
@@ -106,9 +118,17 @@ def rank_biased_overlap(
     # where an id is not in the list.
     ids, compact = torch.cat([rankings_a, rankings_b]).unique(return_inverse=True)
     compact_a, compact_b = compact[:n_a], compact[n_a:]
-    gain_in_b = gain.new_zeros(n_b, len(ids)).scatter_(1, compact_b, gain.expand(n_b, k))
-    common = torch.minimum(gain_in_b[:, compact_a], gain)  # (b, a, k)
-    return common.sum(-1).T.clamp(max=1)  # rounding alone could exceed 1
+    overlap = gain.new_empty(n_b, n_a)
+    rows = max(1, _BLOCK // max(len(ids), n_a * k, 1))
+    for some, block in zip(overlap.split(rows), compact_b.split(rows), strict=True):
+        gain_in_b = gain.new_zeros(len(block), len(ids)).scatter_(
+            1, block, gain.expand(len(block), k)
+        )
+        some[:] = torch.minimum(gain_in_b[:, compact_a], gain).sum(-1)  # over (b, a, k)
+    # Rounding alone could exceed 1, or miss it where the rankings are the same.
+    same = torch.cat([compact_a, compact_b]).unique(dim=0, return_inverse=True)[1]
+    overlap[same[n_a:, None] == same[None, :n_a]] = 1
+    return overlap.T.clamp(max=1)
 
 
 def arc_subtract(
@@ -146,6 +166,5 @@ def arc_subtract(
         >>> arc_subtract(a, e, w, relevance=torch.tensor([[0.5]])).tolist()
         [[1.0, 3.0]]
     """
-    alpha = fit_alpha(maps, weights @ context_maps, alpha_max)
     irrelevant = (weights * (1 - relevance.to(weights.dtype))) @ context_maps
-    return (maps - strength * alpha[:, None] * irrelevant).clamp(min=0)
+    return subtract_fitted(maps, weights @ context_maps, irrelevant, strength, alpha_max)

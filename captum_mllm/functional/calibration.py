@@ -25,6 +25,12 @@ def calibrate(
     dark) and [0, 1] stays [0, 1]. It is positively homogeneous: a map that is c > 0 times another
     remains so.
 
+    The lowest value falls no further than to ``exp(-60)`` of the peak: where it would (a cell of
+    thousands stands 90 standard deviations above the rest), the divisor is a 60th of the map's
+    range. Beyond that, float32 would end, and with it the ranking of all other cells. It is
+    computed in float64; float32 maps get float32 values, in which cells may tie that differ in
+    their last digits.
+
     Logit-lens maps are broad: a plateau surrounds the object, and Otsu's threshold on the raw
     values assigns the plateau to the object. Standard deviations below the peak separate the two.
 
@@ -51,12 +57,22 @@ def calibrate(
         tensor([[1.0000, 0.3895],
                 [0.2000, 0.2000]])
     """
-    peak = maps.amax(1, keepdim=True)
-    if tau == "adaptive":
-        spread = 0.4 * (peak - maps.mean(1, keepdim=True))
-    elif tau > 0:
-        spread = tau * maps.std(1, keepdim=True, correction=0)
-    else:
+    if tau != "adaptive" and not tau > 0:
         raise ValueError(f"tau must be above 0, or 'adaptive', got {tau}.")
+    # In float64, since float32 rounds away what distinguishes a large map's many dim cells, and
+    # relative to the peak, since the squares of a low level's deviations would be 0.
+    exact = maps.double()
+    peak = exact.amax(1, keepdim=True)
+    unit = exact / torch.where(peak > 0, peak, torch.ones_like(peak))
+    top = unit.amax(1, keepdim=True)
+    if tau == "adaptive":
+        spread = 0.4 * (top - unit.mean(1, keepdim=True))
+    else:
+        spread = tau * unit.std(1, keepdim=True, correction=0)
+    spread = torch.maximum(spread, (top - unit.amin(1, keepdim=True)) / _DEEPEST)
     safe = torch.where(spread > 0, spread, torch.ones_like(spread))
-    return torch.where(spread > 0, peak * ((maps - peak) / safe).exp(), maps)
+    return torch.where(spread > 0, peak * ((unit - top) / safe).exp(), exact).to(maps.dtype)
+
+
+_DEEPEST = 60.0
+"""No value falls below ``exp(-60)``, 1e-26 of the peak: float32 ends at ``exp(-87)``."""

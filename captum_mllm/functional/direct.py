@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from captum_mllm.functional.tam import level_of
+
 
 def visible_keys(
     rows: Int64[Tensor, " rows"],
@@ -243,6 +245,7 @@ def product_of_experts(
 
 def _standardised(maps: Float[Tensor, "maps cells"]) -> Float[Tensor, "maps cells"]:
     """Each map with mean 0 and standard deviation 1 over its cells; a constant one is 0."""
+    maps = maps / level_of(maps)  # a lens of 1e-23 has squares below float32's range
     centred = maps - maps.mean(1, keepdim=True)
     std = centred.square().mean(1, keepdim=True).sqrt()
     flat = std <= 1e-6 * maps.abs().amax(1, keepdim=True)

@@ -53,12 +53,14 @@ def aggregate(
         return stack[0]  # bit for bit: one scale is the base itself
     if how == "median":
         ordered, last = stack.sort(dim=0).values, len(stack) - 1
-        return (ordered[last // 2] + ordered[last - last // 2]) / 2
-    if weights is None:
-        weights = stack.new_ones(len(stack))
-    share = (weights / weights.sum(0)).to(stack.dtype)
+        lower, upper = ordered[last // 2], ordered[last - last // 2]
+        return lower / 2 + upper / 2 if len(stack) % 2 == 0 else lower  # the sum could overflow
+    wide = torch.promote_types(stack.dtype, torch.float32)  # shares in float16 do not sum to 1
+    weights = stack.new_ones(len(stack)) if weights is None else weights
+    weights = weights.to(torch.promote_types(weights.dtype, wide))
+    share = (weights / weights.sum(0)).to(wide)
     share = share.reshape(*weights.shape, *[1] * (stack.ndim - weights.ndim))
-    return (share * stack).sum(0)
+    return (share * stack).sum(0).to(stack.dtype)
 
 
 def _check_scale_weights(weights: Tensor, how: str, shape: tuple[int, ...]) -> None:
@@ -78,6 +80,10 @@ def rank_correlation(
     a: Float[Tensor, "classes cells"], b: Float[Tensor, "classes cells"]
 ) -> Float[Tensor, " classes"]:
     """Spearman's rank correlation of two maps, class by class; tied values share their mean rank.
+
+    Values that differ by rounding tie: interpolation gives a plateau back with its last bits
+    changed, and their order means nothing. Compared is in steps of 64 roundings (64 times the
+    dtype's epsilon) of each map's largest magnitude.
 
     Args:
         a: maps.
@@ -103,9 +109,12 @@ def rank_correlation(
 
 def _centred_ranks(maps: Float[Tensor, "classes cells"]) -> Float[Tensor, "classes cells"]:
     """Ranks of the cells minus their mean; equal values share the mean of their ranks."""
-    ordered = maps.sort(dim=1).values.contiguous()
-    below = torch.searchsorted(ordered, maps.contiguous(), right=False)
-    up_to = torch.searchsorted(ordered, maps.contiguous(), right=True)
+    peak = maps.abs().amax(1, keepdim=True)
+    unit = maps.double() / torch.where(peak > 0, peak, torch.ones_like(peak)).double()
+    steps = (unit / (64 * torch.finfo(maps.dtype).eps)).round()
+    ordered = steps.sort(dim=1).values.contiguous()
+    below = torch.searchsorted(ordered, steps, right=False)
+    up_to = torch.searchsorted(ordered, steps, right=True)
     return (below + up_to).double() / 2 - maps.shape[1] / 2
 
 

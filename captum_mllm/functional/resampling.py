@@ -97,10 +97,11 @@ def resize_attributions(
     """Resize attributions and preserve their sum (mass) or their level (density).
 
     "density" is the usual bilinear resize (pixel centres aligned). "mass" is that times the area
-    ratio, made exact: the weights are separable, cell overlap along an axis that shrinks and
-    bilinear along one that grows, and each source cell distributes exactly its own value (columns
-    sum to 1). The total is therefore preserved at any ratio; at ratios 2 and 1/2 both agree up to
-    rounding.
+    ratio, made exact: the weights are separable, cell overlap along an axis that shrinks, and along
+    one that grows, linear interpolation averaged over each new cell instead of read at its centre.
+    Each source cell distributes exactly its own value (columns sum to 1), and each new cell gets
+    the same share of a flat attribution (rows sum to the ratio). The total is therefore preserved
+    at any ratio, and flat stays flat; at ratios 2 and 1/2 both agree up to rounding.
 
     Args:
         attributions: (n, c, h, w), signed.
@@ -136,8 +137,17 @@ def resize_attributions(
 
 def _mass_weights(old: int, new: int) -> Float[Tensor, "new old"]:
     """Weights that resize an axis of ``old`` cells to ``new``; those of each old cell sum to 1."""
-    weights = cell_overlap(old, new) if new < old else _bilinear_weights(old, new)
-    return weights / weights.sum(0, keepdim=True)
+    if new <= old:
+        weights = cell_overlap(old, new)
+        return weights / weights.sum(0, keepdim=True)
+    # Interpolation is the sum of one hat per old cell, flat beyond the first and last centre. Each
+    # new cell gets the hat's integral over it: the difference of an antiderivative at its edges.
+    edges = torch.arange(new + 1, dtype=torch.float64)[:, None] * old / new
+    x = (edges - torch.arange(old, dtype=torch.float64) - 0.5).clamp(-1, 1)
+    integral = torch.where(x < 0, (1 + x).square() / 2, 1 - (1 - x).square() / 2)
+    integral[:, 0] = torch.where(x[:, 0] < 0, 0.5 + x[:, 0], integral[:, 0])
+    integral[:, -1] = torch.where(x[:, -1] > 0, 0.5 + x[:, -1], integral[:, -1])
+    return integral.diff(dim=0)
 
 
 def resample_cells(

@@ -15,6 +15,32 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
+def level_of(values: Float[Tensor, "rows n"]) -> Float[Tensor, "rows 1"]:
+    """The power of two at each row's largest magnitude; 1 where the row is 0 or empty.
+
+    Relative to it, sums and squares stay in the dtype's range at any level of the values, and no
+    digit changes: a division by a power of two is exact.
+
+    Args:
+        values: rows of numbers.
+
+    Returns:
+        A power of two per row (rows, 1).
+
+    Reference:
+        Ours.
+
+    Example:
+        >>> import torch
+        >>> level_of(torch.tensor([[0.3, -5.0], [0.0, 0.0]])).tolist()
+        [[4.0], [1.0]]
+    """
+    if not values.shape[1]:
+        return values.new_ones(len(values), 1)
+    peak = values.abs().amax(1, keepdim=True)
+    return torch.where(peak > 0, peak / (2 * torch.frexp(peak).mantissa), 1.0).to(values.dtype)
+
+
 def context_weights(
     scores: Float[Tensor, "targets tokens"], is_context: Bool[Tensor, "targets tokens"]
 ) -> Float[Tensor, "targets tokens"]:
@@ -39,6 +65,7 @@ def context_weights(
         [[0.75, 0.25, 0.0]]
     """
     kept = torch.where(is_context, scores, torch.zeros_like(scores))
+    kept = kept / level_of(kept)
     total = kept.sum(1, keepdim=True)
     return torch.where(total > 0, kept / total, torch.zeros_like(kept))
 
@@ -68,10 +95,59 @@ def fit_alpha(
         >>> fit_alpha(torch.tensor([[3.0, 1.0, 4.0]]), torch.tensor([[1.0, 1.0, 0.0]])).tolist()
         [2.0]
     """
-    energy = interference.square().sum(1)
-    overlap = (maps * interference).sum(1)
-    alpha = torch.where(energy > 0, overlap / energy, torch.zeros_like(energy))
+    level, unit = level_of(maps), level_of(interference)
+    alpha = _fit(maps / level, interference / unit) * (level / unit)[:, 0]
     return alpha if alpha_max is None else alpha.clamp(max=alpha_max)
+
+
+def _fit(
+    maps: Float[Tensor, "targets cells"], interference: Float[Tensor, "targets cells"]
+) -> Float[Tensor, " targets"]:
+    """Least-squares alpha of maps whose largest values are about 1; 0 where the second is 0."""
+    wide = torch.promote_types(maps.dtype, torch.float32)  # the sum over the cells leaves float16
+    energy = interference.square().sum(1, dtype=wide)
+    overlap = (maps * interference).sum(1, dtype=wide)
+    return torch.where(energy > 0, overlap / energy, 0.0).to(maps.dtype)
+
+
+def subtract_fitted(
+    maps: Float[Tensor, "targets cells"],
+    interference: Float[Tensor, "targets cells"],
+    subtracted: Float[Tensor, "targets cells"],
+    strength: float = 1.0,
+    alpha_max: float | None = None,
+) -> Float[Tensor, "targets cells"]:
+    """``relu(A_t - strength * alpha * D_t)``, alpha fitted to E_t (:func:`fit_alpha`).
+
+    Maps of any level that their dtype holds: neither squares nor alpha itself, which is the ratio
+    of two levels, leave its range on the way.
+
+    Args:
+        maps: raw maps A_t, >= 0.
+        interference: the maps E_t that alpha is fitted to, >= 0.
+        subtracted: the part D_t of them that is subtracted, 0 <= D_t <= E_t.
+        strength: factor >= 0, default 1.
+        alpha_max: upper bound of alpha, or None (default).
+
+    Returns:
+        Cleaned maps (targets, cells), >= 0.
+
+    Reference:
+        TAM, estimated causal inference (ECI); ours in the rest.
+
+    Example:
+        >>> import torch
+        >>> a, e = torch.tensor([[2e20, 3e20]]), torch.tensor([[1e-20, 0.0]])
+        >>> [round(v / 1e20, 4) for v in subtract_fitted(a, e, e)[0].tolist()]
+        [0.0, 3.0]
+    """
+    level, unit = level_of(maps), level_of(interference)
+    alpha = _fit(maps / level, interference / unit)[:, None]
+    if alpha_max is not None:
+        largest = torch.finfo(maps.dtype).max
+        alpha = torch.minimum(alpha, (alpha_max * (unit / level)).clamp(max=largest))
+    cleaned = maps / level - strength * alpha * (subtracted / unit)
+    return cleaned.clamp(min=0) * level
 
 
 def eci_subtract(
@@ -103,8 +179,7 @@ def eci_subtract(
         [[0.0, 3.0]]
     """
     interference = weights @ context_maps
-    alpha = fit_alpha(maps, interference, alpha_max)
-    return (maps - alpha[:, None] * interference).clamp(min=0)
+    return subtract_fitted(maps, interference, interference, alpha_max=alpha_max)
 
 
 def joint_min_max(

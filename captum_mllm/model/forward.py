@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter, refuse_compiled
 from captum_mllm.adapters.devices import tables_loaded
-from captum_mllm.adapters.hooks import contiguous_gradients, unchanged
+from captum_mllm.adapters.hooks import contiguous_gradients, one_thread, unchanged
 from captum_mllm.functional import lens_logits, log_odds
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.inputs import Sample, append_answer
+from captum_mllm.validation import ArgumentError
 
 
 @contextmanager
 def evaluating(adapter: Adapter, *, gradients: bool = False) -> Iterator[None]:
     """Run the user's model in evaluation mode; afterwards it is unchanged, also after an error.
 
-    Meanwhile hooks let the vision encoder take other image sizes than its native one.
+    Meanwhile hooks let the vision encoder take other image sizes than its native one, and other
+    threads that want to run the model wait.
 
     Args:
         adapter: the model's adapter.
@@ -32,10 +34,17 @@ def evaluating(adapter: Adapter, *, gradients: bool = False) -> Iterator[None]:
 
     Raises:
         ValueError: the model or a part of it is compiled.
+        ArgumentError: its vision encoder and its language model have dtypes that don't fit.
     """
     model = adapter.model
     refuse_compiled(model)
-    with unchanged(model), adapter.size_hooks(), tables_loaded(adapter.tower):
+    with (
+        one_thread(model),
+        _dtypes_named(adapter),
+        unchanged(model),
+        adapter.size_hooks(),
+        tables_loaded(adapter.tower),
+    ):
         model.eval()
         if gradients:
             with _frozen(model), contiguous_gradients(model):
@@ -43,6 +52,26 @@ def evaluating(adapter: Adapter, *, gradients: bool = False) -> Iterator[None]:
         else:
             with torch.no_grad(), adapter.head_kept():
                 yield
+
+
+@contextmanager
+def _dtypes_named(adapter: Adapter) -> Iterator[None]:
+    """Say of an error about dtypes that the vision encoder has another than the language model."""
+    try:
+        yield
+    except RuntimeError as error:
+        tower, decoder = (
+            sorted({str(p.dtype) for p in part.parameters() if p.is_floating_point()})
+            for part in (adapter.tower, adapter.decoder)
+        )
+        if tower == decoder or not ("dtype" in str(error) or "scalar type" in str(error)):
+            raise
+        raise ArgumentError(
+            "model",
+            f"has its vision encoder in {', '.join(tower)} and its language model in "
+            f"{', '.join(decoder)}, which it can't run ({error}). Bring both to one: "
+            f"model.to(torch.float32), or load it with one dtype.",
+        ) from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from captum_mllm.adapters import Adapter
 from captum_mllm.geometry import ImageGrid
+from captum_mllm.validation import ArgumentError
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +122,7 @@ def one_sample(
             f"pixel_values), or a pixel tensor with the rest of the mapping as "
             f"additional_forward_args; got {type(inputs).__name__}."
         )
+    refuse_meta(inputs)
     pixels = [name for name in pixel_keys if inputs.get(name) is not None]
     for name in ("input_ids", *(pixels or pixel_keys[:1])):
         if not isinstance(inputs.get(name), Tensor):
@@ -131,6 +133,13 @@ def one_sample(
             )
     _check_ids(inputs["input_ids"], adapter)
     for name in pixels:
+        if name.startswith("pixel_values") and not inputs[name].is_floating_point():
+            raise ArgumentError(
+                name,
+                f"must be normalised floats, got {inputs[name].dtype}: bytes of a picture are no "
+                f"input of the model. Pass what its processor makes of the picture, with "
+                f"return_tensors='pt'.",
+            )
         if not torch.isfinite(inputs[name]).all():
             raise ValueError(f"{name} hold NaN or infinite values; check the image.")
     _check_tensors(inputs, adapter)
@@ -145,6 +154,24 @@ def one_sample(
         if name in kept:
             kept[name] = kept[name][:, padding:]
     return kept, padding
+
+
+def refuse_meta(tensors: Mapping[str, Any]) -> None:
+    """Raise on tensors of the meta device, which hold no values.
+
+    Args:
+        tensors: arguments by their names; those that are no tensors don't matter.
+
+    Raises:
+        ArgumentError: one lies on the meta device.
+    """
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ArgumentError(
+                name,
+                "lies on the meta device, where tensors have no values: make it on the CPU or the "
+                "model's device, outside of torch.device('meta') and init_empty_weights().",
+            )
 
 
 def _check_tensors(inputs: Mapping[str, Any], adapter: Adapter) -> None:

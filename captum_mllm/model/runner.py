@@ -29,6 +29,7 @@ from captum_mllm.model.forward import (
 )
 from captum_mllm.model.generation import generate_answer
 from captum_mllm.model.inputs import Sample, append_answer, read_sample
+from captum_mllm.model.processor_checks import check_processor
 from captum_mllm.model.targets import Explain, explained_columns, read_target, text_positions
 from captum_mllm.model.trace import ReleasedCodeDeviations, TokenTrace
 from captum_mllm.model.write_paths import WritePath, write_paths
@@ -140,6 +141,7 @@ class Runner:
         adapter = self.adapter
         check_options(options)
         refuse_compiled(adapter.model)
+        check_processor(self.processor, adapter)
         explain, gen_args = options.get("explain", "answer"), options.get("gen_args")
         if top_k is not None and not 1 <= top_k <= adapter.vocabulary:
             raise ValueError(

@@ -8,7 +8,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from captum_mllm.adapters import Adapter, find_adapter
-from captum_mllm.model.inputs import Sample, read_sample
+from captum_mllm.model.inputs import Sample, read_sample, refuse_meta
 from captum_mllm.words import tokenizer_of
 
 Explain = str | Sequence[int] | Tensor
@@ -133,6 +133,7 @@ def read_target(
             f"target must be a 1-D tensor or list of token ids, a string or None; got "
             f"{type(target).__name__}."
         ) from error
+    refuse_meta({"target": ids})
     if ids.numel() == 0:
         raise ValueError("target is empty: give at least one token id, or None to generate.")
     if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:

@@ -96,10 +96,7 @@ class ScaleViews:
         check_choice("scale_weights", scale_weights, SCALE_WEIGHTS)
         weights = None
         if scale_weights == "adaptive" and len(self.maps) > 1:
-            agreed = self.consistency
-            weights = adaptive_weights(
-                self.agreement(), None if agreed is None else torch.tensor(agreed)
-            )
+            weights = adaptive_weights(self.agreement(), self._relative_consistency())
         merged = []
         for image in range(len(self.base.maps)):
             maps = [view[image] for view in self.maps]
@@ -114,3 +111,13 @@ class ScaleViews:
             scales=tuple(self.scales[i] for i in distinct),
             consistency=None if agreed is None else tuple(agreed[i] for i in distinct),
         )
+
+    def _relative_consistency(self) -> Float[Tensor, " views"] | None:
+        """Consistency over that of the best view, all alike where no view has any.
+
+        Weights count by their ratios, and float32 has none for an answer of probability 1e-50.
+        """
+        if self.consistency is None:
+            return None
+        best = max(self.consistency)
+        return torch.tensor([c / best if best else 1.0 for c in self.consistency]).double()

@@ -55,7 +55,7 @@ def test_noise_tunnel_over_tiles(name):
     pixels = inputs.pop("pixel_values")
     whole = pixels if pixels.ndim == 5 else pixels[None]  # one sample of all tiles
     maps = NoiseTunnel(LogitLens(kin.model)).attribute(
-        whole, nt_samples=2, stdevs=1e-6, target=kin.answer, additional_forward_args=inputs
+        whole, nt_samples=2, stdevs=1e-6, target=kin.answer[None], additional_forward_args=inputs
     )
     assert maps.shape[:2] == (1, len(kin.answer))
     torch.testing.assert_close(maps[0], plain.image_attr[0], rtol=1e-3, atol=1e-3)

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -249,6 +250,20 @@ def test_consistency_weighs_scales_in_adaptive_ones_alone(tiny_subject):
     expected = aggregate(stack, "mean", weights)
     assert_close(views.merged(scale_weights="adaptive").maps[0], expected)
     assert_close(views.merged().maps[0], stack.mean(0))
+
+
+@pytest.mark.parametrize("agreed", [(1e-60, 5e-61), (1e-300, 5e-301), (5e-40, 2.5e-40)])
+def test_scales_that_hardly_predict_the_answer_still_have_ratios(tiny_subject, agreed):
+    s = tiny_subject
+    views = MSEA.paper(s.model, consistency=True, scales=(1.0, 1.5, 0.5)).views(s.inputs, s.answer)
+    others = replace(views.select([1, 2]), consistency=agreed)
+    alike = replace(others, consistency=(1.0, 0.5))
+    expected, found = (v.merged(scale_weights="adaptive") for v in (alike, others))
+    assert_close(found.maps[0], expected.maps[0])
+    assert found.consistency == agreed
+    none = replace(others, consistency=(0.0, 0.0)).merged(scale_weights="adaptive")
+    equal = replace(others, consistency=None).merged(scale_weights="adaptive")
+    assert torch.equal(none.maps[0], equal.maps[0])
 
 
 def test_a_mirrored_view_counts_as_its_scale_does(tiny_subject):

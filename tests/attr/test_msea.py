@@ -349,3 +349,17 @@ def test_never_image_positions_times_vocabulary(subject, monkeypatch):
     n_text = len(result.input_tokens) + 2
     for positions, classes in made:
         assert positions < n_image or classes <= n_text, (positions, classes)
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "median"])
+@pytest.mark.parametrize("scale_weights", ["equal", "adaptive"])
+def test_scale_1_alone_is_the_base_where_no_view_is_flipped(
+    tiny_subject, aggregation, scale_weights
+):
+    s = tiny_subject
+    base = LogitLens(s.model).attribute(s.inputs, s.answer).grid_attr[0]
+    options = {"scales": (1.0,), "aggregation": aggregation, "scale_weights": scale_weights}
+    plain = MSEA(s.model, flip="none", **options).attribute(s.inputs, s.answer).grid_attr[0]
+    assert torch.equal(plain, base)
+    flipped = MSEA(s.model, flip="horizontal", **options).attribute(s.inputs, s.answer).grid_attr[0]
+    assert not torch.equal(flipped, base)

@@ -92,7 +92,7 @@ def test_noise_tunnel_over_frames_equals_a_loop(kin, wrap):
     method = wrap(kin.model)
     torch.manual_seed(5)
     got = NoiseTunnel(method).attribute(
-        x, nt_samples=3, stdevs=0.2, target=kin.answer, additional_forward_args=inputs
+        x, nt_samples=3, stdevs=0.2, target=kin.answer[None], additional_forward_args=inputs
     )
     torch.manual_seed(5)
     noisy = x.repeat_interleave(3, 0) + torch.normal(0, torch.full((3, *x.shape[1:]), 0.2))

@@ -22,6 +22,20 @@ def random_rankings(n: int, k: int, vocabulary: int, seed: int) -> torch.Tensor:
     return torch.stack([torch.randperm(vocabulary, generator=generator)[:k] for _ in range(n)])
 
 
+def peak_of(run):
+    """What a call returns, and by how many bytes its tensors stood at once at the most."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        value = run()
+    now = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return value, peak
+
+
 # ---- top_k_rankings ----------------------------------------------------------------------------
 
 
@@ -82,6 +96,16 @@ def test_top_k_row_by_row_equals_all_rows():
     logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(2)).round()
     single = torch.cat([top_k_rankings(row[None], 9) for row in logits])
     assert_close(top_k_rankings(logits, 9), single)
+
+
+def test_top_k_of_many_rows_needs_little_memory_beside_the_logits():
+    """They take 61 MB; all keys at once would take eight times as much."""
+    logits = torch.randn(300, 51_000, generator=torch.Generator().manual_seed(3)).round()
+    rankings, peak = peak_of(lambda: top_k_rankings(logits, 50))
+    assert peak < 1.5 * logits.nbytes
+    for row in (0, 150, 299):
+        assert_close(rankings[row], top_k_rankings(logits[row : row + 1], 50)[0])
+    assert top_k_rankings(logits[:0], 50).shape == (0, 50)
 
 
 @pytest.mark.parametrize("k", [0, -1, 6])
@@ -186,6 +210,25 @@ def test_rbo_is_symmetric_and_within_0_and_1(p):
 @pytest.mark.parametrize("p", [0.43, 0.57, 0.59, 0.67])
 def test_rbo_of_identical_rankings_never_passes_1_by_rounding(p):
     assert rbo([1, 2], [1, 2], p) <= 1  # the plain sum gives 1.0000000000000002
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 50, 200])
+def test_rbo_of_identical_rankings_is_1_to_the_last_bit(k):
+    a = random_rankings(12, k, 2 * k, seed=k)
+    for p in torch.linspace(0.01, 0.99, 50).tolist():
+        assert (rank_biased_overlap(a, a, p).diagonal() == 1).all()
+        assert (rank_biased_overlap(a[:1], a[:1], p) == 1).all()
+
+
+def test_rbo_of_many_rankings_needs_little_memory():
+    """The overlaps themselves take 5 MB; a value per pair and rank would take 256 MB."""
+    a = random_rankings(800, 50, 2_000, seed=0)
+    b = a.flip(0)
+    together, peak = peak_of(lambda: rank_biased_overlap(a, b))
+    assert peak < 100e6
+    for rows in (slice(0, 3), slice(411, 414), slice(797, 800)):
+        single = rank_biased_overlap(a[rows], b[rows])
+        assert_close(single, together[rows, rows], rtol=1e-14, atol=0)
 
 
 def test_rbo_does_not_depend_on_the_names_of_the_ids():

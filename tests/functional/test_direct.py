@@ -159,3 +159,11 @@ def test_product_of_constant_maps():
         assert_close(product_of_experts(lens, constant), shown * lens.amax(1, keepdim=True))
         assert_close(product_of_experts(flat, constant), flat)
     assert not product_of_experts(zero, lens).any()
+
+
+@pytest.mark.parametrize("level", [1e-36, 1e-23, 1e19, 1e36])
+def test_a_product_of_experts_only_scales_with_the_level_of_the_lens(level):
+    lens, direct = (rand(3, 40, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    found = product_of_experts(level * lens, level * direct)
+    expected = product_of_experts(lens, direct)
+    assert_close(found.double() / level, expected.double(), rtol=1e-4, atol=1e-5)

@@ -72,6 +72,15 @@ def test_aggregate_weight_0_drops_a_scale_even_where_it_is_0():
     assert_close(dropped, torch.tensor([2.0, 3.0]))
 
 
+@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("how", ["mean", "median"])
+def test_aggregate_of_half_precision_does_not_overflow(how, n):
+    stack = torch.full((n, 2, 5), 60_000.0, dtype=torch.float16)
+    assert torch.equal(aggregate(stack, how), stack[0])
+    weights = torch.full((n,), 60_000.0, dtype=torch.float16)
+    assert torch.equal(aggregate(stack, "mean", weights), stack[0])
+
+
 def test_aggregate_keeps_the_type_of_the_maps():
     stack = rand(3, 4, dtype=torch.float32)
     weights = torch.ones(3, dtype=torch.float64)
@@ -126,6 +135,18 @@ def test_rank_correlation_sees_order_alone(seed):
     assert_close(rank_correlation(a, a), torch.ones(3, dtype=torch.float64))
     moved = torch.randperm(30, generator=torch.Generator().manual_seed(seed))
     assert_close(rank_correlation(a[:, moved], b[:, moved]), rank_correlation(a, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rank_correlation_takes_rounding_residue_for_a_tie(dtype):
+    """Interpolating a plateau gives it back with the last bits changed; that is no order."""
+    a, b = rand(2, 400, seed=3, dtype=dtype), rand(2, 400, seed=4, dtype=dtype)
+    a, b = torch.where(a < 0.6, 0.37, a), torch.where(b < 0.5, 0.0, b)
+    noise = 4 * torch.finfo(dtype).eps * rand(2, 400, seed=5, dtype=dtype)
+    exact = formulas.rank_correlation(a.double(), b.double())
+    assert_close(rank_correlation(a + noise, b + noise.flip(1)), exact, rtol=0, atol=1e-4)
+    level = 1e-30
+    assert_close(rank_correlation(level * (a + noise), b), exact, rtol=0, atol=1e-4)
 
 
 def test_adaptive_weights():

@@ -100,6 +100,16 @@ def test_resize_for_density_keeps_constants_at_any_ratio(seed):
     assert_close(resized, expected, **TIGHT)
 
 
+@pytest.mark.parametrize("seed", range(25))
+def test_resize_for_mass_keeps_constants_at_any_ratio(seed):
+    """A flat attribution has no ripple, up and down, where the ratio is not whole either."""
+    sides = torch.randint(1, 40, (4,), generator=torch.Generator().manual_seed(seed)).tolist()
+    flat = torch.full((1, 1, *sides[:2]), 0.7, dtype=torch.float64)
+    level = 0.7 * sides[0] * sides[1] / (sides[2] * sides[3])
+    expected = torch.full((1, 1, *sides[2:]), level, dtype=torch.float64)
+    assert_close(resize_attributions(flat, (sides[2], sides[3])), expected, **TIGHT)
+
+
 @pytest.mark.parametrize(("new", "area"), [((12, 16), 4.0), ((3, 4), 0.25)])
 def test_resize_by_2_is_bilinear_interpolation_by_the_area_ratio(new, area):
     attributions = randn(2, 3, 6, 8)

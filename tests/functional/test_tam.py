@@ -6,11 +6,13 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from captum_mllm.functional import (
+    arc_subtract,
     context_weights,
     eci_subtract,
     joint_min_max,
     rank_gaussian_filter,
 )
+from captum_mllm.functional.tam import fit_alpha
 from tests.functional.cases import EXACT, TIGHT, Case, over_seeds, over_shapes, rand, randn
 from tests.oracle import formulas
 
@@ -86,6 +88,44 @@ def test_alpha_max_binds_only_where_alpha_is_larger():
     assert cleaned.tolist() == [[4.0, 1.0], [0.0, 1.0]]
     free = eci_subtract(maps, e, torch.ones(2, 1))
     assert torch.equal(eci_subtract(maps, e, torch.ones(2, 1), alpha_max=5.0), free)
+
+
+@pytest.mark.parametrize("level", [1e-38, 1e-23, 1e-10, 1e19, 1e20, 1e37])
+@pytest.mark.parametrize("relevance", [None, 0.0, 0.4])
+@pytest.mark.parametrize("alpha_max", [None, 0.25])
+def test_the_level_of_float32_maps_only_scales_the_result(level, relevance, alpha_max):
+    """Squares and sums of squares pass float32's range long before the maps themselves do."""
+    case = Case((4, 6, 40), seed=3)
+    maps, contexts, weights, _ = (x.float() for x in case.arc)
+
+    def cleaned(maps, contexts):
+        if relevance is None:
+            return eci_subtract(maps, contexts, weights, alpha_max)
+        shared = torch.full_like(weights, relevance)
+        return arc_subtract(maps, contexts, weights, shared, alpha_max=alpha_max)
+
+    base, moved = cleaned(maps, contexts), cleaned(level * maps, level * contexts)
+    assert_close(moved.double() / level, base.double(), rtol=1e-4, atol=1e-4)
+    if alpha_max is None:  # nor does the level of the context alone, which alpha makes up for
+        assert_close(cleaned(maps, level * contexts), base, rtol=1e-4, atol=1e-4)
+        assert_close(fit_alpha(level * maps, level * maps), torch.ones(4))
+
+
+@pytest.mark.parametrize("level", [1e-40, 1e-23, 1e20, 1e38])
+def test_the_level_of_float32_scores_does_not_change_context_weights(level):
+    case = Case((4, 6, 3), seed=2)
+    scores = case.scores.float() / 10
+    weights = context_weights(level * scores, case.mask)
+    assert_close(weights, context_weights(scores, case.mask), rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision_holds_the_sums_over_many_cells():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(2, 90_000, generator=generator).half()
+    contexts = torch.rand(3, 90_000, generator=generator).half()
+    weights = torch.full((2, 3), 1 / 3).half()
+    exact = eci_subtract(maps.double(), contexts.double(), weights.double())
+    assert_close(eci_subtract(maps, contexts, weights).double(), exact, rtol=0, atol=5e-3)
 
 
 # ---- joint_min_max -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Nothing here shares code with the package. Tensors go in and come out (float64);
 are only Python numbers and lists, so that each line can be checked against the formula by eye.
 """
 
+import itertools
 import math
 import statistics
 from decimal import Decimal, localcontext
@@ -226,9 +227,12 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _axis_matrix(old: int, new: int) -> list[list[float]]:
-    """(new, old): shared length of the cells where the axis shrinks, bilinear where it grows."""
+    """(new, old): shared length of cells where the axis shrinks; where it grows, for each old cell
+
+    the integral over each new one of what linear interpolation between the centres gives it.
+    """
     matrix = [[0.0] * old for _ in range(new)]
-    if new < old:
+    if new <= old:
         for i in range(new):
             for j in range(old):
                 # In units of 1 / (old * new): new cell i is [i*old, (i+1)*old), old cell j is
@@ -236,9 +240,16 @@ def _axis_matrix(old: int, new: int) -> list[list[float]]:
                 shared = min((i + 1) * old, (j + 1) * new) - max(i * old, j * new)
                 matrix[i][j] = float(max(shared, 0))
     else:
-        for i, share in enumerate(_bilinear_taps(new, old)):
-            for j, w in share.items():
-                matrix[i][j] += w
+        half = Fraction(1, 2)
+        knots = [*(Fraction(i * old, new) for i in range(new + 1)), *(j + half for j in range(old))]
+        knots = sorted(set(knots))
+        for start, end in itertools.pairwise(knots):  # linear in between: the midpoint's value
+            middle = (start + end) / 2
+            x = min(max(middle - half, Fraction(0)), Fraction(old - 1))
+            i, j = int(middle * new / old), int(x)
+            matrix[i][j] += float((end - start) * (1 - (x - j)))
+            if x > j:
+                matrix[i][j + 1] += float((end - start) * (x - j))
     sums = [sum(matrix[i][j] for i in range(new)) for j in range(old)]
     return [[matrix[i][j] / sums[j] for j in range(old)] for i in range(new)]
 
@@ -423,7 +434,8 @@ def rank_mask(values: torch.Tensor, segments: int) -> torch.Tensor:
 def calibrate(maps: Tensor, tau: float | str) -> Tensor:
     """Each value by its distance from the peak, in population standard deviations of its map.
 
-    "adaptive": in the peak's height above the mean, of which .4 are a fall to 1/e.
+    "adaptive": in the peak's height above the mean, of which .4 are a fall to 1/e. The lowest
+    value falls to exp(-60) at the most.
     """
     rows = []
     for row in maps.tolist():
@@ -432,6 +444,7 @@ def calibrate(maps: Tensor, tau: float | str) -> Tensor:
             unit = 0.4 * (peak - statistics.fmean(row))
         else:
             unit = tau * statistics.pstdev(row)
+        unit = max(unit, (peak - min(row)) / 60)
         rows.append([peak * math.exp((v - peak) / unit) if unit else v for v in row])
     return _f64(rows)
 
