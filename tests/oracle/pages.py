@@ -9,7 +9,7 @@ import torch
 from captum_mllm import LogitLens
 from captum_mllm.methods import explain
 from captum_mllm.reference import load, make_scene, render_pil
-from captum_mllm.report import Contents, contents_of, describe, render_page
+from captum_mllm.visualization import Contents, contents_of, describe, render_page
 
 QUESTION = "describe the picture."
 

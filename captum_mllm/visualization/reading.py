@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGrid, maps_to_picture
 from captum_mllm.validation import picture_size
-from captum_mllm.words import Word, group_words
+from captum_mllm.visualization.summary import ResultLike
+from captum_mllm.words import Word, group_words, split_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from captum_mllm.result import MLLMAttributionResult
 
 Key = int | str | tuple[str, int] | slice
 """A word of the answer: its index, its text, (text, which mention), or a slice of words."""
@@ -99,11 +99,9 @@ def find_words(words: Sequence[Word], key: Key) -> tuple[int, ...]:
 
 def _mentions(words: Sequence[Word], text: str) -> list[tuple[int, ...]]:
     """Where a text stands among the words, each time."""
-    wanted = [word.text.casefold() for word in group_words([f" {text.strip()}"])] or [""]
-    if len(wanted) == 1:  # what is in one token is one word: split it as an answer would be
-        wanted = [part.casefold() for part in text.split()] or wanted
+    wanted = [text[start:end].casefold() for start, end in split_words(text)]
     have = [word.text.casefold() for word in words]
-    size = len(wanted)
+    size = len(wanted) or len(have) + 1
     return [
         tuple(range(n, n + size))
         for n in range(len(have) - size + 1)
@@ -122,7 +120,7 @@ def _missing(words: Sequence[Word], text: str, mentions: int) -> str:
     return f"the answer has no {text!r}.{hint} Its words: {', '.join(have[:_LISTED])}{more}."
 
 
-def phrase_of(result: "MLLMAttributionResult", key: Key) -> Phrase:
+def phrase_of(result: ResultLike, key: Key) -> Phrase:
     """What supports some words of the answer.
 
     Args:
@@ -139,7 +137,9 @@ def phrase_of(result: "MLLMAttributionResult", key: Key) -> Phrase:
     words = group_words(result.output_tokens)
     chosen = find_words(words, key)
     rows = tuple(row for n in chosen for row in words[n].tokens)
-    inside = range(rows[0], rows[-1] + 1) if chosen == tuple(range(chosen[0], chosen[-1] + 1)) else rows
+    inside = (
+        range(rows[0], rows[-1] + 1) if chosen == tuple(range(chosen[0], chosen[-1] + 1)) else rows
+    )
     text = "".join(result.output_tokens[row] for row in inside).strip()
     attr = result.token_attr[list(rows)].amax(0).clone()
     start = len(result.input_tokens) - len(result.output_tokens)
@@ -172,7 +172,7 @@ class PlaceSupport:
 
 
 def words_at(
-    result: "MLLMAttributionResult",
+    result: ResultLike,
     place: Sequence[float],
     picture: "tuple[int, int] | Image | None" = None,
     *,
@@ -205,7 +205,7 @@ def words_at(
     else:
         size = picture_size(picture)
         box = result.geometry(image, size)
-    left, upper, right, lower = _checked(place, size)
+    left, upper, right, lower = _pixels_of(place, size)
     placed = _in_picture(maps, grid, size, box)
     means = [
         float(placed[list(word.tokens)].amax(0)[upper:lower, left:right].mean()) for word in words
@@ -214,21 +214,19 @@ def words_at(
     return tuple(PlaceSupport(n, words[n].text, means[n]) for n in order)
 
 
-def _image(result: "MLLMAttributionResult", image: int) -> tuple[ImageGrid, Tensor]:
+def _image(result: ResultLike, image: int) -> tuple[ImageGrid, Tensor]:
     if not -len(result.grids) <= image < len(result.grids):
         raise IndexError(f"image {image} is out of range: there are {len(result.grids)} images.")
     return result.grids[image], result.grid_attr[image]
 
 
 def _in_picture(maps: Tensor, grid: ImageGrid, size: tuple[int, int], box: Any) -> Tensor:
-    from captum_mllm.functional import upsample
-
     if box is None:
         return upsample(maps, (grid.height, grid.width))
     return maps_to_picture(maps, box, size)
 
 
-def _checked(place: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _pixels_of(place: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
     """The pixels of a place: left, upper, right, lower; at least one."""
     numbers = torch.as_tensor([float(value) for value in place])
     if numbers.shape not in ((2,), (4,)) or not bool(torch.isfinite(numbers).all()):
