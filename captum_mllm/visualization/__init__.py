@@ -4,8 +4,12 @@ Nothing here needs a display, LaTeX or a network. Matplotlib is imported on firs
 backend is never switched.
 """
 
+from captum_mllm.visualization.contents import Contents, contents_of
 from captum_mllm.visualization.overlays import colour_stops, overlay
+from captum_mllm.visualization.page import render_page
 from captum_mllm.visualization.plots import plot_text_heatmap
+from captum_mllm.visualization.provenance import Provenance, describe
+from captum_mllm.visualization.reading import Phrase, PlaceSupport, find_words, phrase_of, words_at
 from captum_mllm.visualization.report import write_report
 from captum_mllm.visualization.summary import (
     AnswerSummary,
@@ -18,13 +22,23 @@ from captum_mllm.visualization.text import text_heatmap_html
 
 __all__ = [
     "AnswerSummary",
+    "Contents",
+    "Phrase",
+    "PlaceSupport",
+    "Provenance",
     "WordSummary",
     "answer_text",
     "colour_stops",
+    "contents_of",
+    "describe",
+    "find_words",
     "format_table",
     "overlay",
+    "phrase_of",
     "plot_text_heatmap",
+    "render_page",
     "summarise",
     "text_heatmap_html",
+    "words_at",
     "write_report",
 ]

@@ -54,8 +54,9 @@ def several():
 
 
 HOSTILE = (
-    " \u05d6\u05d1\u05e8\u05d4", " <img", " src=x", " onerror=window.broken=1>", "</script>", "<!--",
-    " \u6591\u9a6c", "\u5728", "\u8349\u5730", " \U0001f993", f" {'x' * 300}", " \u202eabc", "{{7*7}}",
+    " \u05d6\u05d1\u05e8\u05d4", " <img", " src=x", " onerror=window.broken=1>", "</script>",
+    "<!--", " \u6591\u9a6c", "\u5728", "\u8349\u5730", " \U0001f993", f" {'x' * 300}",
+    " \u202eabc", "{{7*7}}",
 )  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from captum_mllm.reading import find_words, phrase_of, words_at
+from captum_mllm.visualization.reading import find_words, phrase_of, words_at
 from captum_mllm.words import group_words
-from tests.report.pages import page_of
+from tests.oracle.pages import page_of
 
 WORDS = group_words([" a", " gray", " zeb", "ra", " and", " a", " zebra", ",", " two-", "tone"])
 
