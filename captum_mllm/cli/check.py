@@ -122,7 +122,7 @@ def _print_line(finding: "Finding") -> None:
 
 
 def _picture(args: argparse.Namespace) -> Any:
-    from captum_mllm.data.pictures import open_picture
+    from captum_mllm.pictures import open_picture
 
     if args.image is None:
         return None

@@ -265,7 +265,7 @@ def demo_scene() -> "tuple[Image, str]":
 
 
 def _picture(path: Path) -> "Image":
-    from captum_mllm.data.pictures import open_picture
+    from captum_mllm.pictures import open_picture
 
     try:
         return open_picture(path)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captum_mllm.adapters.processors import image_token, lacks_video_part, placeholder_pattern
+from captum_mllm.pictures import to_eight_bits
 from captum_mllm.validation import ArgumentError
 
 if TYPE_CHECKING:
@@ -171,7 +172,8 @@ def prepare_inputs(processor: Any, pictures: "Sequence[Image]", prompt: str) -> 
     begins = start is not None and text.startswith(start)
     special = {"add_special_tokens": False} if begins else {}
     try:
-        inputs = processor(images=list(pictures), text=text, return_tensors="pt", **special)
+        images = [to_eight_bits(picture) for picture in pictures]
+        inputs = processor(images=images, text=text, return_tensors="pt", **special)
     except ValueError as error:
         raise ArgumentError("prompt", f"is refused by the processor: {error}") from error
     return inputs, assumed

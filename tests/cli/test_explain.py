@@ -16,10 +16,10 @@ from captum_mllm.adapters import registered_classes
 from captum_mllm.cli.arguments import printable
 from captum_mllm.cli.explain import DEMO_SCENE, demo_scene
 from captum_mllm.cli.main import main
-from captum_mllm.data.pictures import open_picture
 from captum_mllm.methods import METHODS, explain
 from captum_mllm.model import loading
 from captum_mllm.model.loading import prepare_inputs
+from captum_mllm.pictures import open_picture
 from captum_mllm.validation import ArgumentError
 from tests.adapters.test_families import as_full_processor
 from tests.oracle.families import NAMES, PLACEHOLDER, above, family
