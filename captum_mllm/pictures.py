@@ -163,14 +163,13 @@ def shown_name(path: str | os.PathLike[str]) -> str:
         path: the file.
 
     Returns:
-        The name with bytes that are not UTF-8 as escapes, its middle left out beyond 200
-        characters.
+        The name with what UTF-8 can't hold as escapes, its middle left out beyond 200 characters.
 
     Example:
         >>> shown_name(os.fsdecode(b"caf\xe9.png"))
-        'caf\\xe9.png'
+        'caf\\udce9.png'
     """
-    text = os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
     half = _NAME // 2
     return text if len(text) <= _NAME else f"{text[:half]}...{text[-half:]}"
 

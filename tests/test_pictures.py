@@ -3,6 +3,7 @@
 import io
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ def test_every_cut_of_a_picture_is_an_error_or_leaves_it_whole(kind, noise, tmp_
     path.write_bytes(data)
     whole = np.asarray(open_picture(path))
     refused = 0
-    for end in range(len(data)):
+    ends = range(0, len(data), 1 + len(data) // 300)
+    for end in ends:
         path.write_bytes(data[:end])
         try:
             picture = open_picture(path)
@@ -42,7 +44,7 @@ def test_every_cut_of_a_picture_is_an_error_or_leaves_it_whole(kind, noise, tmp_
             refused += 1
         else:  # only the end of the file, after all pixels, is missing
             np.testing.assert_array_equal(np.asarray(picture), whole)
-    assert refused >= 0.7 * len(data)
+    assert refused >= 0.7 * len(ends)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -144,13 +146,13 @@ def test_a_bomb_is_refused_by_its_header_and_the_limit_can_be_raised(tmp_path, m
 
 def test_names_that_no_file_has_and_names_that_are_not_utf8(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file 'aaaa.*\.\.\.aaa"):
-        open_picture(tmp_path.joinpath("a" * 300) if False else type(tmp_path)("a" * 5000))
+        open_picture(Path("a" * 5000))
     name = os.fsdecode(b"caf\xe9.png")
     path = tmp_path / name
     Image.new("RGB", (2, 2)).save(path)
     assert open_picture(path).size == (2, 2)
     path.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"caf\\\\xe9.png' is not a picture") as raised:
+    with pytest.raises(ValueError, match=r"caf\\\\udce9.png' is not a picture") as raised:
         open_picture(path)
     str(raised.value).encode("utf-8")
     assert shown_name("\ud800") == r"\ud800"
