@@ -184,7 +184,8 @@ def _plot_png(result: ResultLike) -> bytes:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    # Tokens and prompts may hold what UTF-8 can't.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def _document(body: str) -> str:

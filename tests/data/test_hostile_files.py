@@ -1,7 +1,6 @@
 """Annotation files that are hostile or damaged: refused before they take time or memory."""
 
 import json
-import os
 import time
 import tracemalloc
 
@@ -167,8 +166,8 @@ def test_names_that_lead_out_of_the_folder_are_refused_unless_allowed(coco, labe
     folder = tmp_path / "secret"
     folder.mkdir()
     Image.new("RGB", (SIDE, SIDE), "red").save(folder / "b.png")
-    os.symlink(folder / "b.png", tmp_path / "images/link.png")
-    os.symlink(folder, tmp_path / "images/folder")
+    (tmp_path / "images/link.png").symlink_to(folder / "b.png")
+    (tmp_path / "images/folder").symlink_to(folder)
     for name in (str(folder / "b.png"), "../secret/b.png", "link.png", "folder/b.png"):
         with pytest.raises(ValueError, match=r"a.json: 1 of the 1 images .*outside.*allow_outside"):
             coco(name=name)
@@ -188,7 +187,7 @@ def test_names_that_lead_out_of_the_folder_are_refused_unless_allowed(coco, labe
 def test_a_link_to_the_whole_folder_is_no_way_out(coco, tmp_path):
     """The user names the folder, wherever it leads."""
     data = coco()
-    os.symlink(tmp_path / "images", tmp_path / "linked")
+    (tmp_path / "linked").symlink_to(tmp_path / "images")
     assert CocoDataset(tmp_path / "linked", data.files[0])[0].image.size == (SIDE, SIDE)
 
 
@@ -205,7 +204,9 @@ def test_names_that_no_file_can_have(name, coco, labels):
 def test_names_that_are_not_unicode(coco, labels):
     with pytest.raises(ValueError, match=r"field 'file_name' is '\\ud800.png'; it must be a text"):
         coco(name="\ud800.png")
-    with pytest.raises(ValueError, match=r"entry 2 \(label image\) is '\\ud800'; it must be a text"):
+    with pytest.raises(
+        ValueError, match=r"entry 2 \(label image\) is '\\ud800'; it must be a text"
+    ):
         labels(mask="\ud800")
 
 
@@ -221,14 +222,16 @@ def test_every_cut_of_a_label_image_is_an_error_or_leaves_it_whole(labels, tmp_p
     for end in range(len(content)):
         path.write_bytes(content[:end])
         for read in (lambda: data[0], lambda: LabelMapDataset(tmp_path)[0]):
+            found, message = whole, ""
             try:
                 found = [thing.mask for thing in read().objects]
             except ValueError as error:
-                assert "anno.json: record 0: entry 2 (label image)" in str(error)
-                assert "seg/a.png" in str(error)
+                message = str(error)
+            np.testing.assert_array_equal(found, whole)
+            if message:
+                assert "anno.json: record 0: entry 2 (label image)" in message
+                assert "seg/a.png" in message
                 refused += 1
-            else:
-                np.testing.assert_array_equal(found, whole)
     assert refused > len(content)
 
 
