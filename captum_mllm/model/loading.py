@@ -158,7 +158,7 @@ def _device(name: str | None) -> Any:
     return device
 
 
-def _check_class(name: str, trusted: bool) -> None:
+def _check_class(name: str, trusted: bool = False) -> None:
     """Raise before the weights are loaded if a model of this class can't be explained."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
