@@ -96,12 +96,16 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 
 
 def _scales(text: str) -> tuple[float, ...]:
+    from captum_mllm.validation import MAX_SCALE
+
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
     if not values or not all(0 < value < float("inf") for value in values):
         raise argparse.ArgumentTypeError(f"must be positive numbers like 1,1.25,1.5, got {text!r}")
+    if max(values) > MAX_SCALE:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_SCALE:g}, got {text!r}")
     if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"must be distinct, got {text!r}")
     return values
