@@ -55,9 +55,8 @@ def add_explain(commands: Any) -> None:
         "explain",
         help="show which image regions support each word of an answer, and which words led to it",
         description="Ask a multimodal model about a picture and write, for every word of its "
-        "answer, which image regions support it and which words led to it. Writes index.html, an "
-        "overlay per content word (PNG), a text heat map (HTML, PNG) and a table; prints the "
-        "table.",
+        "answer, which image regions support it and which words led to it. Writes index.html, one "
+        "page that can be mailed as it is, words.json and a table; prints the table.",
     )
     parser.set_defaults(run=run)
     _add_inputs(parser)
@@ -92,7 +91,13 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     add("--option", type=option, action="append", default=[], metavar="NAME=VALUE",
         help="an option of the method, e.g. top_k=20 (or msea+arc.top_k=20, as for benchmark); "
         "may be repeated; a wrong name lists all")  # fmt: skip
+    add("--compare", type=_names, default=("lens", "random"), metavar="NAME,NAME,...",
+        help="further methods to switch to on the page, or none; default: lens,random")  # fmt: skip
     add("--save-result", action="store_true", help="also write result.safetensors")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(name.strip() for name in text.split(","))
 
 
 def _scales(text: str) -> tuple[float, ...]:
@@ -141,8 +146,14 @@ def run(args: argparse.Namespace) -> None:
     notes = [line for line in (*changed, note, assumed) if line]
     for line in notes:
         print_progress(line)
-    result = _attribute(args, model, processor, inputs, pictures, options)
-    _write(args, result, pictures, prompt, [f"Model: {args.model or SHIPPED}.", *notes])
+    results = _attribute(args, model, processor, inputs, pictures, options)
+    folder = None if args.demo else args.model
+    with reported_out():
+        facts = describe(
+            model, name=args.model or SHIPPED, folder=folder, images=args.image or (),
+            settings={"method": args.method, **options}, command=["captum-mllm", *sys.argv[1:]],
+        ).facts  # fmt: skip
+    _write(args, results, pictures, prompt, notes, facts)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
