@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from captum_mllm.validation import ArgumentError
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _LABEL_CHARACTERS = 18
@@ -29,6 +32,27 @@ def new_figure(size: tuple[float, float], show: bool) -> "Figure":
     return NotebookFigure(**options)
 
 
+def canvas_of(ax: "Axes | None", size: tuple[float, float], show: bool) -> "tuple[Figure, Axes]":
+    """The figure and axes to draw on: the caller's axes, or those of a new figure.
+
+    Args:
+        ax: the caller's axes, or None.
+        size: (width, height) of a new figure, inches.
+        show: whether pyplot will show it.
+
+    Raises:
+        ArgumentError: ``ax`` is no matplotlib axes, or comes with ``show=True``.
+    """
+    if ax is None:
+        fig = new_figure(size, show)
+        return fig, fig.subplots()
+    if not hasattr(ax, "imshow"):
+        raise ArgumentError("ax", f"must be matplotlib axes, got {type(ax).__name__}.")
+    if show:
+        raise ArgumentError("ax", "belongs to a figure of yours: show that, and leave show out.")
+    return ax.figure, ax  # type: ignore[return-value]
+
+
 def finish(fig: "Figure", ax: Any, show: bool) -> "tuple[Figure, Any] | None":
     """The value that a plot returns: (figure, axes), or None once it was shown.
 
@@ -38,7 +62,9 @@ def finish(fig: "Figure", ax: Any, show: bool) -> "tuple[Figure, Any] | None":
         show: whether to show it with pyplot.
     """
     if not show:
-        return fig, ax
+        from captum_mllm.visualization.figure import Plot
+
+        return Plot(fig, ax)
     from matplotlib import pyplot as plt
 
     plt.show()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from captum_mllm.visualization.canvas import finish, literal, new_figure, numbers, token_labels
+from captum_mllm.visualization.canvas import canvas_of, finish, literal, numbers, token_labels
 from captum_mllm.visualization.summary import ResultLike, answer_words, context_of
 
 if TYPE_CHECKING:
@@ -23,12 +23,15 @@ _CELL_TEXTS = 300  # more numbers than that are illegible
 _CELL_COLUMNS = 24
 
 
-def draw_token_attr(result: ResultLike, show: bool) -> "tuple[Figure, Axes] | None":
+def draw_token_attr(
+    result: ResultLike, show: bool, ax: "Axes | None" = None
+) -> "tuple[Figure, Axes] | None":
     """The method ``plot_token_attr`` of a result, which explains it.
 
     Args:
         result: what ``attribute`` returned.
         show: as there.
+        ax: as there.
     """
     return _matrix(
         result.token_attr,
@@ -36,15 +39,19 @@ def draw_token_attr(result: ResultLike, show: bool) -> "tuple[Figure, Axes] | No
         result.input_tokens,
         f"attribution of text tokens ({result.units})",
         show,
+        ax,
     )
 
 
-def plot_text_heatmap(result: ResultLike, show: bool = False) -> "tuple[Figure, Axes] | None":
+def plot_text_heatmap(
+    result: ResultLike, show: bool = False, *, ax: "Axes | None" = None
+) -> "tuple[Figure, Axes] | None":
     """Heat map by words: which words (across) support each word of the answer (down).
 
     Args:
         result: what ``attribute`` returned.
         show: show the plot and return None; default False returns (figure, axes).
+        ax: axes to draw on, default those of a new figure.
 
     Returns:
         (figure, axes), or None if shown. A word's value is the largest over both words' tokens.
@@ -57,20 +64,23 @@ def plot_text_heatmap(result: ResultLike, show: bool = False) -> "tuple[Figure, 
         [word.text for word in context],
         f"attribution of words ({result.units})",
         show,
+        ax,
     )
 
 
-def draw_seq_attr(result: ResultLike, show: bool) -> "tuple[Figure, Axes] | None":
+def draw_seq_attr(
+    result: ResultLike, show: bool, ax: "Axes | None" = None
+) -> "tuple[Figure, Axes] | None":
     """The method ``plot_seq_attr`` of a result, which explains it.
 
     Args:
         result: what ``attribute`` returned.
         show: as there.
+        ax: as there.
     """
     values = numbers(result.seq_attr)
     width = float(np.clip(0.3 * len(values) + 1.5, 6.4, 40))
-    fig = new_figure((width, 4.0), show)
-    ax = fig.subplots()
+    fig, ax = canvas_of(ax, (width, 4.0), show)
     colours = np.where(values < 0, "#d0365b", "#4772b3")
     ax.bar(np.arange(len(values)), values, color=colours.tolist())
     ax.set_xticks(np.arange(len(values)), labels=token_labels(result.input_tokens))
@@ -82,7 +92,12 @@ def draw_seq_attr(result: ResultLike, show: bool) -> "tuple[Figure, Axes] | None
 
 
 def _matrix(
-    attr: Tensor, down: Sequence[str], across: Sequence[str], name: str, show: bool
+    attr: Tensor,
+    down: Sequence[str],
+    across: Sequence[str],
+    name: str,
+    show: bool,
+    ax: "Axes | None",
 ) -> "tuple[Figure, Axes] | None":
     values = numbers(attr)
     rows, cols = values.shape
@@ -90,8 +105,7 @@ def _matrix(
     across_inch, down_inch = (0.5, 0.34) if small else (0.2, 0.2)
     width = float(np.clip(across_inch * cols + 2.6, 6.4, 40))
     height = float(np.clip(down_inch * rows + 1.6, 2.8, 40))
-    fig = new_figure((width, height), show)
-    ax = fig.subplots()
+    fig, ax = canvas_of(ax, (width, height), show)
     top = float(np.abs(values).max(initial=0.0)) or 1.0
     low, cmap = (-top, "RdBu_r") if values.min(initial=0.0) < 0 else (0.0, "Blues")
     picture = ax.imshow(values, cmap=cmap, vmin=low, vmax=top, aspect="auto")
