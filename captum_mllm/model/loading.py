@@ -241,9 +241,9 @@ def prepare_inputs(processor: Any, pictures: "Sequence[Image]", prompt: str) -> 
         The mapping that the processor returns, and a sentence on what was assumed.
 
     Raises:
-        ArgumentError: ``pictures`` is empty; ``prompt`` holds another number of image tokens than
-            there are pictures, or the processor refuses it; a processor without chat template and
-            image token, or whose chat template or files are broken.
+        ArgumentError: ``pictures`` is empty; ``prompt`` is no valid Unicode, or holds another
+            number of image tokens than there are pictures, or the processor refuses it; a processor
+            without chat template and image token, or whose chat template or files are broken.
 
     Example:
         >>> from captum_mllm.reference import load, make_scene, render_pil
@@ -255,6 +255,10 @@ def prepare_inputs(processor: Any, pictures: "Sequence[Image]", prompt: str) -> 
     """
     if not pictures:
         raise ArgumentError("pictures", "is empty: give at least one picture.")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ArgumentError("prompt", f"is not valid Unicode: {prompt!a}.") from error
     text, assumed = _full_prompt(processor, len(pictures), prompt)
     start = processor.tokenizer.bos_token
     begins = start is not None and text.startswith(start)
