@@ -167,7 +167,7 @@ class TokenLayout:
         """
         try:
             data = json.loads(Path(path).read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the second: nested too deeply
             raise ArgumentError("path", f"{os.fspath(path)!r} is no JSON file: {error}") from error
         return cls.from_dict(data)
 

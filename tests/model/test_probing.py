@@ -371,7 +371,11 @@ def test_a_layout_is_saved_and_used_again(tmp_path, unregistered, capsys):
         probe_layout(kin.model, inputs, kin.processor, small, layout=again)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 2}', '{"format": 1, "pictures": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"format": 2}', '{"format": 1, "pictures": 3}', "[" * 99_999],
+    ids=lambda t: t[:30],
+)
 def test_a_damaged_layout_names_what_is_wrong(tmp_path, text):
     (tmp_path / "layout.json").write_text(text)
     with pytest.raises(ArgumentError):
