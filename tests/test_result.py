@@ -17,6 +17,7 @@ from captum_mllm import LogitLens, MLLMAttributionResult, TokenActivationMap
 from captum_mllm.files import read_tensors, write_tensors
 from captum_mllm.geometry import ImageGrid, Preprocessing
 from captum_mllm.validation import ArgumentError
+from tests.disks import full_disk
 from tests.oracle import formulas as reference
 from tests.oracle.comparing import with_two_images
 from tests.oracle.published import ARC, MSEA
@@ -380,18 +381,12 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
 
 
 def test_nothing_half_written(result, tmp_path):
-    resource = pytest.importorskip("resource")
     path = tmp_path / "a"
     result.select([0]).save(path)
     before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (0, 1, 50, len(before) - 1):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # a disk that is full
-        try:
-            with pytest.raises(OSError, match="File too large"):
-                result.save(path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with full_disk(limit), pytest.raises(OSError, match="File too large"):
+            result.save(path)
         assert [p.name for p in tmp_path.iterdir()] == ["a"]
         assert path.read_bytes() == before
     with pytest.raises(FileNotFoundError):

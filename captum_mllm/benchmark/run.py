@@ -171,7 +171,7 @@ def _check_folder(folder: Path, fixed: Mapping[str, Any]) -> None:
         return
     try:
         head = json.loads(path.read_text(encoding="utf-8"))
-        version, before = head["format"], head["fixed"]
+        version, before = head["format"], dict(head["fixed"])
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ArgumentError(
             "out",
