@@ -2,8 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +133,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.demo and not (args.image and args.prompt):
         raise UsageError("arguments --image and --prompt are both needed (or --demo alone)")
     options = _options(args)
+    _check_compared(args.compare)
     check_out(args.out)
     if args.demo:
         picture, prompt = demo_scene()
@@ -149,13 +149,35 @@ def run(args: argparse.Namespace) -> None:
     for line in notes:
         print_progress(line)
     results = _attribute(args, model, processor, inputs, pictures, options)
-    folder = None if args.demo else args.model
-    with reported_out():
-        facts = describe(
-            model, name=args.model or SHIPPED, folder=folder, images=args.image or (),
-            settings={"method": args.method, **options}, command=["captum-mllm", *sys.argv[1:]],
-        ).facts  # fmt: skip
-    _write(args, results, pictures, prompt, notes, facts)
+    print_progress("drawing ...")
+    _write(args, results, pictures, prompt, notes, _facts(args, model, options))
+
+
+def _check_compared(names: Sequence[str]) -> None:
+    from captum_mllm.methods.registry import find_method
+
+    for name in names:
+        try:
+            needs = find_method(name).needs
+        except ValueError as error:
+            raise UsageError(f"argument --compare: {error}") from error
+        if needs is not None:
+            raise UsageError(f"argument --compare: {name} needs {needs}")
+
+
+def _facts(args: argparse.Namespace, model: Any, options: dict[str, Any]) -> Mapping[str, str]:
+    """Where the maps come from, for the page's foot."""
+    from captum_mllm.visualization import describe
+
+    settings = {"method": args.method, "max_new_tokens": args.max_new_tokens, **options}
+    return describe(
+        model,
+        name=args.model or SHIPPED,
+        folder=getattr(model.config, "_name_or_path", None),
+        images=args.image or (),
+        settings=settings,
+        command=["captum-mllm", *args.words],
+    ).facts
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -197,7 +219,8 @@ def _attribute(
     inputs: Any,
     pictures: "Sequence[Image]",
     options: dict[str, Any],
-) -> "MLLMAttributionResult":
+) -> "dict[str, MLLMAttributionResult]":
+    """The result of the method, and of those to compare it with, of the same answer."""
     from captum_mllm.adapters import find_adapter
     from captum_mllm.methods import explain
     from captum_mllm.model.discovery import discover
@@ -208,7 +231,7 @@ def _attribute(
     inputs = inputs.to(model.device, model.dtype)
     try:
         discover(find_adapter(model), processor, inputs, pictures)
-        return explain(
+        first = explain(
             args.method,
             model,
             processor,
@@ -220,6 +243,16 @@ def _attribute(
         )
     except errors as error:
         raise usage_error(error, _FLAGS, _flags_to_blame(args)) from error
+    results = {args.method: first}
+    for name in args.compare:
+        if name in results:
+            continue
+        print_progress(f"comparing with {name} ...")
+        try:
+            results[name] = explain(name, model, processor, inputs, first.output_ids)
+        except ValueError as error:
+            raise UsageError(f"argument --compare: {error}") from error
+    return results
 
 
 def _flags_to_blame(args: argparse.Namespace) -> str:
@@ -232,47 +265,37 @@ def _flags_to_blame(args: argparse.Namespace) -> str:
 
 def _write(
     args: argparse.Namespace,
-    result: "MLLMAttributionResult",
+    results: "Mapping[str, MLLMAttributionResult]",
     pictures: "Sequence[Image]",
     prompt: str,
     notes: Sequence[str],
+    facts: Mapping[str, str],
 ) -> None:
-    """One picture: a report in the folder. Several: one each in image-1, image-2, ..."""
     from captum_mllm.files import filled_folder
     from captum_mllm.pictures import shown_name
-    from captum_mllm.visualization import answer_text, format_table, write_report
+    from captum_mllm.visualization import answer_table, answer_text, write_report
 
-    several = len(pictures) > 1
-    names = [shown_name(path) for path in args.image or ()]
-    print_progress("drawing ...")
-    summaries = []
+    titles = [shown_name(path) for path in args.image or ()]
+    result = results[args.method]
     try:
         with filled_folder(args.out) as folder:
-            for n, picture in enumerate(pictures):
-                report = folder / f"image-{n + 1}" if several else folder
-                report.mkdir(exist_ok=True)
-                title = [f"Picture {n + 1} of {len(pictures)}: {names[n]}."] if several else []
-                one = replace(result, grid_attr=(result.grid_attr[n],), grids=(result.grids[n],))
-                lines = [*title, *notes]
-                summaries.append(write_report(report, one, picture, prompt=prompt, notes=lines))
+            contents = write_report(
+                folder, results, pictures, prompt=prompt, notes=notes, titles=titles, facts=facts
+            )
             if args.save_result:
                 result.save(folder / "result.safetensors")
     except OSError as error:
         raise WriteError(
             f"{args.out} can't be written ({error}); make room, or name another --out"
         ) from error
-    table = f"prompt: {prompt}\nanswer: {answer_text(result)}\n"
-    for n, summary in enumerate(summaries):
-        title = f"image {n + 1}: {names[n]}\n" if several else ""
-        table += f"\n{title}{format_table(summary)}\n"
-    print(printable(table, sys.stdout))
-    if any(summary.assumed for summary in summaries):
+    table = answer_table(result, pictures, titles)
+    answer = f"prompt: {prompt}\nanswer: {answer_text(result)}\n\n{table}\n"
+    print(printable(answer, sys.stdout))
+    if any(picture.assumed for picture in contents.pictures):
         print_progress(
             "assumed: the model saw the whole picture (the processor's crop is not known)"
         )
-    files = sum(path.is_file() for path in args.out.rglob("*"))
-    page = args.out / ("image-1" if several else "") / "index.html"
-    print_progress(f"wrote {page} and {files - 1} files next to it")
+    print_progress(f"wrote {args.out / 'index.html'}: one page, to be opened or mailed as it is")
 
 
 def demo_scene() -> "tuple[Image, str]":

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         written, 2 for a mistake in the arguments, 130 if interrupted.
     """
     args = build_parser().parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else list(argv)
     try:
         code = args.run(args)
         sys.stdout.flush()  # while a failure still has an exit code

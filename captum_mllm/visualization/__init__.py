@@ -4,13 +4,14 @@ Nothing here needs a display, LaTeX or a network. Matplotlib is imported on firs
 backend is never switched.
 """
 
+from captum_mllm.visualization.compare import compare, to_frame
 from captum_mllm.visualization.contents import Contents, contents_of
 from captum_mllm.visualization.overlays import colour_stops, overlay
 from captum_mllm.visualization.page import render_page
 from captum_mllm.visualization.plots import plot_text_heatmap
 from captum_mllm.visualization.provenance import Provenance, describe
 from captum_mllm.visualization.reading import Phrase, PlaceSupport, find_words, phrase_of, words_at
-from captum_mllm.visualization.report import write_report
+from captum_mllm.visualization.report import answer_table, write_report
 from captum_mllm.visualization.summary import (
     AnswerSummary,
     WordSummary,
@@ -27,8 +28,10 @@ __all__ = [
     "PlaceSupport",
     "Provenance",
     "WordSummary",
+    "answer_table",
     "answer_text",
     "colour_stops",
+    "compare",
     "contents_of",
     "describe",
     "find_words",
@@ -39,6 +42,7 @@ __all__ = [
     "render_page",
     "summarise",
     "text_heatmap_html",
+    "to_frame",
     "words_at",
     "write_report",
 ]

@@ -17,7 +17,7 @@ class NotebookFigure(Figure):
 
 
 class Plot(NamedTuple):
-    """What a plot returns, ``figure, axes = result.plot_token_attr()``; a cell's last line shows it.
+    """What a plot returns: ``figure, axes = result.plot_token_attr()``; a notebook shows it.
 
     Args:
         figure: the figure.
