@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.model.forward import teacher_forced_output
 from captum_mllm.model.generation import generate_ids
 
@@ -226,7 +226,7 @@ def _ids(target: Any) -> Tensor:
     return ids
 
 
-@contextmanager
+@uninterrupted
 def _log_probs_per_token(attribution: LLMAttribution) -> Iterator[None]:
     """Within it captum's forward gives every token's log-probability after their sum.
 

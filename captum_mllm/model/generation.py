@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from captum_mllm.adapters import Adapter
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.model.forward import evaluating
 from captum_mllm.model.inputs import Sample
 
@@ -172,7 +172,7 @@ def _special_ids(model: Any) -> dict[str, Any]:
     return {name: getattr(model.generation_config, name) for name in names}
 
 
-@contextmanager
+@uninterrupted
 def _only_special_ids(model: Any) -> Iterator[None]:
     """While it lasts, generate can't fill gaps from the checkpoint's own generation settings."""
     before = model.generation_config
