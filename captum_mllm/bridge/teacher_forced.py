@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
+from captum_mllm.adapters.devices import unwrap
+from captum_mllm.adapters.hooks import unchanged
 from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.model.forward import teacher_forced_output
 from captum_mllm.model.generation import generate_ids
@@ -192,7 +194,7 @@ def check_llm_attribution(
     inputs = (whole, torch.zeros_like(whole))
     options = (use_cached_outputs, None, forward_in_tokens)
     try:
-        with _log_probs_per_token(attribution):
+        with unchanged(unwrap(right.model)), _log_probs_per_token(attribution):
             call = attribution.attr_method.forward_func
             theirs = [call(x, inp, target, *options).flatten()[1:].float().cpu() for x in inputs]
     except Exception as error:  # anything that a model raises on unsuitable inputs

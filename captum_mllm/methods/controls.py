@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_mllm.adapters import find_adapter
 from captum_mllm.adapters.discovery import carry_over
+from captum_mllm.adapters.hooks import one_thread
 from captum_mllm.functional import Box, resample_cells
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.methods.cells import box_on_grid
@@ -222,7 +223,8 @@ def _shufflable_copy(model: nn.Module) -> nn.Module:
                 f"{'offloaded' if parameter.is_meta else f'of {parameter.dtype}'}, so that no "
                 f"copy with permuted weights can be made; load the model whole and unquantised."
             )
-    other = copy.deepcopy(model)
+    with one_thread(model):  # another that runs it meanwhile has hooks in it
+        other = copy.deepcopy(model)
     carry_over(model, other)
     return other
 
