@@ -141,18 +141,12 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self.modules = tuple(model.modules())
         self.parameters = tuple(model.parameters())
-        configs = {id(c): c for m in self.modules for c in _configs(m)}
-        owners = [vars(owner) for owner in (*self.modules, *configs.values())]
-        self._attributes = [(now, dict(now)) for now in owners]
-        self._hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-        self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for module in self.modules:
-            for name, value in vars(module).items():
-                if isinstance(value, dict) and name.startswith("_"):
-                    kind = self._parts if name in _PARTS else self._hooks
-                    if kind is self._parts or "hooks" in name:
-                        kind.append((value, dict(value)))
-        self._trained = [(p, p.requires_grad) for p in self.parameters]
+        of_modules = [vars(module) for module in self.modules]
+        configs = {id(c): vars(c) for held in of_modules for c in _configs(held)}
+        self._attributes = [(now, dict(now)) for now in (*of_modules, *configs.values())]
+        self._parts = [(held[n], dict(held[n])) for held in of_modules for n in _PARTS]
+        self._hooks = [(held[n], set(held[n])) for held in of_modules for n in _HOOKS if n in held]
+        self._trained = [parameter.requires_grad for parameter in self.parameters]
         self._gradients = torch.is_grad_enabled()
 
     def restore(self) -> None:
@@ -167,20 +161,26 @@ class Snapshot:
             if len(now) != len(before) or any(now.get(k) is not v for k, v in before.items()):
                 now.clear()
                 now.update(before)
-        for now, before in self._hooks:
-            for key in now.keys() - before.keys():
-                del now[key]
-        for parameter, trained in self._trained:
+        for table, keys in self._hooks:
+            if table:
+                for key in set(table) - keys:
+                    del table[key]
+        for parameter, trained in zip(self.parameters, self._trained, strict=True):
             if parameter.requires_grad is not trained:
                 parameter.requires_grad_(trained)
 
 
 _PARTS = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(  # the names of torch's tables of hooks
+    name
+    for name, value in vars(nn.Module()).items()
+    if isinstance(value, dict) and name not in _PARTS
+)
 
 
-def _configs(module: nn.Module) -> Iterator[Any]:
-    """A module's config and those in it: the attention setting sits there."""
-    config = vars(module).get("config")
+def _configs(held: dict[str, Any]) -> Iterator[Any]:
+    """The config among a module's attributes, and those in it: the attention setting sits there."""
+    config = held.get("config")
     if hasattr(config, "__dict__"):
         yield config
         yield from (c for c in vars(config).values() if hasattr(c, "attribute_map"))

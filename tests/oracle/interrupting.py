@@ -25,8 +25,14 @@ PACKAGE = str(Path(captum_mllm.__file__).parent)
 # Beside ours, what our set-up calls of others: contexts, gradient modes, replaced parameters.
 TORCHS = ("autograd/grad_mode.py", "nn/utils/stateless.py", "overrides.py", "utils/_contextlib.py")
 OTHERS = {contextlib.__file__, *(str(Path(torch.__file__).parent / name) for name in TORCHS)}
-BYTE_BY_BYTE = ("adapters/hooks.py", "adapters/interrupts.py")  # each instruction, not each line
-CORE = (*BYTE_BY_BYTE, "model/forward.py", "model/attention.py", *OTHERS)
+STEP_BY_STEP = {"__enter__", "__exit__", "_finish", "one_thread", "unchanged", "acquire"}
+CORE = (
+    "adapters/hooks.py",
+    "adapters/interrupts.py",
+    "model/forward.py",
+    "model/attention.py",
+    *OTHERS,
+)
 
 Place = tuple[str, int, int]  # file, line, instruction (or -1)
 
@@ -54,7 +60,9 @@ class _Tracer:
         name = frame.f_code.co_filename
         if event != "call" or not (name.startswith(PACKAGE) or name in OTHERS):
             return None
-        frame.f_trace_opcodes = name.endswith(BYTE_BY_BYTE)
+        # Each instruction of what enters and leaves, of all else each line.
+        core = name.endswith(CORE[:2])
+        frame.f_trace_opcodes = core and frame.f_code.co_name in STEP_BY_STEP
         return self._step(frame)
 
     def on_step(self, frame: Any, event: str, _arg: Any) -> Any:
