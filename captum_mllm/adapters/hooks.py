@@ -1,7 +1,7 @@
 """Hooks on a user's model while we run it, and the model restored afterwards."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +61,13 @@ def contiguous_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@uninterrupted
+def without_gradients() -> Iterator[None]:
+    """As ``torch.no_grad()``, which an interrupt can leave on for good."""
+    with torch.no_grad():
+        yield
 
 
 _LOCKS = WeakIdKeyDictionary()  # a re-entrant lock per model; per config, where models share one
@@ -153,21 +160,25 @@ class Snapshot:
         """Put everything back; hooks that the model itself took away stay away."""
         torch.set_grad_enabled(self._gradients)
         for now, before in self._attributes:
-            if now.keys() != before.keys():
-                for name in now.keys() - before.keys():
-                    del now[name]
+            _only(now, before)
             now.update(before)
         for now, before in self._parts:
             if len(now) != len(before) or any(now.get(k) is not v for k, v in before.items()):
-                now.clear()
+                now.clear()  # in their order
                 now.update(before)
         for table, keys in self._hooks:
             if table:
-                for key in set(table) - keys:
-                    del table[key]
+                _only(table, keys)
         for parameter, trained in zip(self.parameters, self._trained, strict=True):
             if parameter.requires_grad is not trained:
                 parameter.requires_grad_(trained)
+
+
+def _only(held: dict[Any, Any], keys: Collection[Any]) -> None:
+    """Leave no other keys in a dictionary."""
+    if len(held) != len(keys) or any(key not in keys for key in held):
+        for key in [key for key in held if key not in keys]:
+            del held[key]
 
 
 _PARTS = ("_parameters", "_buffers", "_modules")

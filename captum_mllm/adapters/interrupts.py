@@ -124,6 +124,7 @@ def _in_main_thread() -> bool:
 
 def _take_place() -> None:
     """Put our handler in the place of the user's."""
+    _WAITING.clear()  # what waited while another interrupt was passed on, which counts for both
     for number in _NUMBERS:
         handler = signal.getsignal(number)
         if callable(handler):

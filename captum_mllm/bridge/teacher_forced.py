@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
 from captum_mllm.adapters.devices import unwrap
-from captum_mllm.adapters.hooks import unchanged
+from captum_mllm.adapters.hooks import unchanged, without_gradients
 from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.model.forward import teacher_forced_output
 from captum_mllm.model.generation import generate_ids
@@ -131,7 +131,7 @@ class TeacherForced(nn.Module):
             value, fill = inputs[name], adapter.suffix_fill[name]
             more = value.new_full((len(value), length - value.shape[1]), fill)
             inputs[name] = torch.cat([value, more], dim=1)
-        with torch.no_grad():
+        with without_gradients():
             return teacher_forced_output(adapter, inputs)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from captum_mllm.adapters import Adapter
+from captum_mllm.adapters.hooks import without_gradients
 from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.model.forward import evaluating
 from captum_mllm.model.inputs import Sample
@@ -111,7 +112,7 @@ def generate_ids(adapter: Adapter, *args: Any, **kwargs: Any) -> Tensor:
         Token ids (batch, tokens), prompt included.
     """
     kwargs.setdefault("suppress_tokens", list(adapter.visual_ids))
-    with torch.no_grad(), evaluating(adapter, gradients=True):
+    with without_gradients(), evaluating(adapter, gradients=True):
         return adapter.model.generate(*args, **kwargs)
 
 

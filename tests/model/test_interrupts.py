@@ -191,3 +191,140 @@ def test_every_line(name):
     struck, left = left_by_interrupts(make, DONE)
     print(f"{name}: {struck} interrupts, {len(left)} left something")
     assert not left
+
+
+# ---- in a moment: a sample of the lines, and those that set up and clean up without a forward ----
+
+
+def settings(scene):
+    adapter = find_adapter(scene.model)
+
+    def call():
+        with evaluating(adapter, gradients=True), observed_attention(adapter, id):
+            pass
+        with evaluating(adapter):
+            pass
+
+    return call
+
+
+@pytest.mark.parametrize(("build", "every"), [(settings, 31), (CALLS["lens"][1], 41)])
+def test_some_lines(build, every):
+    def make():
+        scene = Scene("Llava")
+        return scene.model, build(scene)
+
+    struck, left = left_by_interrupts(make, set(), every)
+    assert struck > 20
+    assert not left
+
+
+def test_the_model_works_afterwards():
+    scene = Scene("Llava")
+    call = CALLS["msea"][1](scene)
+    expected = call()
+    assert interrupted(call, 4000)
+    for got, wanted in zip(call().grid_attr, expected.grid_attr, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_an_offloaded_model(tmp_path):
+    """Weights that were loaded for a call that was interrupted are away again."""
+    scene = Scene("Llava")
+    expected = CALLS["lens"][1](scene)()
+
+    def fail(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    away = accelerate.disk_offload(scene.model, str(tmp_path), execution_device="cpu")
+    lens = LogitLens(away)
+    layer = away.get_decoder().layers[1]
+    handle = layer.mlp.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        lens.attribute(scene.inputs, scene.answer)
+    handle.remove()
+    assert all(parameter.is_meta for parameter in away.parameters())
+    got = lens.attribute(scene.inputs, scene.answer)
+    assert torch.equal(got.grid_attr[0], expected.grid_attr[0])
+
+
+# ---- the pieces ---------------------------------------------------------------------------------
+
+
+def test_an_interrupt_waits_while_something_is_entered_or_left():
+    done = []
+
+    @uninterrupted
+    def changed():
+        signal.raise_signal(signal.SIGINT)
+        done.append("entered")
+        try:
+            yield
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            done.append("left")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), changed():
+        done.append("never")
+    assert done == ["entered", "left"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_in_the_body_comes_at_once():
+    done = []
+
+    @uninterrupted
+    def changed():
+        try:
+            yield
+        finally:
+            done.append("left")
+
+    with pytest.raises(KeyboardInterrupt), changed():
+        signal.raise_signal(signal.SIGINT)
+    assert done == ["left"]
+
+
+def test_the_users_own_handler_is_asked():
+    got = []
+
+    @uninterrupted
+    def changed():
+        signal.raise_signal(signal.SIGINT)
+        assert not got
+        yield
+
+    before = signal.signal(signal.SIGINT, lambda number, _: got.append(number))
+    try:
+        with changed():
+            assert len(got) == 1
+            signal.raise_signal(signal.SIGINT)
+            assert len(got) == 2
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_wait_for_another_thread(model, inputs, answer):
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with one_thread(model):
+            entered.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(5)
+    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    start = time.perf_counter()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            LogitLens(model).attribute(inputs, answer)
+        assert time.perf_counter() - start < 5
+    finally:
+        leave.set()
+        thread.join()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    LogitLens(model).attribute(inputs, answer)

@@ -48,6 +48,13 @@ def _in_c(name: str, number: int) -> Any:
 _STRIKE, _NOTHING = _in_c("raise", signal.SIGINT), _in_c("abs", 0)
 
 
+def _is_ours(frame: Any) -> bool:
+    """Whether a frame is of our code, or of the others' that our code has called."""
+    while frame is not None and frame.f_code.co_filename in OTHERS:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(PACKAGE)
+
+
 class _Tracer:
     """Counts the steps of our frames; arms one of them, or notes where each is armed."""
 
@@ -57,9 +64,9 @@ class _Tracer:
         self.found: list[tuple[int, Place]] = []
 
     def on_call(self, frame: Any, event: str, _arg: Any) -> Any:
-        name = frame.f_code.co_filename
-        if event != "call" or not (name.startswith(PACKAGE) or name in OTHERS):
+        if event != "call" or not _is_ours(frame):
             return None
+        name = frame.f_code.co_filename
         # Each instruction of what enters and leaves, of all else each line.
         core = name.endswith(CORE[:2])
         frame.f_trace_opcodes = core and frame.f_code.co_name in STEP_BY_STEP
