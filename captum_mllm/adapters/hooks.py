@@ -70,7 +70,9 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
-_LOCKS = WeakIdKeyDictionary()  # a re-entrant lock per model; per config, where models share one
+_LOCKS: Any = (
+    WeakIdKeyDictionary()
+)  # a re-entrant lock per model; per config, where models share one
 _MAKING = threading.Lock()
 
 

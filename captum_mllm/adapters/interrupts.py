@@ -18,7 +18,8 @@ from functools import wraps
 from types import FrameType, TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 # Ctrl-C, and the signals with which time limits are made; those without a handler in Python stay.
 _NAMES = ("SIGINT", "SIGALRM", "SIGTERM")
