@@ -70,9 +70,7 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
-_LOCKS: Any = (
-    WeakIdKeyDictionary()
-)  # a re-entrant lock per model; per config, where models share one
+_LOCKS: Any = WeakIdKeyDictionary()  # a re-entrant lock per model, or per config of several
 _MAKING = threading.Lock()
 
 
