@@ -3,10 +3,10 @@
 import threading
 from collections.abc import Collection, Iterator
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from captum_mllm.adapters.interrupts import acquire, uninterrupted
 
@@ -70,7 +70,7 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
-_LOCKS: Any = WeakIdKeyDictionary()  # a re-entrant lock per model, or per config of several
+_LOCKS: dict[int, tuple[Any, Any]] = {}  # of a config or model: (weak reference, re-entrant lock)
 _MAKING = threading.Lock()
 
 
@@ -88,12 +88,21 @@ def one_thread(model: nn.Module) -> Iterator[None]:
     config = getattr(model, "config", None)
     owner = config if type(config).__weakrefoffset__ else model
     with _MAKING:
-        lock = _LOCKS.setdefault(owner, threading.RLock())
+        lock = _lock_of(owner)
     acquire(lock)
     try:
         yield
     finally:
         lock.release()
+
+
+def _lock_of(owner: Any) -> Any:
+    """Its lock. No weak dictionary: an interrupt is lost in what that calls when a key goes."""
+    if id(owner) not in _LOCKS or _LOCKS[id(owner)][0]() is not owner:
+        for number in [n for n, (reference, _) in _LOCKS.items() if reference() is None]:
+            del _LOCKS[number]
+        _LOCKS[id(owner)] = ref(owner), threading.RLock()
+    return _LOCKS[id(owner)][1]
 
 
 _KEPT: dict[int, "Snapshot"] = {}  # of the models that a thread runs now, which holds their locks

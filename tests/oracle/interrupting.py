@@ -116,7 +116,12 @@ def interrupted(call: Callable[[], Any], arm: int) -> bool:
             frame = frame.f_back
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    def on_lost(lost: Any) -> None:  # Python drops what is raised while it collects garbage
+        if lost.exc_type is not KeyboardInterrupt:
+            hook(lost)
+
+    before, hook = signal.signal(signal.SIGINT, on_interrupt), sys.unraisablehook
+    sys.unraisablehook = on_lost
     try:
         sys.settrace(_Tracer(arm).on_call)
         try:
@@ -129,6 +134,7 @@ def interrupted(call: Callable[[], Any], arm: int) -> bool:
             assert signal.getsignal(signal.SIGINT) is on_interrupt, "SIGINT's handler was left"
         return False
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGINT, before)
 
 
