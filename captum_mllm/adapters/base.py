@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from captum_mllm.adapters.canvases import PictureCanvases
 from captum_mllm.adapters.devices import input_device
 from captum_mllm.adapters.head import Matrix, head_matrix, head_size
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.functional import WHOLE, Box
 from captum_mllm.geometry import ImageGrid
 
@@ -409,11 +410,12 @@ class Adapter(PictureCanvases, ABC):
         """Hooks that let the tower take sizes other than its native one; by default none."""
         return nullcontext()
 
-    @contextmanager
+    @uninterrupted
     def head_kept(self) -> Iterator[None]:
         """Cache the LM head's matrix, which may have to be loaded or computed, for the context."""
-        self._matrix = head_matrix(self.head)
+        before = self._matrix
+        self._matrix = before or head_matrix(self.head)
         try:
             yield
         finally:
-            self._matrix = None
+            self._matrix = before

@@ -8,12 +8,14 @@ keeps its settings in the module's ``_hf_hook``, an ``accelerate.hooks.ModelHook
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from captum_mllm.adapters.interrupts import uninterrupted
 
 _PLAIN_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _OWN_FORWARD = {
@@ -83,7 +85,7 @@ def _refuse_changed_inputs(model: Any) -> None:
         )
 
 
-@contextmanager
+@uninterrupted
 def loaded(module: nn.Module) -> Iterator[None]:
     """Load the offloaded weights of a module and of its parts while the context lasts.
 
@@ -107,7 +109,7 @@ def loaded(module: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
+@uninterrupted
 def tables_loaded(tower: nn.Module) -> Iterator[None]:
     """Load the tower's offloaded embedding tables whenever it runs while the context lasts.
 

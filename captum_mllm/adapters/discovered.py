@@ -154,7 +154,9 @@ class DiscoveredAdapter(Adapter):
     @property
     def pixel_keys(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of the inputs that show pictures, as far as they are known."""
-        keys = [key for sample in self.discovery.samples.values() for key in sample.painted.keys]
+        keys = [
+            key for sample in list(self.discovery.samples.values()) for key in sample.painted.keys
+        ]
         return tuple(dict.fromkeys(keys)) or ("pixel_values",)
 
     @override
@@ -177,7 +179,7 @@ class DiscoveredAdapter(Adapter):
     @property
     @override
     def visual_ids(self) -> tuple[int, ...]:
-        found = [i for s in self.discovery.samples.values() for i in s.layout.placeholders]
+        found = [i for s in list(self.discovery.samples.values()) for i in s.layout.placeholders]
         return tuple(dict.fromkeys((*found, *super().visual_ids)))
 
     @override

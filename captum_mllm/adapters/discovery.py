@@ -1,6 +1,7 @@
 """What running a model without an adapter has told about it so far, kept in memory."""
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,7 @@ class Discovery:
         pictures: the layout behind each grid.
         scaled: the grid of a picture resized by a factor, for models of native resolution.
         native: whether a larger picture has more tokens, as far as it was tried.
+        lock: held while samples are looked up or kept, by several threads.
     """
 
     facts: ModelFacts | None = None
@@ -92,6 +94,7 @@ class Discovery:
     pictures: dict[ImageGrid, PictureLayout] = field(default_factory=dict)
     scaled: dict[tuple[ImageGrid, float], ImageGrid] = field(default_factory=dict)
     native: bool = False
+    lock: Any = field(default_factory=threading.RLock, repr=False)
 
     def remember(
         self, inputs: Mapping[str, Tensor], sample: ShownSample, *, derived: bool = False
@@ -106,17 +109,19 @@ class Discovery:
         Raises:
             LayoutError: a picture with the same grid has another layout in another prompt.
         """
-        for picture in sample.layout.pictures:
-            grid = picture_grid(picture)
-            if self.pictures.setdefault(grid, picture) != picture:
-                raise LayoutError(
-                    "the tokens of a picture of this size lie otherwise in another prompt; "
-                    "explain them with separate copies of the model."
-                )
-        kept, most = (self.derived, _DERIVED) if derived else (self.samples, _REMEMBERED)
-        kept[pixel_digest(inputs, sample.source.keys)] = sample
-        while len(kept) > most:
-            kept.popitem(last=False)
+        digest = pixel_digest(inputs, sample.source.keys)
+        with self.lock:
+            for picture in sample.layout.pictures:
+                grid = picture_grid(picture)
+                if self.pictures.setdefault(grid, picture) != picture:
+                    raise LayoutError(
+                        "the tokens of a picture of this size lie otherwise in another prompt; "
+                        "explain them with separate copies of the model."
+                    )
+            kept, most = (self.derived, _DERIVED) if derived else (self.samples, _REMEMBERED)
+            kept[digest] = sample
+            while len(kept) > most:
+                kept.popitem(last=False)
 
     def find(self, inputs: Mapping[str, Tensor]) -> ShownSample | None:
         """The pictures behind some inputs, if they were seen.
@@ -124,14 +129,15 @@ class Discovery:
         Args:
             inputs: the model's inputs.
         """
-        for keys in {sample.source.keys for sample in self.samples.values()}:
-            if not all(isinstance(inputs.get(key), Tensor) for key in keys):
-                continue
-            digest = pixel_digest(inputs, keys)
-            for kept in (self.samples, self.derived):
-                if digest in kept:
-                    kept.move_to_end(digest)
-                    return kept[digest]
+        with self.lock:
+            for keys in {sample.source.keys for sample in self.samples.values()}:
+                if not all(isinstance(inputs.get(key), Tensor) for key in keys):
+                    continue
+                digest = pixel_digest(inputs, keys)
+                for kept in (self.samples, self.derived):
+                    if digest in kept:
+                        kept.move_to_end(digest)
+                        return kept[digest]
         return None
 
 

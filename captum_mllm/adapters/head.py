@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from captum_mllm.adapters.devices import loaded
+from captum_mllm.adapters.hooks import without_gradients
 
 Matrix = tuple[Float[Tensor, "vocabulary dim"], Float[Tensor, " vocabulary"] | None]
 
@@ -74,7 +75,7 @@ def head_matrix(head: nn.Module, role: Role = LM_HEAD) -> Matrix:
     if _is_plain(head):
         weight: Any = head.weight
         return weight.detach(), None if head.bias is None else head.bias.detach()  # type: ignore[union-attr, operator]
-    with torch.no_grad(), loaded(head):
+    with without_gradients(), loaded(head):
         return _matrix(head, type(head).__name__, role)
 
 

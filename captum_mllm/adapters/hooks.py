@@ -1,15 +1,17 @@
 """Hooks on a user's model while we run it, and the model restored afterwards."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
+import torch
 from torch import Tensor, nn
 
+from captum_mllm.adapters.interrupts import acquire, uninterrupted
 
-@contextmanager
+
+@uninterrupted
 def interpolated_positions(tower: nn.Module) -> Iterator[None]:
     """Make a CLIP or SigLIP tower interpolate its position embeddings; no effect at native size.
 
@@ -32,7 +34,7 @@ def interpolated_positions(tower: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-@contextmanager
+@uninterrupted
 def contiguous_gradients(model: nn.Module) -> Iterator[None]:
     """Give batch norms gradients whose layout in memory torch reads correctly.
 
@@ -61,60 +63,144 @@ def contiguous_gradients(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # a re-entrant lock per model
+@uninterrupted
+def without_gradients() -> Iterator[None]:
+    """As ``torch.no_grad()``, which an interrupt can leave on for good."""
+    with torch.no_grad():
+        yield
+
+
+_LOCKS: dict[int, tuple[Any, Any]] = {}  # of a config or model: (weak reference, re-entrant lock)
 _MAKING = threading.Lock()
 
 
-@contextmanager
+@uninterrupted
 def one_thread(model: nn.Module) -> Iterator[None]:
     """Let one thread at a time run a model: a second waits, the same may enter again.
 
     Hooks, flags and the attention setting sit in the model while it runs; a thread between them
-    would get another one's values.
+    would get another one's values. The setting sits in the config, so models that share theirs wait
+    for each other. The lock is no part of the model: copies of it have their own.
 
     Args:
         model: the user's model.
     """
+    config = getattr(model, "config", None)
+    owner = config if type(config).__weakrefoffset__ else model
     with _MAKING:
-        lock = _LOCKS.setdefault(model, threading.RLock())
-    with lock:
-        yield
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore every module's plain attributes and forward hooks, also after an error.
-
-    Not only ours: in the first forward that asks for the tower's hidden states, transformers sets
-    hooks of its own and a flag, and leaves them in the model; Qwen's models keep the last prompt's
-    position offsets (``rope_deltas``).
-
-    Args:
-        model: the user's model.
-    """
-    before = [(module, _plain(module), _hook_tables(module)) for module in model.modules()]
+        lock = _lock_of(owner)
+    acquire(lock)
     try:
         yield
     finally:
-        for module, plain, tables in before:
-            for name in _plain(module).keys() - plain.keys():
-                delattr(module, name)
-            vars(module).update(plain)
-            for name, table in tables.items():
-                now = vars(module)[name]
-                for key in now.keys() - table.keys():
-                    del now[key]
+        lock.release()
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
-    """Attributes other than parameters, buffers, modules and tables: flags, numbers, tensors."""
-    kinds = (bool, int, float, str, Tensor, type(None))
-    return {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
+def _lock_of(owner: Any) -> Any:
+    """Its lock. No weak dictionary: an interrupt is lost in what that calls when a key goes."""
+    if id(owner) not in _LOCKS or _LOCKS[id(owner)][0]() is not owner:
+        for number in [n for n, (reference, _) in _LOCKS.items() if reference() is None]:
+            del _LOCKS[number]
+        _LOCKS[id(owner)] = ref(owner), threading.RLock()
+    return _LOCKS[id(owner)][1]
 
 
-def _hook_tables(module: nn.Module) -> dict[str, dict[int, Any]]:
-    return {
-        name: dict(value)
-        for name, value in vars(module).items()
-        if name.startswith("_forward_") and isinstance(value, dict)
-    }
+_KEPT: dict[int, "Snapshot"] = {}  # of the models that a thread runs now, which holds their locks
+
+
+@uninterrupted
+def unchanged(model: nn.Module) -> Iterator["Snapshot"]:
+    """Run a model in one thread, and put it back as it was, also after an error or an interrupt.
+
+    Only the outermost of several takes and restores the snapshot, so that a call that runs the
+    model many times looks through its modules once.
+
+    Args:
+        model: the user's model.
+
+    Returns:
+        A context manager that yields what the model was like.
+    """
+    with one_thread(model):
+        if (kept := _KEPT.get(id(model))) is not None:
+            yield kept
+            return
+        kept = _KEPT[id(model)] = Snapshot(model)
+        try:
+            yield kept
+        finally:
+            kept.restore()
+            del _KEPT[id(model)]
+
+
+class Snapshot:
+    """What a model's modules and configs hold, and what is on in the thread: to be put back.
+
+    Not only what we change ourselves: in the first forward that asks for the tower's hidden states,
+    transformers sets hooks of its own and a flag, and leaves them in the model; Qwen's models keep
+    the last prompt's position offsets (``rope_deltas``); torch replaces parameters for a call and
+    can be interrupted in it. Kept is which objects there are, not what tensors hold.
+
+    Args:
+        model: the user's model.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> kept = Snapshot(layer)
+        >>> layer.eval().weight.requires_grad_(False).shape
+        torch.Size([3, 2])
+        >>> kept.restore()
+        >>> layer.training, layer.weight.requires_grad
+        (True, True)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = tuple(model.modules())
+        self.parameters = tuple(model.parameters())
+        of_modules = [vars(module) for module in self.modules]
+        configs = {id(c): vars(c) for held in of_modules for c in _configs(held)}
+        self._attributes = [(now, dict(now)) for now in (*of_modules, *configs.values())]
+        self._parts = [(held[n], dict(held[n])) for held in of_modules for n in _PARTS]
+        self._hooks = [(held[n], set(held[n])) for held in of_modules for n in _HOOKS if n in held]
+        self._trained = [parameter.requires_grad for parameter in self.parameters]
+        self._gradients = torch.is_grad_enabled()
+
+    def restore(self) -> None:
+        """Put everything back; hooks that the model itself took away stay away."""
+        torch.set_grad_enabled(self._gradients)
+        for now, before in self._attributes:
+            _only(now, before)
+            now.update(before)
+        for now, before in self._parts:
+            if len(now) != len(before) or any(now.get(k) is not v for k, v in before.items()):
+                now.clear()  # in their order
+                now.update(before)
+        for table, keys in self._hooks:
+            if table:
+                _only(table, keys)
+        for parameter, trained in zip(self.parameters, self._trained, strict=True):
+            if parameter.requires_grad is not trained:
+                parameter.requires_grad_(trained)
+
+
+def _only(held: dict[Any, Any], keys: Collection[Any]) -> None:
+    """Leave no other keys in a dictionary."""
+    if len(held) != len(keys) or any(key not in keys for key in held):
+        for key in [key for key in held if key not in keys]:
+            del held[key]
+
+
+_PARTS = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(  # the names of torch's tables of hooks
+    name
+    for name, value in vars(nn.Module()).items()
+    if isinstance(value, dict) and name not in _PARTS
+)
+
+
+def _configs(held: dict[str, Any]) -> Iterator[Any]:
+    """The config among a module's attributes, and those in it: the attention setting sits there."""
+    config = held.get("config")
+    if hasattr(config, "__dict__"):
+        yield config
+        yield from (c for c in vars(config).values() if hasattr(c, "attribute_map"))

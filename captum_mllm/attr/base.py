@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from captum_mllm._captum import log_usage
+from captum_mllm.adapters.hooks import unchanged
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.processor_checks import check_pixels
@@ -162,16 +163,17 @@ class TokenAttribution(Attribution):
             raise ValueError("inputs holds no image: its first axis is empty.")
         target = _one_target(target, len(pixels))
         maps = []
-        for row in pixels.detach():
-            mapping = self.runner.adapter.with_image_version(row, rest)
-            result = self.attribute_trace(self.trace(mapping, target, **options))
-            if len(result.grids) != 1:
-                raise ValueError(
-                    f"inputs is a pixel tensor, but input_ids hold {len(result.grids)} images, "
-                    f"whose maps don't fit one tensor; give a mapping as inputs."
-                )
-            grid = result.grids[0]
-            maps.append(upsample(result.grid_attr[0], (grid.height, grid.width)))
+        with unchanged(self.runner.adapter.model):
+            for row in pixels.detach():
+                mapping = self.runner.adapter.with_image_version(row, rest)
+                result = self.attribute_trace(self.trace(mapping, target, **options))
+                if len(result.grids) != 1:
+                    raise ValueError(
+                        f"inputs is a pixel tensor, but input_ids hold {len(result.grids)} images, "
+                        f"whose maps don't fit one tensor; give a mapping as inputs."
+                    )
+                grid = result.grids[0]
+                maps.append(upsample(result.grid_attr[0], (grid.height, grid.width)))
         return torch.stack(maps)
 
 

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
+from captum_mllm.adapters.devices import unwrap
+from captum_mllm.adapters.hooks import unchanged, without_gradients
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.model.forward import teacher_forced_output
 from captum_mllm.model.generation import generate_ids
 
@@ -129,7 +131,7 @@ class TeacherForced(nn.Module):
             value, fill = inputs[name], adapter.suffix_fill[name]
             more = value.new_full((len(value), length - value.shape[1]), fill)
             inputs[name] = torch.cat([value, more], dim=1)
-        with torch.no_grad():
+        with without_gradients():
             return teacher_forced_output(adapter, inputs)
 
 
@@ -192,7 +194,7 @@ def check_llm_attribution(
     inputs = (whole, torch.zeros_like(whole))
     options = (use_cached_outputs, None, forward_in_tokens)
     try:
-        with _log_probs_per_token(attribution):
+        with unchanged(unwrap(right.model)), _log_probs_per_token(attribution):
             call = attribution.attr_method.forward_func
             theirs = [call(x, inp, target, *options).flatten()[1:].float().cpu() for x in inputs]
     except Exception as error:  # anything that a model raises on unsuitable inputs
@@ -226,7 +228,7 @@ def _ids(target: Any) -> Tensor:
     return ids
 
 
-@contextmanager
+@uninterrupted
 def _log_probs_per_token(attribution: LLMAttribution) -> Iterator[None]:
     """Within it captum's forward gives every token's log-probability after their sum.
 

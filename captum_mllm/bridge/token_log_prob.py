@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
+from captum_mllm.adapters.hooks import without_gradients
 from captum_mllm.adapters.processors import read_preprocessing
 from captum_mllm.bridge.canvases import (
     canvas_sizes,
@@ -174,7 +175,7 @@ class TokenLogProb(nn.Module):
                 captured.append(embeddings.detach())
                 return embeddings
 
-            with torch.no_grad():
+            with without_gradients():
                 self._logits(self._sample, (), 1, on_embeddings=capture)
             self._embeddings = captured[0]
         return self._embeddings.clone()
@@ -273,7 +274,7 @@ class TokenLogProb(nn.Module):
                 "of its tokens is predicted from those before it and there are no rankings."
             )
         rows = torch.arange(1, len(self._ids), device=self._ids.device)
-        with torch.no_grad():
+        with without_gradients():
             logits = forward_logits(self._adapter, self._sample, (), 1, rows - 1)[0]
         rankings = top_k_rankings(logits, top_k)
         return torch.cat([-1 - torch.arange(top_k, device=rankings.device)[None], rankings])

@@ -46,7 +46,9 @@ def check_randomised_layers(subject: Subject) -> Finding:
     except ValueError as error:
         if "permuted weights" not in str(error):
             raise
-        raise NotTriedError(str(error), "Check the model once unquantised, on the CPU.") from error
+        raise NotTriedError(
+            str(error), "Check the model once without offload and unquantised, on the CPU."
+        ) from error
     text = ", ".join(f"{name} {value:.2f}" for name, value in steps.items())
     found = f"Rank correlation with the maps of a copy whose weights are permuted: {text}."
     last = abs(steps["everything"])

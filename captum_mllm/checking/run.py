@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +78,7 @@ def check(
     subject = _subject(model, processor, image, prompt, max_new_tokens)
     lines = []
     before = _state(model)
-    with ExitStack() as stack:
-        stack.enter_context(unchanged(model))
+    with unchanged(model):
         for name, line in chosen.items():
             finding = _tried(name, line, subject)
             lines.append(finding)

@@ -3,9 +3,9 @@
 from math import ceil
 from typing import Any
 
-import torch
 from captum.attr import FeatureAblation
 
+from captum_mllm.adapters.hooks import without_gradients
 from captum_mllm.functional import grid_mask
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.methods.cells import canvases_of, cell_means, scored
@@ -51,7 +51,7 @@ def ablation(
         mask = grid_mask((canvas.shape[-2], canvas.shape[-1]), *(grid or parts_of(cells))) + parts
         parts = int(mask.max()) + 1  # no two images share a feature
         masks.append(mask.reshape(*[1] * (canvas.ndim - 2), *mask.shape).to(canvas.device))
-    with torch.no_grad():
+    with without_gradients():
         pixels = FeatureAblation(f).attribute(
             canvases,
             baseline_images(canvases, baseline, request.processor),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_mllm.adapters import find_adapter
 from captum_mllm.adapters.discovery import carry_over
+from captum_mllm.adapters.hooks import one_thread, without_gradients
 from captum_mllm.functional import Box, resample_cells
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.methods.cells import box_on_grid
@@ -95,6 +96,8 @@ def randomised_model(request: Request, of: str = "lens", **options: Any) -> MLLM
     check_options(of, options)
     if METHODS[of].needs == "masks" and request.masks is None:
         raise ArgumentError("of", f"can't be {of!r} without masks=.")
+    if isinstance(request.model, nn.Module):
+        _check_shufflable(request.model)  # before the model runs, which takes long where offloaded
     answer = request.run().answer_ids
     model = shuffled_copy(request.model, request.seed)
     result = run_method(of, replace(request, model=model, target=answer, shared=None), **options)
@@ -215,16 +218,30 @@ def shuffled_copy(model: nn.Module, seed: int) -> nn.Module:
 
 
 def _shufflable_copy(model: nn.Module) -> nn.Module:
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point():
-            raise ValueError(
-                f"model: its parameter {name!r} is "
-                f"{'offloaded' if parameter.is_meta else f'of {parameter.dtype}'}, so that no "
-                f"copy with permuted weights can be made; load the model whole and unquantised."
-            )
-    other = copy.deepcopy(model)
+    _check_shufflable(model)
+    with one_thread(model):  # another that runs it meanwhile has hooks in it
+        other = copy.deepcopy(model)
     carry_over(model, other)
     return other
+
+
+def _check_shufflable(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            what = "offloaded (its values are on disk or elsewhere until they are used)"
+            advice = (
+                "Load the model without offload where there is memory for it twice, on the CPU if "
+                "need be: from_pretrained(..., device_map='cpu')"
+            )
+        elif not parameter.is_floating_point():
+            what, advice = f"of {parameter.dtype}", "Load the model unquantised"
+        else:
+            continue
+        raise ArgumentError(
+            "model",
+            f"can't be copied with permuted weights: its parameter {name!r} is {what}. {advice}; "
+            f"or take a control that needs no copy: 'random' or 'centre'.",
+        )
 
 
 def shuffle_weights(parameters: Iterable[nn.Parameter], seed: int) -> None:
@@ -245,7 +262,7 @@ def shuffle_weights(parameters: Iterable[nn.Parameter], seed: int) -> None:
         True
     """
     draws: dict[torch.device, torch.Generator] = {}
-    with torch.no_grad():
+    with without_gradients():
         for parameter in parameters:
             device = parameter.device
             draw = draws.setdefault(device, torch.Generator(device).manual_seed(seed))

@@ -2,12 +2,15 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from captum_mllm.adapters import find_adapter
+from captum_mllm.adapters.devices import unwrap
+from captum_mllm.adapters.hooks import unchanged
 from captum_mllm.methods.request import Request
 from captum_mllm.model.discovery import discover
 from captum_mllm.result import MLLMAttributionResult
@@ -212,7 +215,9 @@ def run_method(name: str, request: Request, **options: Any) -> MLLMAttributionRe
             f"{name!r} needs masks=: a mapping of positions in the answer to bool masks "
             f"(height, width) of the picture.",
         )
-    return chosen.run(request, **options)
+    model = unwrap(request.model)
+    with unchanged(model) if isinstance(model, nn.Module) else nullcontext():
+        return chosen.run(request, **options)
 
 
 def check_options(name: str, options: Iterable[str], always: Iterable[str] = ()) -> None:

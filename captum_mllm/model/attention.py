@@ -1,9 +1,7 @@
 """The attention of the language model: its weights, and a look at every call of its kernel."""
 
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.forward import captured_forward, evaluating
 
 _SETTING = "_attn_implementation_internal"
 _OURS = "captum_mllm_"  # begins the names of observed kernels
-_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +48,7 @@ class AttentionCall:
 _OBSERVER: ContextVar[Callable[[AttentionCall], None] | None] = ContextVar("observer", default=None)
 
 
-@contextmanager
+@uninterrupted
 def observed_attention(
     adapter: Adapter, observer: Callable[[AttentionCall], None]
 ) -> Iterator[None]:
@@ -60,7 +58,7 @@ def observed_attention(
     with the mask that is made for it; the vision encoder's attention is not shown.
 
     Args:
-        adapter: the model's adapter.
+        adapter: the model's adapter, already ``evaluating``.
         observer: gets each call right after the kernel has returned.
 
     Raises:
@@ -164,7 +162,7 @@ def attention_weights(
     return weights[0]
 
 
-@contextmanager
+@uninterrupted
 def _setting(adapter: Adapter, changed: Callable[[str | None], str]) -> Iterator[None]:
     """Change the language model's attention setting for the context; the tower's is unchanged.
 
@@ -173,45 +171,43 @@ def _setting(adapter: Adapter, changed: Callable[[str | None], str]) -> Iterator
     configs = {id(c): c for c in (adapter.decoder.config, adapter.config.get_text_config())}
     if any(_SETTING not in vars(config) for config in configs.values()):
         raise _unknown(adapter)
-    with _LOCK:  # a second thread must not take our name for the model's own
-        before = [(config, vars(config)[_SETTING]) for config in configs.values()]
-        names = [changed(value) for _, value in before]
-        try:
-            for (config, _), name in zip(before, names, strict=True):
-                vars(config)[_SETTING] = name
-            yield
-        finally:
-            for config, value in before:
-                vars(config)[_SETTING] = value
+    before = [(config, vars(config)[_SETTING]) for config in configs.values()]
+    names = [changed(value) for _, value in before]
+    try:
+        for (config, _), name in zip(before, names, strict=True):
+            vars(config)[_SETTING] = name
+        yield
+    finally:
+        for config, value in before:
+            vars(config)[_SETTING] = value
 
 
-@contextmanager
+@uninterrupted
 def plain_attention(model: nn.Module) -> Iterator[None]:
     """Let every part of a model use SDPA where its kernel is neither SDPA nor eager.
 
     Other kernels (flash) do not take float32, and are not seen by torch's functions.
 
     Args:
-        model: the user's model.
+        model: the user's model, already ``evaluating``.
     """
     owners = (getattr(module, "config", None) for module in model.modules())
     configs = {id(config): vars(config) for config in owners if hasattr(config, "__dict__")}
-    with _LOCK:
-        before = [
-            (config, config[_SETTING])
-            for config in configs.values()
-            if config.get(_SETTING) not in (None, "eager", "sdpa")
-        ]
-        try:
-            for config, _ in before:
-                config[_SETTING] = "sdpa"
-            yield
-        finally:
-            for config, name in before:
-                config[_SETTING] = name
+    before = [
+        (config, config[_SETTING])
+        for config in configs.values()
+        if config.get(_SETTING) not in (None, "eager", "sdpa")
+    ]
+    try:
+        for config, _ in before:
+            config[_SETTING] = "sdpa"
+        yield
+    finally:
+        for config, name in before:
+            config[_SETTING] = name
 
 
-@contextmanager
+@uninterrupted
 def _kept_weights(adapter: Adapter, layer: int) -> Iterator[list[Any]]:
     """Keep what the layer's attention returns in addition to its output, call by call."""
     module = getattr(adapter.layers[layer], "self_attn", None)

@@ -1,7 +1,7 @@
 """Direct logit attribution of a forward: what attention copies from each position into a logit."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter, View
 from captum_mllm.adapters.head import head_matrix
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.functional import added_to_scores, merge_views, visible_keys
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.attention import AttentionCall, observed_attention
@@ -91,7 +92,7 @@ def _per_cell(
     return values[:, at].unflatten(1, view.tokens.shape) * density
 
 
-@contextmanager
+@uninterrupted
 def recorded_contributions(
     adapter: Adapter,
     paths: tuple[WritePath | None, ...],

@@ -1,7 +1,7 @@
 """The model run up to its language model only: what the image tokens are made of."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from captum_mllm.adapters import Adapter
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.adapters.layout import LayoutError
 from captum_mllm.model.attention import plain_attention
 from captum_mllm.model.forward import evaluating
@@ -45,7 +46,7 @@ class Embedded:
         """
         if self.summary is None:
             raise RuntimeError("run with gradients=True to take gradients.")
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
+        with _gradients(True):
             total = (self.summary * weights.to(self.summary, copy=True)).sum()
             parts = torch.autograd.grad(total, self.pixels, retain_graph=True, allow_unused=True)
         return torch.cat(
@@ -84,20 +85,14 @@ class Embedder:
         """
         device = self.adapter.device
         mode = LocalAttention()
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))  # the caller's may be on
-            stack.enter_context(torch.set_grad_enabled(gradients))
+        with _gradients(gradients):
             leaves = {
                 key: value.detach().to(device, torch.float32).clone().requires_grad_(gradients)
                 for key, value in pixels.items()
             }
-            stack.enter_context(evaluating(self.adapter, gradients=True))
-            stack.enter_context(plain_attention(self.adapter.model))
-            caught = stack.enter_context(_stopped_at(self.adapter.decoder))
-            if local:
-                stack.enter_context(mode)
-            self._run(leaves)
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            with _up_to_decoder(self.adapter, mode if local else nullcontext()) as caught:
+                self._run(leaves)
+        with _gradients(gradients):
             embeddings = self._embeddings(caught)
             if not gradients:
                 return Embedded(embeddings.detach().float(), tuple(mode.mixed))
@@ -177,7 +172,28 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-@contextmanager
+@uninterrupted
+def _gradients(wanted: bool) -> Iterator[None]:
+    """Gradients or none, whatever the caller's mode; inference mode, which it may be in, is off."""
+    with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+        yield
+
+
+@uninterrupted
+def _up_to_decoder(
+    adapter: Adapter, mode: AbstractContextManager[Any]
+) -> Iterator[list[dict[str, Any]]]:
+    """Let the model run up to its language model, in a mode of torch's functions."""
+    with (
+        evaluating(adapter, gradients=True),
+        plain_attention(adapter.model),
+        _stopped_at(adapter.decoder) as caught,
+        mode,
+    ):
+        yield caught
+
+
+@uninterrupted
 def _stopped_at(decoder: nn.Module) -> Iterator[list[dict[str, Any]]]:
     """End a forward at the language model; what it was called with is kept."""
     caught: list[dict[str, Any]] = []

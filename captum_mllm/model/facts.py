@@ -1,7 +1,7 @@
 """What a model does around its layers, read from traced runs: never from its class or config."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from inspect import signature
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from captum_mllm.adapters import Adapter
 from captum_mllm.adapters.discovery import ModelFacts
 from captum_mllm.adapters.head import head_matrix
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.adapters.layout import LayoutError
 from captum_mllm.functional import lens_logits
 from captum_mllm.model.forward import evaluating, selected_rows
@@ -66,19 +67,13 @@ def _final_norm(
     made: list[tuple[nn.Module, Tensor]] = []
     tower = _tower(adapter)
     calls: list[None] = []
-    handles = [
-        adapter.head.register_forward_hook(lambda _m, args, _o: read.append(args[0].detach())),
-        (adapter.model if tower is None else tower).register_forward_hook(
-            lambda *_: calls.append(None)
-        ),
+    hooks: list[tuple[nn.Module, Any]] = [
+        (adapter.head, lambda _m, args, _o: read.append(args[0].detach())),
+        (adapter.model if tower is None else tower, lambda *_: calls.append(None)),
+        *((module, _keeper(made)) for module in adapter.decoder.modules()),
     ]
-    for module in adapter.decoder.modules():
-        handles.append(module.register_forward_hook(_keeper(made)))
-    try:
+    with _hooked(hooks):
         _run(adapter, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     if len(read) != 1:
         raise LayoutError(f"the LM head runs {len(read)} times in one forward, expected once.")
     rows = _rows(inputs)
@@ -88,6 +83,15 @@ def _final_norm(
     raise LayoutError(
         "the LM head reads the output of no module: states are changed after the last layer."
     )
+
+
+@uninterrupted
+def _hooked(hooks: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Forward hooks on some modules."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
 
 
 def _keeper(made: list[tuple[nn.Module, Tensor]]) -> Any:
@@ -187,7 +191,7 @@ def _fit_cap(linear: Tensor, logits: Tensor, cap: float) -> tuple[float, float, 
     return float((cap * torch.tanh(scale * linear / cap) - logits).abs().max()), scale, cap
 
 
-@contextmanager
+@uninterrupted
 def _caught(norm: nn.Module, factor: float) -> Iterator[list[Tensor]]:
     """Keep the norm's output, times a factor."""
     kept: list[Tensor] = []
@@ -196,11 +200,8 @@ def _caught(norm: nn.Module, factor: float) -> Iterator[list[Tensor]]:
         kept.append(output * factor)
         return kept[-1]
 
-    handle = norm.register_forward_hook(enlarge)
-    try:
+    with _hooked([(norm, enlarge)]):
         yield kept
-    finally:
-        handle.remove()
 
 
 def _with_states(

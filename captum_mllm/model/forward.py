@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter, refuse_compiled
 from captum_mllm.adapters.devices import tables_loaded
-from captum_mllm.adapters.hooks import contiguous_gradients, one_thread, unchanged
+from captum_mllm.adapters.hooks import contiguous_gradients, unchanged
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.functional import lens_logits, log_odds
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.inputs import Sample, append_answer
 from captum_mllm.validation import ArgumentError
 
 
-@contextmanager
+@uninterrupted
 def evaluating(adapter: Adapter, *, gradients: bool = False) -> Iterator[None]:
     """Run the user's model in evaluation mode; afterwards it is unchanged, also after an error.
 
@@ -39,22 +40,22 @@ def evaluating(adapter: Adapter, *, gradients: bool = False) -> Iterator[None]:
     model = adapter.model
     refuse_compiled(model)
     with (
-        one_thread(model),
+        unchanged(model) as kept,
         _dtypes_named(adapter),
-        unchanged(model),
         adapter.size_hooks(),
         tables_loaded(adapter.tower),
     ):
-        model.eval()
+        if any(module.training for module in kept.modules):
+            model.eval()
         if gradients:
-            with _frozen(model), contiguous_gradients(model):
+            with _frozen(kept.parameters), contiguous_gradients(model):
                 yield
         else:
             with torch.no_grad(), adapter.head_kept():
                 yield
 
 
-@contextmanager
+@uninterrupted
 def _dtypes_named(adapter: Adapter) -> Iterator[None]:
     """Say of an error about dtypes that the vision encoder has another than the language model."""
     try:
@@ -74,10 +75,10 @@ def _dtypes_named(adapter: Adapter) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+@uninterrupted
+def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """While it lasts, no parameter requires a gradient."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
@@ -87,7 +88,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
+@uninterrupted
 def selected_rows(
     head: nn.Module, rows: Int64[Tensor, " rows"] | Int64[Tensor, "copies rows"]
 ) -> Iterator[list[None]]:
@@ -182,7 +183,7 @@ def captured_forward(
     )
 
 
-@contextmanager
+@uninterrupted
 def _watched(
     adapter: Adapter, grids: Sequence[ImageGrid], layer: int
 ) -> Iterator[dict[str, list[Any]]]:
@@ -355,7 +356,7 @@ def led_through(
     return embeddings
 
 
-@contextmanager
+@uninterrupted
 def _replacing(
     adapter: Adapter,
     *,

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from captum_mllm.adapters import Adapter
+from captum_mllm.adapters.hooks import without_gradients
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.model.forward import evaluating
 from captum_mllm.model.inputs import Sample
 
@@ -111,7 +112,7 @@ def generate_ids(adapter: Adapter, *args: Any, **kwargs: Any) -> Tensor:
         Token ids (batch, tokens), prompt included.
     """
     kwargs.setdefault("suppress_tokens", list(adapter.visual_ids))
-    with torch.no_grad(), evaluating(adapter, gradients=True):
+    with without_gradients(), evaluating(adapter, gradients=True):
         return adapter.model.generate(*args, **kwargs)
 
 
@@ -172,7 +173,7 @@ def _special_ids(model: Any) -> dict[str, Any]:
     return {name: getattr(model.generation_config, name) for name in names}
 
 
-@contextmanager
+@uninterrupted
 def _only_special_ids(model: Any) -> Iterator[None]:
     """While it lasts, generate can't fill gaps from the checkpoint's own generation settings."""
     before = model.generation_config

@@ -1,7 +1,7 @@
 """Layers of attention whose contributions are computed together and added up."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.functional import attention_rows, head_contributions
 
 _SCRATCH = 2**22  # attention weights that are recomputed at a time
@@ -23,7 +24,13 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
         device: where they are computed.
     """
     mixed = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if mixed else nullcontext()
+    return _not_mixed(device.type) if mixed else nullcontext()
+
+
+@uninterrupted
+def _not_mixed(kind: str) -> Iterator[None]:
+    with torch.autocast(kind, enabled=False):
+        yield
 
 
 @dataclass(frozen=True, eq=False)

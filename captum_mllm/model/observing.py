@@ -1,7 +1,7 @@
 """Looks into a user's model that explain nothing: what checks of the model compare."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.model.forward import evaluating, selected_rows
 
 
@@ -46,13 +47,14 @@ def language_inputs(
         if stop:
             raise _ReachedError
 
-    with evaluating(adapter), ExitStack() as stack:
-        hook = adapter.decoder.register_forward_pre_hook(before, with_kwargs=True)
-        stack.callback(hook.remove)
-        none = torch.zeros(0, dtype=torch.int64)
-        stack.enter_context(selected_rows(adapter.head, none))
-        with suppress(_ReachedError):
-            adapter.model(**inputs, use_cache=False, return_dict=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    with (
+        evaluating(adapter),
+        _before_decoder(adapter, before),
+        selected_rows(adapter.head, none),
+        suppress(_ReachedError),
+    ):
+        adapter.model(**inputs, use_cache=False, return_dict=True)
     if not found:
         raise ValueError(
             "model: its language model got no embeddings, so that it can't be seen which token "
@@ -77,7 +79,7 @@ def last_logits(adapter: Adapter, inputs: Mapping[str, Tensor]) -> Float[Tensor,
     return output.logits[0, -1].detach().float().cpu()
 
 
-@contextmanager
+@uninterrupted
 def counted_forwards(adapter: Adapter) -> Iterator[list[int]]:
     """Count the calls of the language model.
 
@@ -93,8 +95,15 @@ def counted_forwards(adapter: Adapter) -> Iterator[list[int]]:
         given = kwargs.get("inputs_embeds", kwargs.get("input_ids", args[0] if args else None))
         lengths.append(0 if given is None else int(given.shape[1]))
 
-    handle = adapter.decoder.register_forward_pre_hook(before, with_kwargs=True)
-    try:
+    with _before_decoder(adapter, before):
         yield lengths
+
+
+@uninterrupted
+def _before_decoder(adapter: Adapter, hook: Callable[..., None]) -> Iterator[None]:
+    """A hook on the language model's calls."""
+    handle = adapter.decoder.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
     finally:
         handle.remove()

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from captum_mllm.adapters import Adapter
+from captum_mllm.adapters.hooks import unchanged
 from captum_mllm.adapters.layout import LayoutError, PictureLayout, PictureView, TokenLayout
 from captum_mllm.adapters.painting import Painted, PixelSource, paint
 from captum_mllm.functional import NOBODY, SEVERAL, owners, sign_codes
@@ -58,12 +59,13 @@ def find_layout(
     sizes = [(picture.height, picture.width) for picture in pictures]
     painted, calls = paint(source, sizes)
     probe = Probe(adapter, inputs, source, pictures, painted, Cost(calls=calls))
-    owner, states = _own(probe, seed)
-    tokens = _placeholders(probe, states)
-    lattices = _lattices(probe, owner)
-    layout = _layout(probe, tokens, lattices)
-    check_by_painting(probe, lattices, seed)
-    check_attention(probe, owner, lattices, seed)
+    with unchanged(adapter.model):
+        owner, states = _own(probe, seed)
+        tokens = _placeholders(probe, states)
+        lattices = _lattices(probe, owner)
+        layout = _layout(probe, tokens, lattices)
+        check_by_painting(probe, lattices, seed)
+        check_attention(probe, owner, lattices, seed)
     cost = probe.cost
     return TokenLayout(
         layout,

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from captum_mllm.adapters import Adapter, refuse_compiled
+from captum_mllm.adapters.hooks import unchanged
 from captum_mllm.adapters.processors import read_preprocessing
 from captum_mllm.functional import (
     lens_logits,
@@ -147,14 +148,26 @@ class Runner:
             raise ValueError(
                 f"top_k must lie in 1..{adapter.vocabulary} (the vocabulary), got {top_k}."
             )
-        discover(
-            adapter,
-            self.processor,
-            inputs,
-            options.get("images"),
-            allow_irregular=options.get("allow_irregular", False),
-        )
-        sample = read_sample(inputs, adapter)
+        with unchanged(adapter.model):
+            discover(
+                adapter,
+                self.processor,
+                inputs,
+                options.get("images"),
+                allow_irregular=options.get("allow_irregular", False),
+            )
+            return self._run(read_sample(inputs, adapter), target, explain, gen_args, top_k, direct)
+
+    def _run(
+        self,
+        sample: Sample,
+        target: Any,
+        explain: Explain,
+        gen_args: Mapping[str, Any] | None,
+        top_k: int | None,
+        direct: bool,
+    ) -> Run:
+        adapter = self.adapter
         with evaluating(adapter):
             if target is None:
                 answer = generate_answer(sample, adapter, gen_args)

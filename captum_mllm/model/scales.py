@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from captum_mllm.adapters.hooks import unchanged
 from captum_mllm.functional import join_windows, window_boxes
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.direct import image_maps, recorded_contributions
@@ -139,6 +140,20 @@ def gather_views(
     Returns:
         The maps of every view.
     """
+    with unchanged(runner.adapter.model):  # once for all views
+        return _gathered(runner, inputs, target, plan, top_k, label, options)
+
+
+def _gathered(
+    runner: Runner,
+    inputs: Mapping[str, Any],
+    target: Any,
+    plan: ViewPlan,
+    top_k: int | None,
+    label: str,
+    options: RunOptions,
+) -> GatheredViews:
+    """The maps of every view of a model that is put back afterwards."""
     run = runner.run(inputs, target, top_k=top_k, direct=bool(plan.direct), **options)
     if plan.direct and run.contributions is None:  # no attention to read: the lens in its place
         plan = replace(plan, lens=tuple(dict.fromkeys((*plan.lens, *plan.direct))), direct=())
@@ -149,7 +164,7 @@ def gather_views(
         warnings.warn(
             f"flip={plan.flip!r} becomes 'none': the processor pads or crops these pictures on one "
             f"side, so a flipped picture does not lie on the same cells.",
-            stacklevel=3,
+            stacklevel=4,
         )
         plan = replace(plan, flip="none")
     flips = (False, True) if FLIPS[plan.flip] else (False,)

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from captum_mllm.adapters import Adapter
 from captum_mllm.adapters.head import Role, head_matrix
+from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.model.attention import AttentionCall, observed_attention
 
 _ROUNDINGS = 8  # of a layer's sum
@@ -197,7 +198,7 @@ def _run(adapter: Adapter) -> _Seen:
     return seen
 
 
-@contextmanager
+@uninterrupted
 def _watched(adapter: Adapter, seen: _Seen) -> Iterator[None]:
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         value = next(_tensors((*args, *kwargs.values())), None)

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from captum_mllm import ARC, JointNormalization
 from captum_mllm.geometry import ImageGeometry
 from captum_mllm.methods import explain
 from captum_mllm.methods.controls import mask_shares, shuffled_copy
+from captum_mllm.validation import ArgumentError
 from tests.oracle.families import above, family
 from tests.oracle.layouts import canvas_of, kin_of, pictures_of
 from tests.oracle.model_state import check_same, state
@@ -132,6 +134,21 @@ def test_weights_that_cannot_be_shuffled(model):
     quantised.weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"parameter 'weight' is of torch\.int8"):
         shuffled_copy(quantised, 0)
+
+
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_a_control_of_an_offloaded_model_says_what_to_do(where, inputs, answer, tmp_path):
+    model = family("Llava").model
+    if where == "disk":
+        away = accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+    else:
+        away = accelerate.cpu_offload(model, execution_device="cpu")
+    ran = []
+    away.lm_head.register_forward_hook(lambda *_: ran.append(1))
+    message = r"^model can't be copied .* is offloaded .*device_map='cpu'.*'random' or 'centre'"
+    with pytest.raises(ArgumentError, match=message):
+        explain("randomised_model", away, None, inputs, answer)
+    assert not ran  # which takes long where weights are on disk
 
 
 # ---- the masks themselves -----------------------------------------------------------------------
