@@ -135,23 +135,15 @@ def _checksum(data: bytes, start: int, end: int) -> bytes:
 
 # ---- folders of a report ---------------------------------------------------------------------
 
-_OVERLAY = re.compile(r"word-\d{2,}-[a-z0-9]+\.png")
-_REPORT = (
-    "index.html",
-    "picture.png",
-    "text-heatmap.png",
-    "text-heatmap.html",
-    "table.txt",
-    "words.json",
-)
+_REPORT = ("index.html", "table.txt", "words.json")
 
 
 @contextmanager
 def filled_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move to ``folder`` if nothing failed.
 
-    Other files in ``folder`` stay; an earlier report there (or one per image, in its folders
-    ``image-1``, ``image-2``, ...) is removed, so that two answers don't mix.
+    Other files in ``folder`` stay; an earlier report there is removed, so that two answers don't
+    mix.
 
     Args:
         folder: where the files are to appear; created if missing.
@@ -177,10 +169,6 @@ def filled_folder(folder: Path) -> Iterator[Path]:
         yield partial
         folder.mkdir(exist_ok=True)
         _remove_earlier(folder)
-        for earlier in list(folder.glob("image-*")):  # one report per image
-            _remove_earlier(earlier)
-            if earlier.is_dir() and not any(earlier.iterdir()):
-                earlier.rmdir()
         for path in sorted(partial.rglob("*")):
             target = folder / path.relative_to(partial)
             if path.is_dir():
@@ -218,6 +206,5 @@ def _remove_earlier(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if ours:
-        for path in folder.iterdir():
-            if _OVERLAY.fullmatch(path.name) or path.name in _REPORT:
-                path.unlink()
+        for name in _REPORT:
+            (folder / name).unlink(missing_ok=True)

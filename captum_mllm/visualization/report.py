@@ -123,4 +123,5 @@ def _json(contents: Contents, notes: Sequence[str], facts: Mapping[str, str]) ->
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    # Tokens, prompts and file names may hold what UTF-8 can't.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -1,6 +1,9 @@
 """The command line on a tiny model saved to disk; `main` runs in this process."""
 
+import base64
 import functools
+import hashlib
+import io
 import json
 import os
 import re
@@ -88,17 +91,25 @@ def failing(capsys, arguments, *flags):
     return errors[0]
 
 
+def pictures_of(page):
+    """The pictures inside a page."""
+    found = re.findall(r'id="picture-\d+" href="data:image/jpeg;base64,([^"]*)"', page)
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
+
+
 @pytest.mark.parametrize("method", EXPLAINED)
-def test_every_method_writes_page_overlays_and_table(method, base, tmp_path, capsys):
+def test_every_method_writes_page_and_table(method, base, tmp_path, capsys):
     arguments = {**base, "--method": method, "--target": "a dog on the left"}
     assert run(arguments, "--save-result", *FEW.get(method, ())) == 0
     result = MLLMAttributionResult.load(tmp_path / "out" / "result.safetensors")
     assert (result.method, len(result.scales)) == MADE_BY.get(method, (method, 1))
     assert result.units == "[0, 1]"
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"index.html", "picture.png", "text-heatmap.png", "words.json"} <= names
-    assert {"word-02-dog.png", "word-05-left.png"} <= names
-    assert "word-01-a.png" not in names
+    assert names == {"index.html", "table.txt", "words.json", "result.safetensors"}
+    data = json.loads((tmp_path / "out" / "words.json").read_text())
+    assert list(data["methods"]) == list(dict.fromkeys([method, "lens", "random"]))
+    assert data["facts"]["settings"].startswith(f"method={method}")
+    assert hashlib.sha256(Path(arguments["--image"]).read_bytes()).hexdigest() in str(data["facts"])
     out, err = capsys.readouterr()
     assert "answer: a dog on the left" in out
     assert [line.split()[0] for line in out.splitlines()[3:7]] == ["word", "----", "dog", "left"]
@@ -418,15 +429,14 @@ def test_every_family_is_explained_from_its_folder(kin, kin_saved, base, tmp_pat
     out, err = capsys.readouterr()
     assert "assumed: the model saw the whole picture" not in err  # where the pictures lie is known
     assert out.count("answer: dog left") == 1
-    assert out.index(f"image 1: {images[0]}") < out.index(f"image 2: {images[1]}")
+    assert out.index("one.png\nword") < out.index("other.png\nword")
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"result.safetensors", "image-1", "image-2"}  # nothing of the earlier report
-    for n, picture in enumerate(pictures.values(), 1):
-        folder = tmp_path / "out" / f"image-{n}"
-        assert {"index.html", "word-01-dog.png", "words.json"} <= {p.name for p in folder.iterdir()}
-        with Image.open(folder / "picture.png") as written:
-            assert written.size == picture.size
-        assert f"Picture {n} of 2" in (folder / "index.html").read_text()
+    assert left == {"index.html", "table.txt", "words.json", "result.safetensors"}
+    page = (tmp_path / "out" / "index.html").read_text("utf-8")
+    for picture, shown in zip(pictures.values(), pictures_of(page), strict=True):
+        assert shown.size == picture.size
+    assert "one.png" in page
+    assert "other.png" in page
 
 
 @as_processors_do
@@ -508,32 +518,29 @@ def test_package_that_a_processor_needs_is_named(monkeypatch, tmp_path):
         loading._without_torchvision(str(tmp_path), AttributeError("no video_processor"))
 
 
-def test_report_of_one_picture_replaces_that_of_several(base, image, tmp_path):
-    arguments = {**base, "--method": "lens", "--target": "a dog"}
-    assert run(arguments, "--image", str(image), str(image)) == 0
-    out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {"image-1", "image-2", "image-3"}
-    (out / "image-2" / "notes.txt").write_text("the user's own")
-    assert run(arguments) == 0
-    assert (out / "index.html").is_file()
-    assert [path.name for path in out.glob("image-*")] == ["image-2"]
-    assert [path.name for path in (out / "image-2").iterdir()] == ["notes.txt"]
+def test_methods_to_compare_are_checked_first(base, tmp_path, capsys):
+    line = failing(capsys, {**base, "--compare": "lens,nonsense"})
+    assert "argument --compare: method must be one of lens" in line
+    assert "needs masks" in failing(capsys, {**base, "--compare": "mask"})
+    assert run({**base, "--compare": "none", "--target": "a dog"}) == 0
+    assert list(json.loads((tmp_path / "out" / "words.json").read_text())["methods"]) == [
+        "msea+arc"
+    ]
 
 
 # ---- names, sizes and kinds of pictures ----------------------------------------------------------
 
 
 def test_names_that_are_not_utf8_or_very_long_are_written_as_text(base, tmp_path, capsys):
-    """Two pictures, so that each report says of which picture it is."""
     names = [os.fsdecode(b"caf\xe9.png"), "b" * 250 + ".png"]
     for name in names:
         Image.new("RGB", (40, 30)).save(tmp_path / name)
     first, second = (str(tmp_path / name) for name in names)
     out = tmp_path / os.fsdecode(b"r\xe9sum\xe9" + b"o" * 240)
     assert run({**base, "--image": first, "--out": str(out)}, "--image", second) == 0
-    pages = [(out / f"image-{n}/index.html").read_text("utf-8") for n in (1, 2)]
-    assert r"caf\udce9.png" in pages[0]
-    assert "bbb...bbb" in pages[1]
+    page = (out / "index.html").read_text("utf-8")
+    assert r"caf\udce9.png" in page
+    assert "bbb...bbb" in page
     assert r"caf\udce9.png" in capsys.readouterr().out
 
 
@@ -543,7 +550,7 @@ def test_tokens_and_prompts_that_utf8_cannot_hold_are_written_as_escapes(subject
 
     inputs = subject.processor(images=subject.picture, text=subject.prompt, return_tensors="pt")
     result = LogitLens(subject.model, subject.processor).attribute(inputs, subject.answer)
-    write_report(tmp_path, result, subject.picture, prompt="\ud800", notes=["\udce9"])
+    write_report(tmp_path, result, [subject.picture], prompt="\ud800", notes=["\udce9"])
     assert r"\ud800" in (tmp_path / "index.html").read_text("utf-8")
 
 
@@ -588,14 +595,13 @@ def test_what_was_done_to_a_picture_is_said(base, tmp_path, image, capsys):
     frames[0].save(moving, save_all=True, append_images=frames[1:])
     assert run(base, "--image", str(moving)) == 0
     err = capsys.readouterr().err
-    page = (tmp_path / "out/image-1/index.html").read_text()
+    page = (tmp_path / "out/index.html").read_text("utf-8")
     for text in ("cat.png has more than 8 bits per pixel", "moving.gif holds several frames; the"):
         assert text in err
         assert text in page
-    with Image.open(tmp_path / "out/image-1/picture.png") as written:
-        assert written.getpixel((0, 0)) == (117, 117, 117)
-    with Image.open(tmp_path / "out/image-2/picture.png") as written:
-        assert written.getpixel((0, 0))[0] > 250
+    grey, moving = pictures_of(page)
+    assert grey.getpixel((0, 0)) == pytest.approx((117, 117, 117), abs=2)
+    assert moving.getpixel((0, 0))[0] > 250
 
 
 def test_a_folder_with_a_hostile_words_json_is_no_earlier_report(base, tmp_path):

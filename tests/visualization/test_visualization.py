@@ -1,3 +1,4 @@
+import base64
 import io
 import itertools
 import json
@@ -350,44 +351,44 @@ def test_text_heatmap_wants_an_overlay_per_word(result):
 # ---- report ----------------------------------------------------------------------------------
 
 
-def test_report_writes_all_files_with_one_scale(result, wide, tmp_path):
-    summary = write_report(tmp_path, result, wide, prompt="<i>what</i>?", notes=["A note."])
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "index.html",
-        "picture.png",
-        "table.txt",
-        "text-heatmap.html",
-        "text-heatmap.png",
-        "word-02-zebra.png",
-        "word-03-dog.png",
-        "words.json",
-    ]
-    html = (tmp_path / "index.html").read_text(encoding="utf-8")
-    page = Page(html)
-    assert "<i>what</i>?" in "".join(page.texts)
-    assert "A note." in page.texts
-    assert "the full colour is 0.8 (units: [0, 1])" in "".join(page.texts)
-    assert all(image["src"].startswith("data:image/") for image in page.all("img"))
-    assert all(image["alt"] for image in page.all("img"))
-    Page((tmp_path / "text-heatmap.html").read_text(encoding="utf-8"))
-    assert opened(tmp_path / "picture.png").size == (80, 40)
-    written = opened(tmp_path / "word-03-dog.png")
-    base = wide.resize(written.size)
-    expected = overlay(base, summary.map_of(2, base.size[::-1]), vmax=summary.vmax)
-    assert written.tobytes() == expected.tobytes()
+def test_report_writes_page_table_and_json(result, wide, tmp_path):
+    contents = write_report(
+        tmp_path, result, [wide], prompt="<i>what</i>?", notes=["A note."], facts={"model": "m<b>"}
+    )
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["index.html", "table.txt", "words.json"]
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "&lt;i&gt;what&lt;/i&gt;?" in page
+    assert "A note." in page
+    assert "m&lt;b&gt;" in page
+    assert contents.methods[0].top == pytest.approx(0.8)
+    summary = summarise(result, (40, 80))
     data = json.loads((tmp_path / "words.json").read_text())
-    assert data["words"][1]["overlay"] == "word-02-zebra.png"
-    assert data["words"][1]["peak"]["region"] == "top"
+    assert data["facts"] == {"model": "m<b>"}
+    assert data["notes"] == ["A note."]
+    (method,) = data["methods"]
+    for entry, word in zip(summary.words, data["words"], strict=True):
+        assert word["word"] == entry.word.text
+        assert word["probability"] == pytest.approx(entry.probability)
+        peak = word["peaks"][method]
+        assert (peak is None) == (entry.peak is None or entry.peak.value < 0.02 * summary.vmax)
+        if peak is not None:
+            assert peak["value"] == pytest.approx(entry.peak.value)
+            assert peak["where"] == entry.where
+    assert (tmp_path / "table.txt").read_text() == format_table(summary, content_only=False) + "\n"
 
 
 def test_report_of_a_large_picture_is_bounded(result, tmp_path):
-    write_report(tmp_path, result, Image.new("RGB", (3000, 1500)))
-    assert opened(tmp_path / "word-02-zebra.png").size == (1024, 512)
-    assert opened(tmp_path / "picture.png").size == (3000, 1500)
+    write_report(tmp_path, result, [Image.new("RGB", (3000, 1500))])
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    data = re.search(r'id="picture-0" href="data:image/jpeg;base64,([^"]*)"', page)[1]
+    with Image.open(io.BytesIO(base64.b64decode(data))) as shown:
+        assert shown.size == (1000, 500)
+    assert 'viewBox="0 0 3000 1500"' in page  # where things are is said in the picture's own pixels
 
 
 def test_report_says_what_is_assumed(wide, tmp_path):
-    write_report(tmp_path, hand_made(preprocessing=None), wide)
+    write_report(tmp_path, hand_made(preprocessing=None), [wide])
     assert "it is assumed that the model saw the whole picture" in (
         tmp_path / "index.html"
     ).read_text(encoding="utf-8")
@@ -404,27 +405,25 @@ def test_folder_appears_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_report_takes_the_first_ones_overlays_away_and_nothing_else(
-    result, wide, tmp_path
-):
+def test_a_second_report_replaces_the_first_and_nothing_else(result, wide, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.png").write_bytes(b"mine")
     for answer in (ANSWER, (" a", " cat", " cat", " cat", ".")):
         with filled_folder(out) as folder:
-            write_report(folder, replace(result, output_tokens=answer), wide)
+            tokens = (*result.input_tokens[: -len(answer)], *answer)
+            write_report(folder, replace(result, output_tokens=answer, input_tokens=tokens), [wide])
     names = {path.name for path in out.iterdir()}
-    assert "word-02-cat.png" in names
-    assert "word-02-zebra.png" not in names
-    assert "mine.png" in names
+    assert names == {"mine.png", "index.html", "table.txt", "words.json"}
+    assert "zebra" not in (out / "index.html").read_text(encoding="utf-8")
 
 
-def test_overlay_names_in_a_folder_that_is_not_ours_stay(tmp_path):
-    (tmp_path / "word-01-dog.png").write_bytes(b"mine")
+def test_files_in_a_folder_that_is_not_ours_stay(tmp_path):
+    (tmp_path / "table.txt").write_bytes(b"mine")
     (tmp_path / "words.json").write_text('{"written_by": "someone else"}')
     with filled_folder(tmp_path) as folder:
         (folder / "a.txt").write_text("a")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "word-01-dog.png", "words.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "table.txt", "words.json"]
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -529,7 +528,6 @@ def test_a_still_image_has_no_frames(result, wide, tmp_path):
         lambda: result.plot_image_heatmap(picture=[wide]),
         lambda: result.plot_time_profile(),
         lambda: summarise(result, (40, 80), frame=0),
-        lambda: write_report(tmp_path, result, wide, frame=0),
     ):
         with pytest.raises(ValueError, match="image 0 is a still image"):
             refused()
@@ -636,14 +634,15 @@ def test_summary_of_one_frame():
         summarise(of_video(), (32, 64), frame=6)
 
 
-def test_report_of_a_video_is_of_a_frame(tmp_path):
-    result, picture = of_video(), frame_pictures(6)[5]
-    with pytest.raises(ValueError, match=r"(?s)6 frames.*frame=.*plot_time_profile"):
-        write_report(tmp_path, result, picture)
+def test_report_of_a_video_shows_its_frames_on_one_scale(tmp_path):
+    result, frames = of_video(), frame_pictures(6)
+    with pytest.raises(ValueError, match="pictures 0 must be the video's 6 frames"):
+        write_report(tmp_path, result, frames[:1])
     assert list(tmp_path.iterdir()) == []
-    write_report(tmp_path, result, picture, frame=-1)
+    contents = write_report(tmp_path, result, [frames])
+    steps = result.grids[0].steps
+    titles = [f"picture 1, frame {step * 6 // steps}" for step in range(steps)]
+    assert [picture.title for picture in contents.pictures] == titles
+    assert contents.methods[0].top == pytest.approx(float(result.grid_attr[0].max()))
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert "Frame 5 of a video of 6 frames." in page
-    words = json.loads((tmp_path / "words.json").read_text())["words"]
-    assert words[1]["frame"] == 5
-    assert words[1]["peak"]["region"] == "bottom right"
+    assert all(title in page for title in titles)
