@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Models of the tests are tiny: more threads than one only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint docs links notebooks oldest coverage video third-style wheel study clean
+.PHONY: demo test check lint docs links notebooks browser oldest coverage video third-style wheel study clean
 
 demo: .venv/ready
 	$(BIN)/captum-mllm explain --demo --out demo
@@ -22,7 +22,7 @@ test: lint
 
 # What is slow: the studies' tests and their examples, qualities of the shipped models, families
 # whose layout another family has in `make test`.
-check: .venv/ready docs notebooks wheel oldest video third-style
+check: .venv/ready browser docs notebooks wheel oldest video third-style
 	$(BIN)/python $(PYTEST) -m slow tests docs/studies
 
 lint: .venv/ready
@@ -53,6 +53,10 @@ oldest coverage: .venv-oldest/ready
 video: .venv/ready .venv-oldest/ready .torchvision/ready
 	PYTHONPATH=.torchvision $(BIN)/python -m pytest -q $(WITH_TORCHVISION)
 	PYTHONPATH=.torchvision $(OLD)/python -m pytest -q $(WITH_TORCHVISION)
+
+# What drives the report's page in the tests; without it (no Debian, no rights) these are skipped.
+browser:
+	-command -v chromium > /dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
 
 # The third drawing style, CC-BY-SA: fetched from npm, in neither the repository nor the wheel.
 third-style: .openmoji/openmoji.npz

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
+    from captum_mllm.visualization.heatmaps import TokenKey
+    from captum_mllm.visualization.reading import Key, Phrase, PlaceSupport
+
 LOGITS, UNIT = "logits", "[0, 1]"
 
 
@@ -87,6 +90,99 @@ class MLLMAttributionResult:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seq_attr", self.token_attr.sum(0))
 
+    # ---- words ------------------------------------------------------------------------------
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words of the answer; a word is named by its place here, or by its text."""
+        from captum_mllm.words import group_words
+
+        return tuple(word.text for word in group_words(self.output_tokens))
+
+    def __getitem__(self, key: "Key") -> "Phrase":
+        """What supports a word or phrase: ``result["gray bicycle"]``, ``result["dog", 1]``.
+
+        What several tokens have together is, in each place, the largest value of theirs, and the
+        product of their probabilities.
+
+        Args:
+            key: the text of a word or phrase, without regard to case (of several mentions the
+                first, or the one of ``(text, mention)``); the index of a word in :attr:`words`; or
+                a slice of them.
+
+        Raises:
+            KeyError: no such word; the message lists those that are there.
+            IndexError: no such index.
+        """
+        from captum_mllm.visualization.reading import phrase_of
+
+        return phrase_of(self, key)
+
+    def at(
+        self,
+        place: Sequence[float],
+        picture: "tuple[int, int] | Image | None" = None,
+        *,
+        image: int = 0,
+        frame: int | None = None,
+    ) -> "tuple[PlaceSupport, ...]":
+        """The words that a place of a picture supports, strongest first.
+
+        Args:
+            place: (x, y) of a pixel, or (left, upper, right, lower) of a box, pixels.
+            picture: (height, width) of the original picture, or the picture itself; default None:
+                pixels of the image as the model saw it.
+            image: which image, default the first.
+            frame: of a video, which frame; None (default) for the largest over time.
+
+        Returns:
+            One entry per word: its index, its text, and the mean of its map over the place.
+
+        Raises:
+            ValueError: ``place`` is neither, or lies outside the picture.
+            IndexError: no such image or frame.
+        """
+        from captum_mllm.visualization.reading import words_at
+
+        return words_at(self, place, picture, image=image, frame=frame)
+
+    def to_frame(self) -> Any:
+        """A table of pandas, a row per word; see :func:`captum_mllm.visualization.to_frame`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        from captum_mllm.visualization.compare import to_frame
+
+        return to_frame(self)
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        pictures: "Image | Sequence[Image | Sequence[Image]]",
+        *,
+        prompt: str = "",
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Write one self-contained page: words, phrases and places to point at; mail it as it is.
+
+        Args:
+            path: the file, usually ``*.html``; its folder must exist.
+            pictures: the original picture, or several; of a video the list of its frames.
+            prompt: the user's prompt.
+            notes: sentences for its head.
+
+        Raises:
+            ArgumentError: another number of pictures than the result has.
+        """
+        from captum_mllm.files import write_atomic
+        from captum_mllm.visualization import contents_of, describe, render_page
+
+        several = pictures if isinstance(pictures, Sequence) else [pictures]
+        contents = contents_of({self.method or "method": self}, several, prompt=prompt)
+        page = render_page(contents, notes=notes, facts=describe().facts)
+        write_atomic(path, page.encode("utf-8", "backslashreplace"))
+
     # ---- maps and rows ------------------------------------------------------------------------
 
     @property
@@ -103,11 +199,14 @@ class MLLMAttributionResult:
             for maps, grid in zip(self.grid_attr, self.grids, strict=True)
         )
 
-    def image_map(self, target: int, image: int = 0) -> Float[Tensor, "*frames height width"]:
+    def image_map(
+        self, target: "int | str | tuple[str, int]", image: int = 0
+    ) -> Float[Tensor, "*frames height width"]:
         """The map of one target in pixels of the image as the model saw it.
 
         Args:
-            target: row, as in ``output_tokens``; negative counts from the end.
+            target: row, as in ``output_tokens``; negative counts from the end. Or a word or phrase
+                as in ``result[...]``.
             image: which image, default the first.
 
         Returns:
@@ -117,8 +216,12 @@ class MLLMAttributionResult:
             IndexError: no such target or image.
         """
         grid, maps = self._image(image)
-        row = self._target(target)
-        return upsample(maps[row : row + 1], (grid.height, grid.width))[0]
+        if isinstance(target, int):
+            row = self._target(target)
+            maps = maps[row : row + 1]
+        else:
+            maps = self[target].grid_attr[image][None]
+        return upsample(maps, (grid.height, grid.width))[0]
 
     def to_image(
         self,
@@ -302,39 +405,48 @@ class MLLMAttributionResult:
 
     # ---- plots ------------------------------------------------------------------------------
 
-    def plot_token_attr(self, show: bool = False) -> "tuple[Figure, Axes] | None":
+    def plot_token_attr(
+        self, show: bool = False, *, ax: "Axes | None" = None
+    ) -> "tuple[Figure, Axes] | None":
         """Heat map of ``token_attr``: explained tokens down, text tokens across.
 
         Args:
-            show: show the plot and return None; default False returns (figure, axes).
+            show: show the plot and return None; default False returns (figure, axes), which shows
+                itself as the last value of a notebook cell.
+            ax: axes to draw on, default those of a new figure.
 
         Returns:
             (figure, axes), or None if shown. A small matrix has its values written into the cells.
         """
         from captum_mllm.visualization.plots import draw_token_attr
 
-        return draw_token_attr(self, show)
+        return draw_token_attr(self, show, ax)
 
-    def plot_seq_attr(self, show: bool = False) -> "tuple[Figure, Axes] | None":
+    def plot_seq_attr(
+        self, show: bool = False, *, ax: "Axes | None" = None
+    ) -> "tuple[Figure, Axes] | None":
         """Bars of ``seq_attr``, one per text token.
 
         Args:
             show: as for :meth:`plot_token_attr`.
+            ax: as for :meth:`plot_token_attr`.
 
         Returns:
             (figure, axes), or None if shown.
         """
         from captum_mllm.visualization.plots import draw_seq_attr
 
-        return draw_seq_attr(self, show)
+        return draw_seq_attr(self, show, ax)
 
     def plot_image_heatmap(
         self,
         show: bool = False,
-        target_token_pos: int | tuple[int, int] | None = None,
+        target_token_pos: "TokenKey | None" = None,
         image: int = 0,
         picture: "Image | Sequence[Image] | None" = None,
         frame: int | None = None,
+        *,
+        ax: "Axes | None" = None,
     ) -> "tuple[Figure, Any] | None":
         """Heat map of one image, over the picture if it is given; of a video, of its frames.
 
@@ -344,14 +456,15 @@ class MLLMAttributionResult:
 
         Args:
             show: show the plot and return None; default False returns (figure, axes).
-            target_token_pos: row of ``output_tokens``; (m, n) for the sum of rows m to n - 1;
-                None (default) for the sum of all.
+            target_token_pos: row of ``output_tokens``; (m, n) for the largest of rows m to n - 1; a
+                word or phrase as in ``result[...]``; None (default) for the largest of all.
             image: which image or video, default the first.
             picture: PIL picture to draw on: the original picture or, if the geometry is not known
                 (see :meth:`to_image`), one of the image's own size. For a video, the picture of
                 ``frame``; without ``frame=``, a sequence of all frames that the model was given.
             frame: draw this frame of a video only, as the model was given them; negative counts
                 from the end.
+            ax: axes to draw on, default those of a new figure; not for all frames of a video.
 
         Returns:
             (figure, axes), or None if shown. Several frames of a video: an array of axes, one per
@@ -365,13 +478,15 @@ class MLLMAttributionResult:
         """
         from captum_mllm.visualization.heatmaps import draw_image_heatmap
 
-        return draw_image_heatmap(self, show, target_token_pos, image, picture, frame)
+        return draw_image_heatmap(self, show, target_token_pos, image, picture, frame, ax)
 
     def plot_time_profile(
         self,
         show: bool = False,
-        target_token_pos: int | tuple[int, int] | None = None,
+        target_token_pos: "TokenKey | None" = None,
         image: int = 0,
+        *,
+        ax: "Axes | None" = None,
     ) -> "tuple[Figure, Axes] | None":
         """Which frames of a video support each token: a line for one token, a row each for several.
 
@@ -380,8 +495,9 @@ class MLLMAttributionResult:
 
         Args:
             show: as for :meth:`plot_image_heatmap`.
-            target_token_pos: as for :meth:`plot_image_heatmap`, but rows are not summed.
+            target_token_pos: as for :meth:`plot_image_heatmap`, but rows stay apart.
             image: which video, default the first image or video.
+            ax: axes to draw on, default those of a new figure.
 
         Returns:
             (figure, axes), or None if shown.
@@ -392,7 +508,7 @@ class MLLMAttributionResult:
         """
         from captum_mllm.visualization.heatmaps import draw_time_profile
 
-        return draw_time_profile(self, show, target_token_pos, image)
+        return draw_time_profile(self, show, target_token_pos, image, ax)
 
     # ---- captum -----------------------------------------------------------------------------
 

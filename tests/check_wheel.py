@@ -16,6 +16,7 @@ SPRITES = "captum_mllm/reference/data/sprites.npz"  # the one archive of artwork
 NEEDED = (
     "captum_mllm/py.typed",
     SPRITES,
+    *(f"captum_mllm/visualization/page.{kind}" for kind in ("html.jinja", "css", "js")),
     *(
         f"captum_mllm/reference/models/{name}/{file}"
         for name in ("llava", "qwen2vl", "internvl", "biased")

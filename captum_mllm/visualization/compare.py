@@ -105,7 +105,7 @@ def to_frame(result: ResultLike) -> Any:
         ImportError: pandas is not installed.
     """
     try:
-        import pandas as pd
+        import pandas as pd  # type: ignore[import-not-found]
     except ImportError as error:
         raise ImportError("to_frame needs pandas: pip install pandas") from error
     rows = []
