@@ -27,7 +27,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         data: the file's content.
     """
     target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    # Not the whole name, which may be as long as names can be.
+    partial = target.with_name(f".{target.name[:40]}.{os.getpid()}.partial")
     try:
         partial.write_bytes(data)
         partial.replace(target)
@@ -139,7 +140,7 @@ def filled_folder(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     check_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}-", dir=folder.parent))
     try:
         yield partial
         folder.mkdir(exist_ok=True)

@@ -23,6 +23,7 @@ from captum_mllm.geometry import (
     maps_to_picture,
     picture_geometry,
 )
+from captum_mllm.pictures import to_eight_bits
 from captum_mllm.validation import picture_size
 
 if TYPE_CHECKING:
@@ -486,4 +487,4 @@ class MLLMAttributionResult:
         mask = cell_mask(box, size, (maps.shape[-2], maps.shape[-1]))
         values = torch.cat([maps.flatten(1), maps.new_zeros(len(maps), 1)], 1)
         # Cells smaller than a pixel may have none: captum has only those that are in the mask.
-        return ImageMaskInput(picture.convert("RGB"), mask), values[:, mask.unique()]
+        return ImageMaskInput(to_eight_bits(picture).convert("RGB"), mask), values[:, mask.unique()]

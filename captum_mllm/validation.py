@@ -5,6 +5,9 @@ from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
+MAX_SCALE = 16.0
+"""The largest factor of an image's height and width: 256 times its pixels."""
+
 
 class ArgumentError(ValueError):
     """An argument with a wrong value; the message begins with the argument's name.
@@ -85,7 +88,7 @@ def picture_size(size: Any) -> tuple[int, int]:
 
 
 def check_scales(scales: Any) -> tuple[float, ...]:
-    """Check factors of the image's height and width: finite, above 0, distinct.
+    """Check factors of the image's height and width: above 0, at most 16, distinct.
 
     Args:
         scales: a sequence of numbers.
@@ -95,7 +98,7 @@ def check_scales(scales: Any) -> tuple[float, ...]:
 
     Raises:
         TypeError: ``scales`` is not a sequence of numbers.
-        ArgumentError: it is empty, or holds a number that is repeated, not finite or not above 0.
+        ArgumentError: it is empty, or holds a number that is repeated, not above 0 or above 16.
 
     Example:
         >>> check_scales([1, 1.5])
@@ -111,6 +114,8 @@ def check_scales(scales: Any) -> tuple[float, ...]:
         raise ArgumentError("scales", "is empty: give at least one factor, e.g. (1.0, 1.25, 1.5).")
     if any(not isfinite(s) or s <= 0 for s in values):
         raise ArgumentError("scales", f"must be finite numbers > 0, got {values}.")
+    if max(values) > MAX_SCALE:
+        raise ArgumentError("scales", f"must be at most {MAX_SCALE:g}, got {max(values):g}.")
     if len(set(values)) < len(values):
         raise ArgumentError("scales", f"must be distinct, got {values}.")
     return values

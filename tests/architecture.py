@@ -15,9 +15,9 @@ from pathlib import Path
 
 PACKAGE = "captum_mllm"
 ROOT_FILES = {"__init__", "__main__", "_captum", "files", "geometry", "result", "validation"}
-ROOT_FILES |= {"words"}
+ROOT_FILES |= {"pictures", "words"}
 FLOORS = (  # a file imports from its own room and from the rooms of the floors below it
-    {"functional", "geometry", "validation", "files", "_captum"},
+    {"functional", "geometry", "validation", "files", "pictures", "_captum"},
     {"words", "adapters"},
     {"model", "data", "visualization"},
     {"result"},

@@ -208,7 +208,7 @@ def load_image_only(path: str | Path) -> Any:
     """The image-only processor of a model saved in a folder.
 
     The folder may have been saved by the full processor or by one of those here. Nothing is
-    downloaded.
+    downloaded, and no code of the folder is run.
 
     Args:
         path: Folder with the files of the image processor and the tokenizer.
@@ -228,8 +228,9 @@ def load_image_only(path: str | Path) -> Any:
     # Without torchvision, transformers 5.5 exports AutoImageProcessor only from its own module,
     # and it does not find all image processors.
     loader: Any = _LOADERS.get(name, AutoImageProcessor)
-    images = loader.from_pretrained(folder, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    own: Any = {"local_files_only": True, "trust_remote_code": False}
+    images = loader.from_pretrained(folder, **own)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **own)
     settings, _ = _LOADED[name].get_processor_dict(folder, local_files_only=True)
     return _LOADED[name].from_args_and_dict([images, tokenizer], settings)
 

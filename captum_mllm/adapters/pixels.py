@@ -11,6 +11,7 @@ from torch import Tensor
 
 from captum_mllm.functional import Box, join_tiles, resize_pixels, split_tiles
 from captum_mllm.geometry import ImageGrid
+from captum_mllm.pictures import to_eight_bits
 
 
 def picture_pixels(
@@ -68,11 +69,13 @@ def as_rgb(picture: Any) -> Any:
     """The picture in RGB; transparent parts as this version of transformers converts them.
 
     Args:
-        picture: PIL picture.
+        picture: PIL picture; more than 8 bits become 8 by the rule of
+            :func:`~captum_mllm.pictures.to_eight_bits`.
     """
     from PIL import Image
     from transformers.image_transforms import convert_to_rgb
 
+    picture = to_eight_bits(picture)
     convert: Any = convert_to_rgb
     if "return_numpy" in signature(convert).parameters:  # 5.24 deprecates the other
         return Image.fromarray(convert(picture, return_numpy=True))

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from captum_mllm.adapters import find_adapter
 from captum_mllm.model.inputs import read_sample
+from captum_mllm.pictures import to_eight_bits
 from captum_mllm.words import token_labels, tokenizer_of
 
 
@@ -63,7 +64,7 @@ def image_input(
     if not callable(processor):
         raise TypeError(f"processor must be the model's processor, got {type(processor).__name__}.")
     encode: Any = processor
-    perturbed = all_pictures[image].convert("RGB")  # captum paints three channels
+    perturbed = to_eight_bits(all_pictures[image]).convert("RGB")  # captum paints three channels
     mask = None if mask is None else torch.as_tensor(mask)
     if mask is not None and tuple(mask.shape) != (perturbed.height, perturbed.width):
         raise ValueError(

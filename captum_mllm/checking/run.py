@@ -14,6 +14,7 @@ from captum_mllm.adapters.hooks import unchanged
 from captum_mllm.checking.report import Finding, TrustReport
 from captum_mllm.checking.subject import NotTriedError, Subject
 from captum_mllm.checking.tested import installed_versions
+from captum_mllm.pictures import to_eight_bits
 from captum_mllm.validation import ArgumentError
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _subject(
 
     shown, other = (render_pil(make_scene(n), size=SIZE)[0] for n in SCENES)
     if image is not None:
-        shown, other = image.convert("RGB"), other.resize(image.size)
+        shown, other = to_eight_bits(image).convert("RGB"), other.resize(image.size)
     given = image is not None and prompt is not None
     return Subject(
         model, processor, shown, other, prompt or DEFAULT_QUESTION, given, max_new_tokens

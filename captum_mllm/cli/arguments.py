@@ -16,6 +16,7 @@ SHIPPED = "the small model shipped with captum_mllm (it knows synthetic scenes o
 # The flag of each argument of the library whose name differs from the flag's.
 _FLAGS = {
     "name": "--model",
+    "processor": "--model",
     "pictures": "--image",
     "input_ids": "--prompt",
     "options": "--option",
@@ -36,12 +37,13 @@ def usage_error(error: Exception, flags: Sequence[str], otherwise: str) -> Usage
         otherwise: the flags that may be to blame if the error names no argument.
     """
     argument = getattr(error, "argument", None)
+    problem = str(error).replace("trust_remote_code=True", "--trust-remote-code")
     if argument is None:
-        return UsageError(f"argument {otherwise}: {error}")
+        return UsageError(f"argument {otherwise}: {problem}")
     flag = _FLAGS.get(argument, f"--{argument.replace('_', '-')}")
     if flag not in flags:
-        return UsageError(f"argument --option: {error}")
-    return UsageError(f"argument {flag}: {str(error).removeprefix(argument).lstrip()}")
+        return UsageError(f"argument --option: {problem}")
+    return UsageError(f"argument {flag}: {problem.removeprefix(argument).lstrip()}")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +58,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="length of the generated answer at most; default: 128")  # fmt: skip
     add("--dtype", choices=DTYPES, default="auto", help="default: auto, the checkpoint's own")
     add("--device", metavar="NAME", help="e.g. cpu, cuda:1; default: cuda if there is one")
+    add("--trust-remote-code", action="store_true",
+        help="DANGEROUS: run Python files that the model's folder or repository brings; they can "
+        "do all that you can do. Off by default: such models are refused")  # fmt: skip
+
+
+def add_max_pixels(add: Any) -> None:
+    """Add the argument that bounds the size of pictures.
+
+    Args:
+        add: the parser's ``add_argument``.
+    """
+    add("--max-pixels", type=positive_int, metavar="N",
+        help="refuse pictures of more pixels, height times width; default: Pillow's limit, "
+        "89478485")  # fmt: skip
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
@@ -89,13 +105,18 @@ def option(text: str) -> tuple[str, str, Any]:
 
 
 def text(value: str) -> str:
-    """A text that is not empty.
+    """A text that is not empty, and UTF-8 as the terminal gave it.
 
     Args:
         value: the argument.
     """
     if not value.strip():
         raise argparse.ArgumentTypeError("is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = value.encode("utf-8", "backslashreplace").decode("utf-8")
+        raise argparse.ArgumentTypeError(f"is not UTF-8 text: {shown!r}") from error
     return value
 
 
@@ -153,6 +174,11 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str]:
     """
     from captum_mllm.model.loading import load_model
 
+    if args.trust_remote_code:
+        print_progress(
+            f"WARNING: --trust-remote-code: Python files of {args.model or SHIPPED} are run with "
+            "all your rights; stop now unless you have read them"
+        )
     print_progress(f"loading {args.model or SHIPPED} ...")
     name, dtype = args.model, args.dtype
     if name is None:
@@ -161,9 +187,33 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, str]:
         name = str(model_path())
         dtype = "float32" if dtype == "auto" else dtype  # its weights are stored as float16
     try:
-        return load_model(name, dtype, args.device)
+        return load_model(name, dtype, args.device, trust_remote_code=args.trust_remote_code)
     except (ValueError, OSError) as error:
         raise usage_error(error, ("--model", "--dtype", "--device"), "--model") from error
+
+
+def read_pictures(paths: Sequence[Path], max_pixels: int | None) -> tuple[list[Any], list[str]]:
+    """The pictures of ``--image``, and sentences on what was left out or changed.
+
+    Args:
+        paths: the files.
+        max_pixels: the argument ``--max-pixels``.
+
+    Raises:
+        UsageError: a file can't be read; the error names it.
+    """
+    from captum_mllm.pictures import read_picture
+
+    pictures, notes = [], []
+    for path in paths:
+        try:
+            picture, more = read_picture(path, max_pixels)
+        except (OSError, ValueError) as error:
+            reason = str(error).replace("max_pixels", "--max-pixels")
+            raise UsageError(f"argument --image: {reason}") from error
+        pictures.append(picture)
+        notes += more
+    return pictures, notes
 
 
 def print_progress(line: str) -> None:

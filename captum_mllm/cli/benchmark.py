@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from captum_mllm.cli.arguments import (
     UsageError,
+    add_max_pixels,
     add_model,
     add_out,
     check_out,
@@ -66,6 +67,16 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--instances", type=Path, metavar="FILE", help="likewise: the masks")
     add("--captions", type=Path, metavar="FILE", help="likewise: the captions; optional")
     add("--limit", type=positive_int, metavar="N", help="only the first N pictures")
+    add_max_pixels(add)
+    add("--max-outline", type=positive_int, metavar="N",
+        help="COCO's format: refuse annotations whose polygons are longer, in pixels; default: "
+        "1000000")  # fmt: skip
+    add("--max-mask-pixels", type=positive_int, metavar="N",
+        help="refuse pictures all of whose masks together have more pixels; default: "
+        "2000000000")  # fmt: skip
+    add("--allow-outside", action="store_true",
+        help="read pictures that an annotation file names outside their folder (absolute names, "
+        "'..', links); off by default")  # fmt: skip
     add_out(parser)
 
 
@@ -181,11 +192,15 @@ def _data(args: argparse.Namespace) -> "CocoDataset | LabelMapDataset":
             "arguments --data or, for COCO, --images and --instances: give one of the two"
         )
     flag = "--data" if args.data is not None else "--images, --instances or --captions"
+    names = ("max_pixels", "max_mask_pixels", "max_outline")
+    limits = {name: value for name in names if (value := getattr(args, name)) is not None}
+    limits["allow_outside"] = args.allow_outside
     try:
         if args.data is None:
-            return CocoDataset(*(path for path in parts if path is not None))
+            return CocoDataset(*(path for path in parts if path is not None), **limits)
         if (args.data / FILE).is_file():
-            return LabelMapDataset(args.data)
+            limits.pop("max_outline", None)
+            return LabelMapDataset(args.data, **limits)
         captions = args.data / "captions.json"
         files = [args.data / "images", args.data / "instances.json"]
         if not files[1].is_file():
@@ -193,8 +208,11 @@ def _data(args: argparse.Namespace) -> "CocoDataset | LabelMapDataset":
                 f"{str(args.data)!r} holds neither instances.json nor {FILE}; give a folder that "
                 "does, or --images and --instances"
             )
-        return CocoDataset(*files, *([captions] if captions.is_file() else []))
+        return CocoDataset(*files, *([captions] if captions.is_file() else []), **limits)
     except ImportError as error:
         raise UsageError(str(error)) from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"argument {flag}: {error}") from error
+        reason = str(error).replace("allow_outside=True", "--allow-outside")
+        for name in names:
+            reason = reason.replace(f"raise {name}", f"raise --{name.replace('_', '-')}")
+        raise UsageError(f"argument {flag}: {reason}") from error

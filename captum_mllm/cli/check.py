@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from captum_mllm.cli.arguments import (
     SHIPPED,
     UsageError,
+    add_max_pixels,
     add_model,
     load,
     print_progress,
     printable,
+    read_pictures,
     text,
     usage_error,
 )
@@ -43,6 +45,7 @@ def add_check(commands: Any) -> None:
     add = parser.add_argument
     add("--image", type=Path, metavar="FILE",
         help="a picture of the kind that you want to explain; default: a drawn scene")  # fmt: skip
+    add_max_pixels(add)
     add("--prompt", type=text, metavar="TEXT",
         help="what to ask about it; default: what is in the picture?")  # fmt: skip
     add("--only", type=_names, metavar="NAME,NAME,...",
@@ -122,14 +125,12 @@ def _print_line(finding: "Finding") -> None:
 
 
 def _picture(args: argparse.Namespace) -> Any:
-    from captum_mllm.data.pictures import open_picture
-
     if args.image is None:
         return None
-    try:
-        return open_picture(args.image)
-    except (FileNotFoundError, ValueError) as error:
-        raise UsageError(f"argument --image: {error}") from error
+    (picture,), notes = read_pictures([args.image], args.max_pixels)
+    for line in notes:
+        print_progress(line)
+    return picture
 
 
 def _check_file(flag: str, path: Path | None) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from captum_mllm.cli.arguments import (
     SHIPPED,
     UsageError,
+    add_max_pixels,
     add_model,
     add_out,
     check_out,
@@ -18,6 +19,7 @@ from captum_mllm.cli.arguments import (
     positive,
     print_progress,
     printable,
+    read_pictures,
     text,
     usage_error,
 )
@@ -66,6 +68,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--image", type=Path, metavar="FILE", nargs="+", action="extend",
         help="the picture, or several")  # fmt: skip
+    add_max_pixels(add)
     add("--prompt", type=text, metavar="TEXT",
         help="what to ask; the model's chat template is applied to it")  # fmt: skip
     add("--demo", action="store_true",
@@ -93,12 +96,16 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 
 
 def _scales(text: str) -> tuple[float, ...]:
+    from captum_mllm.validation import MAX_SCALE
+
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
     if not values or not all(0 < value < float("inf") for value in values):
         raise argparse.ArgumentTypeError(f"must be positive numbers like 1,1.25,1.5, got {text!r}")
+    if max(values) > MAX_SCALE:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_SCALE:g}, got {text!r}")
     if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"must be distinct, got {text!r}")
     return values
@@ -123,15 +130,15 @@ def run(args: argparse.Namespace) -> None:
     check_out(args.out)
     if args.demo:
         picture, prompt = demo_scene()
-        pictures = [picture]
+        pictures, changed = [picture], []
     else:
-        pictures, prompt = [_picture(path) for path in args.image], args.prompt
+        (pictures, changed), prompt = read_pictures(args.image, args.max_pixels), args.prompt
     model, processor, note = load(args)
     try:
         inputs, assumed = prepare_inputs(processor, pictures, prompt)
     except ValueError as error:
         raise usage_error(error, _FLAGS, "--prompt") from error
-    notes = [line for line in (note, assumed) if line]
+    notes = [line for line in (*changed, note, assumed) if line]
     for line in notes:
         print_progress(line)
     result = _attribute(args, model, processor, inputs, pictures, options)
@@ -219,9 +226,11 @@ def _write(
 ) -> None:
     """One picture: a report in the folder. Several: one each in image-1, image-2, ..."""
     from captum_mllm.files import filled_folder
+    from captum_mllm.pictures import shown_name
     from captum_mllm.visualization import answer_text, format_table, write_report
 
     several = len(pictures) > 1
+    names = [shown_name(path) for path in args.image or ()]
     print_progress("drawing ...")
     summaries = []
     try:
@@ -229,7 +238,7 @@ def _write(
             for n, picture in enumerate(pictures):
                 report = folder / f"image-{n + 1}" if several else folder
                 report.mkdir(exist_ok=True)
-                title = [f"Picture {n + 1} of {len(pictures)}: {args.image[n]}."] if several else []
+                title = [f"Picture {n + 1} of {len(pictures)}: {names[n]}."] if several else []
                 one = replace(result, grid_attr=(result.grid_attr[n],), grids=(result.grids[n],))
                 lines = [*title, *notes]
                 summaries.append(write_report(report, one, picture, prompt=prompt, notes=lines))
@@ -239,7 +248,7 @@ def _write(
         raise UsageError(f"argument --out: can't be written ({error})") from error
     table = f"prompt: {prompt}\nanswer: {answer_text(result)}\n"
     for n, summary in enumerate(summaries):
-        title = f"image {n + 1}: {args.image[n]}\n" if several else ""
+        title = f"image {n + 1}: {names[n]}\n" if several else ""
         table += f"\n{title}{format_table(summary)}\n"
     print(printable(table, sys.stdout))
     if any(summary.assumed for summary in summaries):
@@ -262,12 +271,3 @@ def demo_scene() -> "tuple[Image, str]":
         f"demo: scene {DEMO_SCENE} of the test split, held out: {', '.join(scene.categories)}"
     )
     return render_pil(scene)[0], DEFAULT_QUESTION
-
-
-def _picture(path: Path) -> "Image":
-    from captum_mllm.data.pictures import open_picture
-
-    try:
-        return open_picture(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise UsageError(f"argument --image: {error}") from error

@@ -8,7 +8,6 @@ pixel.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,27 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
-from captum_mllm.data.coco_masks import draw_mask, is_number, mask_problem, mask_tools, shown
+from captum_mllm.data.annotations import (
+    MAX_MASK_PIXELS,
+    check_files,
+    first_few,
+    is_text,
+    mask_memory_problem,
+    read_json,
+)
+from captum_mllm.data.coco_masks import (
+    MAX_OUTLINE,
+    check_limit,
+    draw_mask,
+    is_number,
+    mask_problem,
+    mask_tools,
+    pixel_limit,
+    shown,
+)
+from captum_mllm.pictures import decoding, header_size, to_eight_bits
 
-_INT, _TEXT = "a whole number", "a text that is not empty"
+_INT, _TEXT = "a whole number", "a text of valid Unicode, not empty"
 
 
 _SIDE, _FLAG = "a whole number above 0", "0 or 1"
@@ -31,7 +48,7 @@ _AREA, _BOX = "a number of at least 0", "four numbers: left, top, width, height"
 
 _RULES: dict[str, Callable[[Any], bool]] = {
     _INT: lambda v: type(v) is int,
-    _TEXT: lambda v: isinstance(v, str) and bool(v.strip()),
+    _TEXT: is_text,
     _SIDE: lambda v: type(v) is int and v > 0,
     _FLAG: lambda v: v in (0, 1),
     _AREA: lambda v: is_number(v) and v >= 0,
@@ -110,32 +127,53 @@ class CocoSample:
         """The picture (RGB), read from its file on each access.
 
         The pixels are as stored: an EXIF orientation is not applied, as COCO's masks and sizes are
-        of the stored pixels.
+        of the stored pixels. More than 8 bits become 8 by the rule of
+        :func:`~captum_mllm.pictures.to_eight_bits`; of several frames the first is taken.
 
         Raises:
             ValueError: The file cannot be read as a picture, or its size is not the annotated one.
         """
+        check_header(self.path, self.size, f"image {self.image_id}")
         try:
-            with Image.open(self.path) as opened:
-                image = opened.convert("RGB")
-        except (OSError, SyntaxError) as error:
+            with decoding(self.path, self.size[0] * self.size[1]) as opened:
+                return to_eight_bits(opened).convert("RGB")
+        except (OSError, ValueError) as error:
             raise ValueError(f"{self.path} cannot be read as a picture: {error}.") from error
-        if image.size != self.size[::-1]:
-            raise ValueError(
-                f"{self.path} is {image.width} x {image.height} px, but image {self.image_id} is "
-                f"annotated as {self.size[1]} x {self.size[0]}; use the pictures that were "
-                "annotated: not resized, and not rotated by their EXIF orientation."
-            )
-        return image
+
+
+def check_header(path: Path, size: tuple[int, int], whose: str) -> None:
+    """Compare a picture's header with the annotated size, before anything is decoded or drawn.
+
+    Args:
+        path: Of the picture.
+        size: (height, width) as annotated, in pixels.
+        whose: What is annotated so, for the error.
+
+    Raises:
+        ValueError: The header cannot be read, or says another size.
+    """
+    try:
+        height, width = header_size(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}.") from error
+    if (height, width) != size:
+        raise ValueError(
+            f"{path} is {width} x {height} px, but {whose} is annotated as {size[1]} x {size[0]}; "
+            "use the pictures that were annotated: not resized, and not rotated by their EXIF "
+            "orientation."
+        )
 
 
 class CocoDataset(Sequence[CocoSample]):
     """Pictures, masks and captions, ordered by image id.
 
-    Everything except the pictures' pixels is checked when the set is opened. Images without
+    Everything except the pictures themselves is checked when the set is opened. Images without
     annotations or captions are kept; captions of images that the instances file lacks are ignored,
     so a part of a set can be read with the whole set's captions. Masks are drawn when a sample is
-    accessed.
+    accessed, after its picture's header was found to be of the annotated size.
+
+    The limits keep a damaged or hostile file from taking all time or memory; files of which you
+    know the origin may need higher ones.
 
     Every annotation needs a mask, and its `area`, if present, must be a number; other files are
     refused. The second example removes annotations without a mask from a file; an `area` of null
@@ -146,11 +184,21 @@ class CocoDataset(Sequence[CocoSample]):
         instances: JSON file with `images`, `annotations` (masks) and `categories`.
         captions: JSON file whose `annotations` are captions of the same images, or of more.
             Default: none, and samples have no captions.
+        max_pixels: The most pixels (height times width) of a picture. Default: Pillow's limit,
+            `PIL.Image.MAX_IMAGE_PIXELS` (89,478,485); at most 2^31 - 1.
+        max_outline: The most pixels of one annotation's outline: over its polygons, the sum of the
+            longer side (width or height) of each edge. Drawing takes about 60 bytes for each.
+            Default: 1,000,000.
+        max_mask_pixels: The most pixels of all masks of one picture together, which take a byte
+            each. Default: 2,000,000,000.
+        allow_outside: Whether image files may lie outside the folder: absolute names, names that
+            climb out by `..`, links that lead out. Default: False.
 
     Raises:
         FileNotFoundError: A JSON file, the folder, or an image file is missing.
-        ValueError: Something in a JSON file is not in COCO's format; the message says where, what
-            it is and how to fix it.
+        ValueError: Something in a JSON file is not in COCO's format, beyond a limit, or names a
+            file outside the folder; the message says where, what it is and how to fix it. On
+            access, a picture that is not of its annotated size.
         ImportError: pycocotools is missing.
 
     Example:
@@ -163,6 +211,7 @@ class CocoDataset(Sequence[CocoSample]):
         >>> data[1].objects[0].mask.shape
         (64, 64)
 
+        >>> import json
         >>> from captum_mllm.data.coco_masks import mask_problem
         >>> file = json.loads((folder / "instances.json").read_text())
         >>> file["annotations"][0]["segmentation"] = []  # only a box, say
@@ -180,7 +229,15 @@ class CocoDataset(Sequence[CocoSample]):
         images: str | os.PathLike[str],
         instances: str | os.PathLike[str],
         captions: str | os.PathLike[str] | None = None,
+        *,
+        max_pixels: int | None = None,
+        max_outline: int = MAX_OUTLINE,
+        max_mask_pixels: int = MAX_MASK_PIXELS,
+        allow_outside: bool = False,
     ) -> None:
+        self._max_pixels = pixel_limit(max_pixels)
+        self._max_outline = check_limit("max_outline", max_outline)
+        self._max_mask_pixels = check_limit("max_mask_pixels", max_mask_pixels)
         self._tools = mask_tools("CocoDataset")
         self._folder = Path(images)
         if not self._folder.is_dir():
@@ -189,15 +246,25 @@ class CocoDataset(Sequence[CocoSample]):
             )
         file = _File("instances", instances)
         self._images = dict(sorted(file.table("images", _IMAGE).items()))
+        self._check_sizes(file)
         self._categories = file.table("categories", _CATEGORY)
         self._objects: dict[int, list[dict]] = {id: [] for id in self._images}
         self._add_objects(file)
         self._captions: dict[int, list[dict]] = {id: [] for id in self._images}
         if captions is not None:
             self._add_captions(_File("captions", captions), file)
-        self._check_files(file)
+        names = [image["file_name"] for image in self._images.values()]
+        check_files(file.path, self._folder, names, "images", allow_outside)
         self._ids = list(self._images)
         self.files = (file.path,) if captions is None else (file.path, Path(captions))
+
+    def _check_sizes(self, file: _File) -> None:
+        for id, image in self._images.items():
+            if image["width"] * image["height"] > self._max_pixels:
+                problem = f"and height are {image['width']} x {image['height']} pixels"
+                fix = f"they may be {self._max_pixels} pixels at most: correct them, make the "
+                fix += "picture smaller, or raise max_pixels"
+                raise file.wrong(f"image {id}", "width", problem, fix)
 
     def _add_objects(self, file: _File) -> None:
         records = file.table("annotations", _OBJECT)
@@ -214,16 +281,24 @@ class CocoDataset(Sequence[CocoSample]):
         if refused:
             raise ValueError(
                 f"{first} Annotations refused: {len(refused)} of {len(records)} (ids "
-                f"{_first(refused)}); CocoDataset's docstring shows how to drop those without a "
+                f"{first_few(refused)}); CocoDataset's docstring shows how to drop those without a "
                 "mask."
             )
+        for id, image in self._images.items():
+            problem = mask_memory_problem(
+                len(self._objects[id]), image["height"], image["width"], self._max_mask_pixels
+            )
+            if problem:
+                raise ValueError(f"{file.path}: image {id}: its {problem}.")
 
     def _check_object(self, file: _File, record: dict) -> None:
         where = f"annotation {record['id']}"
         image = _known(file, record, "image_id", self._images, "images")
         _known(file, record, "category_id", self._categories, "categories")
         file.check_fields(where, {k: record[k] for k in _MAYBE if k in record}, _MAYBE)
-        problem = mask_problem(record.get("segmentation"), image["height"], image["width"])
+        problem = mask_problem(
+            record.get("segmentation"), image["height"], image["width"], self._max_outline
+        )
         if problem:
             raise file.wrong(where, "segmentation", *problem)
 
@@ -236,16 +311,6 @@ class CocoDataset(Sequence[CocoSample]):
             raise ValueError(
                 f"{file.path}: none of its {len(records)} captions is of an image that "
                 f"{instances.path} holds; give the captions of the same images, or none."
-            )
-
-    def _check_files(self, file: _File) -> None:
-        names = [image["file_name"] for image in self._images.values()]
-        missing = [name for name in names if not (self._folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of the {len(names)} images that {file.path} names are not in "
-                f"{self._folder}: {_first(missing)}. Give the folder that holds them, or remove "
-                "them from the file."
             )
 
     @property
@@ -267,11 +332,14 @@ class CocoDataset(Sequence[CocoSample]):
 
     def _sample(self, id: int) -> CocoSample:
         image, captions = self._images[id], self._captions[id]
+        size = (image["height"], image["width"])
+        if self._objects[id]:  # masks are not drawn for a picture that they don't fit
+            check_header(self._folder / image["file_name"], size, f"image {id}")
         return CocoSample(
             image_id=id,
             file_name=image["file_name"],
             path=self._folder / image["file_name"],
-            size=(image["height"], image["width"]),
+            size=size,
             captions=[record["caption"] for record in captions],
             objects=tuple(self._object(record, image) for record in self._objects[id]),
             extra=_extra(image, *_IMAGE, *_LINKS),
@@ -299,10 +367,7 @@ class _File:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{argument}={str(path)!r} is not a file.")
-        try:
-            self.data = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{argument}={str(path)!r} is not a JSON file: {error}.") from error
+        self.data = read_json(self.path, f"{argument}={str(path)!r}")
         if not isinstance(self.data, dict):
             raise ValueError(f"{self.path}: must hold an object, got {shown(self.data)}.")
 
@@ -343,10 +408,6 @@ def _known(file: _File, record: dict, name: str, known: dict[int, dict], where: 
         where = f"annotation {record['id']}"
         raise file.wrong(where, name, problem, "add it there or remove this annotation")
     return known[record[name]]
-
-
-def _first(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values[:3])) + (", ..." if len(values) > 3 else "")
 
 
 def _extra(record: dict, *known: str) -> dict[str, Any]:

@@ -8,6 +8,14 @@ import warnings
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
+from captum_mllm.validation import ArgumentError
+
+MAX_OUTLINE = 1_000_000
+"""The most pixels of one annotation's outline, of which pycocotools keeps about 60 bytes each."""
+
+_MOST_PIXELS = 2**31 - 1  # pycocotools numbers pixels in 32 bits
 
 _FAR = 100_000  # pixels; pycocotools counts fifths of them in 32 bits and crashes where they end
 
@@ -29,13 +37,49 @@ def mask_tools(who: str) -> Any:
         ) from error
 
 
-def mask_problem(mask: Any, height: int, width: int) -> tuple[str, str] | None:
+def pixel_limit(max_pixels: int | None) -> int:
+    """The limit of a picture's pixels that holds.
+
+    Args:
+        max_pixels: As the user gives it; None for Pillow's.
+
+    Raises:
+        ArgumentError: It is no whole number above 0, or more than pixels can be numbered.
+    """
+    if max_pixels is None:
+        pillows = Image.MAX_IMAGE_PIXELS
+        return _MOST_PIXELS if pillows is None else min(int(pillows), _MOST_PIXELS)
+    check_limit("max_pixels", max_pixels)
+    if max_pixels > _MOST_PIXELS:
+        raise ArgumentError("max_pixels", f"must be at most {_MOST_PIXELS}, got {max_pixels}.")
+    return max_pixels
+
+
+def check_limit(name: str, value: Any) -> int:
+    """Check that a limit is a whole number above 0.
+
+    Args:
+        name: The argument's.
+        value: The value given for it.
+
+    Raises:
+        ArgumentError: It is not.
+    """
+    if type(value) is not int or value < 1:
+        raise ArgumentError(name, f"must be a whole number above 0, got {value!r}.")
+    return value
+
+
+def mask_problem(
+    mask: Any, height: int, width: int, max_outline: int = MAX_OUTLINE
+) -> tuple[str, str] | None:
     """What is wrong with a segmentation.
 
     Args:
         mask: As in an instances file.
         height: Of the image, in pixels.
         width: Likewise.
+        max_outline: See :class:`~captum_mllm.data.coco.CocoDataset`.
 
     Returns:
         What is wrong and how to fix it; None if nothing is.
@@ -49,6 +93,7 @@ def mask_problem(mask: Any, height: int, width: int) -> tuple[str, str] | None:
         return _runs_problem(mask, height, width)
     if not isinstance(mask, list) or not mask:
         return ("is missing or empty" if not mask else f"is {shown(mask)}"), kinds
+    bound = 0.0
     for points in mask:
         if not isinstance(points, list) or not all(map(is_number, points)):
             return f"holds a polygon that is {shown(points)}", kinds
@@ -58,7 +103,19 @@ def mask_problem(mask: Any, height: int, width: int) -> tuple[str, str] | None:
         if abs(farthest) > _FAR:
             fix = f"give pixels of the image, at most {_FAR} from its corner"
             return f"holds a polygon with the coordinate {shown(farthest)}", fix
+        bound += len(points) * abs(farthest)  # no edge is longer than twice the farthest
+    if bound > max_outline:  # else there is no need to measure
+        outline = sum(map(_outline, mask))
+        if outline > max_outline:
+            fix = f"it may be {max_outline} at most: correct it, or raise max_outline"
+            return f"has an outline of {round(outline)} pixels", fix
     return None
+
+
+def _outline(points: list[float]) -> float:
+    """Pixels of a polygon's outline: the sum of the longer side of its edges."""
+    corners = np.asarray(points, np.float64).reshape(-1, 2)
+    return float(np.abs(corners - np.roll(corners, 1, axis=0)).max(1).sum())
 
 
 def _runs_problem(mask: dict, height: int, width: int) -> tuple[str, str] | None:
@@ -123,7 +180,8 @@ def draw_mask(tools: Any, mask: Any, height: int, width: int) -> np.ndarray:
         runs = tools.frPyObjects(mask, height, width)
     with warnings.catch_warnings():  # of pycocotools' arrays, under numpy 2
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
-        return tools.decode(runs).astype(bool, order="C")
+        # A byte per pixel as a bool, which needs no second copy where the order is right.
+        return np.ascontiguousarray(tools.decode(runs)).view(bool)
 
 
 def is_number(value: Any) -> bool:

@@ -21,8 +21,16 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
-from captum_mllm.data.coco import CocoDataset, CocoObject, CocoSample
-from captum_mllm.data.coco_masks import shown
+from captum_mllm.data.annotations import (
+    MAX_MASK_PIXELS,
+    check_files,
+    is_text,
+    mask_memory_problem,
+    read_json,
+)
+from captum_mllm.data.coco import CocoDataset, CocoObject, CocoSample, check_header
+from captum_mllm.data.coco_masks import check_limit, pixel_limit, shown
+from captum_mllm.pictures import decoding
 
 FILE = "anno.json"
 
@@ -38,17 +46,23 @@ class LabelMapDataset(Sequence[CocoSample]):
 
     Samples are those of :class:`~captum_mllm.data.coco.CocoDataset`: a category that the label
     image shows is one object, whose mask is all of it. `extra["names"]` holds all categories of the
-    record, shown or not. Everything except the pixels is checked when the set is opened.
+    record, shown or not. Everything except the pixels is checked when the set is opened; a label
+    image is decoded when its sample is accessed, after the picture's header was found to be of the
+    same size.
 
     TAM's evaluation treats a missing label image as an empty one; here it is an error.
 
     Args:
         folder: Holds `anno.json` and what it names.
+        max_pixels: See :class:`~captum_mllm.data.coco.CocoDataset`; of label images, too.
+        max_mask_pixels: Likewise; each category of a record counts as a mask.
+        allow_outside: Likewise.
 
     Raises:
         FileNotFoundError: The folder or `anno.json` is missing, or pictures or label images are.
-        ValueError: Something in the file is wrong, or a label image is not of its picture's size;
-            the message says where, what it is and how to fix it.
+        ValueError: Something in the file is wrong, beyond a limit, or names a file outside the
+            folder; the message says where, what it is and how to fix it. On access, a damaged
+            label image, or one that is not of its picture's size.
 
     Reference:
         The layout is that of TAM's released evaluation (ICCV 2025).
@@ -65,19 +79,26 @@ class LabelMapDataset(Sequence[CocoSample]):
         (['a dog'], [('dog', 4.0)])
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        max_pixels: int | None = None,
+        max_mask_pixels: int = MAX_MASK_PIXELS,
+        allow_outside: bool = False,
+    ) -> None:
+        self._max_pixels = pixel_limit(max_pixels)
+        self._max_mask_pixels = check_limit("max_mask_pixels", max_mask_pixels)
         self._folder = Path(folder)
         self.path = self._folder / FILE
         if not self.path.is_file():
             raise FileNotFoundError(f"folder={str(folder)!r} holds no {FILE}.")
-        try:
-            records = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.path} is not a JSON file: {error}.") from error
+        records = read_json(self.path, str(self.path))
         if not isinstance(records, list):
             raise ValueError(f"{self.path}: must hold a list of records, got {shown(records)}.")
         self._records = [self._checked(n, record) for n, record in enumerate(records)]
-        self._check_files()
+        names = [name for record in self._records for name in (record[0], record[2])]
+        check_files(self.path, self._folder, names, "files", allow_outside)
         # What is annotated: the masks are in the label images.
         self.files = (self.path, *(self._folder / record[2] for record in self._records))
         self._sizes = [self._size(n) for n in range(len(records))]
@@ -89,10 +110,11 @@ class LabelMapDataset(Sequence[CocoSample]):
                 f"{', '.join(_ENTRIES)}."
             )
         for at, name in enumerate(_ENTRIES[:3]):
-            if not isinstance(record[at], str) or not record[at].strip():
-                raise self._wrong(n, name, record[at], "it must be a text that is not empty")
+            if not is_text(record[at]):
+                fix = "it must be a text that is not empty, of valid Unicode"
+                raise self._wrong(n, name, record[at], fix)
         labels = record[3]
-        if not isinstance(labels, dict) or not all(name.strip() for name in labels):
+        if not isinstance(labels, dict) or not all(map(is_text, labels)):
             raise self._wrong(n, _ENTRIES[3], labels, "it must be an object, label by name")
         for name, label in labels.items():
             if type(label) is not int or not 1 <= label <= _MOST:
@@ -107,29 +129,21 @@ class LabelMapDataset(Sequence[CocoSample]):
         at = _ENTRIES.index(name)
         return ValueError(f"{self.path}: record {n}: entry {at} ({name}) is {shown(value)}; {fix}.")
 
-    def _check_files(self) -> None:
-        names = [name for record in self._records for name in (record[0], record[2])]
-        missing = [name for name in names if not (self._folder / name).is_file()]
-        if missing:
-            few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise FileNotFoundError(
-                f"{len(missing)} of the {len(names)} files that {self.path} names are not in "
-                f"{self._folder}: {few}. Put them there, or remove their records."
-            )
-
     def _size(self, n: int) -> tuple[int, int]:
         """(height, width) of the label image, from its head."""
-        path = self._folder / self._records[n][2]
+        name, labels = self._records[n][2:]
         try:
-            with Image.open(path) as image:
+            with decoding(self._folder / name, self._max_pixels) as image:
                 size, mode = image.size, image.mode
-        except (OSError, SyntaxError) as error:
-            raise self._wrong(
-                n, _ENTRIES[2], self._records[n][2], f"it cannot be read as a picture ({error})"
-            ) from error
+        except (OSError, ValueError) as error:
+            fix = f"it cannot be read as a picture ({error})"
+            raise self._wrong(n, _ENTRIES[2], name, fix) from error
         if mode not in ("L", "P", "1", "RGB"):  # RGB where all three are the label
             fix = f"it has pixels of kind {mode!r}: write one label of 8 bits per pixel"
-            raise self._wrong(n, _ENTRIES[2], self._records[n][2], fix)
+            raise self._wrong(n, _ENTRIES[2], name, fix)
+        problem = mask_memory_problem(len(labels), size[1], size[0], self._max_mask_pixels)
+        if problem:
+            raise self._wrong(n, _ENTRIES[2], name, f"its {problem}")
         return size[1], size[0]
 
     @property
@@ -152,8 +166,10 @@ class LabelMapDataset(Sequence[CocoSample]):
 
     def _sample(self, n: int) -> CocoSample:
         name, caption, _, labels = self._records[n]
+        check_header(self._folder / name, self._sizes[n], f"record {n} of {self.path}")
         pixels = self._labels(n)
-        masks = {category: pixels == label for category, label in labels.items()}
+        seen = set(np.unique(pixels).tolist())
+        masks = {category: pixels == label for category, label in labels.items() if label in seen}
         return CocoSample(
             image_id=n,
             file_name=name,
@@ -163,7 +179,6 @@ class LabelMapDataset(Sequence[CocoSample]):
             objects=tuple(
                 CocoObject(category, mask, float(mask.sum()), is_crowd=False, id=labels[category])
                 for category, mask in masks.items()
-                if mask.any()
             ),
             extra={"names": list(labels)},
             caption_extra=({},),
@@ -171,13 +186,18 @@ class LabelMapDataset(Sequence[CocoSample]):
 
     def _labels(self, n: int) -> np.ndarray:
         """Labels (height, width): a palette's indices, not its colours."""
-        with Image.open(self._folder / self._records[n][2]) as image:
-            pixels = np.asarray(image).astype(np.uint8)
+        name = self._records[n][2]
+        try:
+            with decoding(self._folder / name, self._max_pixels) as image:
+                pixels = np.asarray(image).astype(np.uint8, copy=False)
+        except (OSError, ValueError) as error:
+            fix = f"it cannot be read as a picture ({error})"
+            raise self._wrong(n, _ENTRIES[2], name, fix) from error
         if pixels.ndim == 2:
             return pixels
         if (pixels != pixels[..., :1]).any():
             fix = "it has colours: write one label of 8 bits per pixel"
-            raise self._wrong(n, _ENTRIES[2], self._records[n][2], fix)
+            raise self._wrong(n, _ENTRIES[2], name, fix)
         return pixels[..., 0]
 
 

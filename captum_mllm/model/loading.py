@@ -1,10 +1,13 @@
 """Load a model and its processor from a checkpoint, and turn a prompt into inputs."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captum_mllm.adapters.processors import image_token, lacks_video_part, placeholder_pattern
+from captum_mllm.pictures import to_eight_bits
 from captum_mllm.validation import ArgumentError
 
 if TYPE_CHECKING:
@@ -18,22 +21,40 @@ _WITHOUT_VIDEO = (
 )
 
 
-def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any, str]:
+_CODE = (
+    "it brings Python code of its own, which runs with all your rights and therefore only with "
+    "trust_remote_code=True: read the code first"
+)
+
+_LONGEST = 500  # characters of another library's message
+
+
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any, str]:
     """Load a model and its processor.
 
-    A class that is not supported is refused before the weights are read.
+    A class that is not supported is refused before the weights are read. Code that the checkpoint
+    brings is not run, and nothing is asked on standard input, unless ``trust_remote_code`` is True.
 
     Args:
         name: hub id or folder.
         dtype: name of a torch floating point dtype; "auto" (default) for the checkpoint's own.
         device: name of a torch device; None (default) for "cuda" if there is one, else "cpu".
+        trust_remote_code: whether to run Python files of the checkpoint, which can do all that
+            you can; default False. Only for code that you have read.
 
     Returns:
-        The model in evaluation mode on its device, its processor, and a sentence on how they were
-        loaded, "" if there is nothing to say.
+        The model in evaluation mode on its device, its processor, and what is to be said about how
+        they were loaded (weights that the checkpoint lacks, say), "" if there is nothing.
 
     Raises:
-        ArgumentError: ``name`` can't be loaded, ``dtype`` is unknown, or ``device`` can't be used.
+        ArgumentError: ``name`` can't be loaded (the message names the damaged file where it can be
+            told, and the cause), ``dtype`` is unknown, or ``device`` can't be used.
 
     Example:
         >>> from captum_mllm.reference import model_path
@@ -50,14 +71,79 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
         )
     place = _device(device)
     try:
-        _check_class(name)
-        processor, note = _load_processor(name)
+        _check_class(name, trust_remote_code)
+        processor, note = _load_processor(name, trust_remote_code)
         from transformers import AutoModelForImageTextToText
 
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, ImportError) as error:
-        raise ArgumentError("name", f"{name!r} can't be loaded: {error}") from error
-    return model.to(place).eval(), processor, note
+        with _naming("its weights (or generation_config.json)"):
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+            model = model.to(place).eval()
+    except Exception as error:  # transformers lets through what its parts raise on damaged files
+        raise ArgumentError("name", f"{name!r} can't be loaded: {_cause(name, error)}") from error
+    notes = [line for line in (note, _missing_weights(info)) if line]
+    return model, processor, " ".join(notes)
+
+
+@contextmanager
+def _naming(part: str) -> Iterator[None]:
+    """Say of which part an error is; OSErrors name a file themselves."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{part}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if not isinstance(error, ValueError | OSError | ImportError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def _cause(name: str, error: Exception) -> str:
+    """Why loading failed, in one line: the damaged file of a folder, if one is found."""
+    text = _one_line(error)
+    if "trust_remote_code" in text:
+        return _CODE
+    folder = Path(name).expanduser()
+    damaged = _damaged(folder) if folder.is_dir() else None
+    return text if damaged is None or damaged in text else f"{damaged} ({text})"
+
+
+def _damaged(folder: Path) -> str | None:
+    """The first file of a model's folder that can't be read, and why."""
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix == ".json":
+                if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                    raise ValueError("it must hold an object")
+            elif path.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix == ".jinja":
+                path.read_text(encoding="utf-8")
+        except RecursionError:
+            return f"{path.name} is damaged: nested too deeply"
+        except Exception as error:
+            return f"{path.name} is damaged: {_one_line(error)}"
+    return None
+
+
+def _missing_weights(info: dict[str, Any]) -> str:
+    missing = sorted(info.get("missing_keys") or ())
+    if not missing:
+        return ""
+    few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    return (
+        f"{len(missing)} of the model's weights are not in the checkpoint and are random: {few}. "
+        "What is explained is then not the trained model."
+    )
 
 
 def _device(name: str | None) -> Any:
@@ -72,7 +158,7 @@ def _device(name: str | None) -> Any:
     return device
 
 
-def _check_class(name: str) -> None:
+def _check_class(name: str, trusted: bool = False) -> None:
     """Raise before the weights are loaded if a model of this class can't be explained."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -82,26 +168,29 @@ def _check_class(name: str) -> None:
     local = Path(name).expanduser()
     if not local.is_dir() and (local.exists() or name.startswith((".", "/", "~"))):
         raise OSError("there is no such folder; give a folder with config.json, or a hub id")
-    config = AutoConfig.from_pretrained(name)
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
+    with _naming("config.json"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+    own = trusted and "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
+    if not own and type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ValueError(
             f"a model of type {config.model_type!r} takes no images; give a multimodal model, such "
             f"as {', '.join(registered_classes())}"
         )
-    with torch.device("meta"):
-        find_adapter(AutoModelForImageTextToText.from_config(config))
+    with _naming("config.json"), torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trusted)
+    find_adapter(model)
 
 
-def _load_processor(name: str) -> tuple[Any, str]:
+def _load_processor(name: str, trusted: bool) -> tuple[Any, str]:
     """The processor, and a note where its video part is missing."""
     from transformers import AutoProcessor
     from transformers.utils.import_utils import is_torchvision_available
 
     try:
-        processor, note = AutoProcessor.from_pretrained(name), ""
+        processor, note = AutoProcessor.from_pretrained(name, trust_remote_code=trusted), ""
     except Exception as error:
         if is_torchvision_available():
-            raise ValueError(f"its processor fails: {error}") from error
+            raise ValueError(f"its processor fails: {_one_line(error)}") from error
         processor = _without_torchvision(name, error)
         note = _WITHOUT_VIDEO if lacks_video_part(processor) else ""
     if getattr(processor, "image_processor", None) is None:
@@ -124,7 +213,7 @@ def _without_torchvision(name: str, error: Exception) -> Any:
                 "its processor needs torchvision, which is not installed; pip install torchvision "
                 "(the build that matches your torch)"
             ) from other
-        raise ValueError(f"its processor fails: {error}") from error
+        raise ValueError(f"its processor fails: {_one_line(error)}") from error
 
 
 def _folder(name: str) -> Path:
@@ -154,7 +243,7 @@ def prepare_inputs(processor: Any, pictures: "Sequence[Image]", prompt: str) -> 
     Raises:
         ArgumentError: ``pictures`` is empty; ``prompt`` holds another number of image tokens than
             there are pictures, or the processor refuses it; a processor without chat template and
-            image token.
+            image token, or whose chat template or files are broken.
 
     Example:
         >>> from captum_mllm.reference import load, make_scene, render_pil
@@ -171,9 +260,12 @@ def prepare_inputs(processor: Any, pictures: "Sequence[Image]", prompt: str) -> 
     begins = start is not None and text.startswith(start)
     special = {"add_special_tokens": False} if begins else {}
     try:
-        inputs = processor(images=list(pictures), text=text, return_tensors="pt", **special)
+        images = [to_eight_bits(picture) for picture in pictures]
+        inputs = processor(images=images, text=text, return_tensors="pt", **special)
     except ValueError as error:
         raise ArgumentError("prompt", f"is refused by the processor: {error}") from error
+    except Exception as error:  # of a processor whose settings are broken
+        raise ArgumentError("processor", f"fails on the pictures: {_one_line(error)}") from error
     return inputs, assumed
 
 
@@ -190,9 +282,20 @@ def _full_prompt(processor: Any, count: int, prompt: str) -> tuple[str, str]:
         return prompt, "Assumed: the prompt holds the image token, so it is used as it is."
     if getattr(processor, "chat_template", None):
         content = [*[{"type": "image"}] * count, {"type": "text", "text": prompt}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        try:
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+        except Exception as error:  # jinja2's, and whatever the template does
+            raise ArgumentError(
+                "processor", f"has a chat template that fails: {_one_line(error)}"
+            ) from error
+        if token and text.count(token) != count:
+            raise ArgumentError(
+                "processor",
+                f"has a chat template that gives {text.count(token)} image tokens ({token!r}) for "
+                f"{count} picture(s); write the whole prompt with its image tokens.",
+            )
         return text, (
             "Assumed: the model's chat template, one user turn, the picture before the text."
         )

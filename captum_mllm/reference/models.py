@@ -58,8 +58,9 @@ def load(
     """
     path = folder or model_path(name)
     model = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=dtype or torch.float32, local_files_only=True
+        path, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False
     )
     if name in _IMAGE_ONLY:
         return model.eval(), load_image_only(path)
-    return model.eval(), AutoProcessor.from_pretrained(path, local_files_only=True)
+    own = {"local_files_only": True, "trust_remote_code": False}
+    return model.eval(), AutoProcessor.from_pretrained(path, **own)

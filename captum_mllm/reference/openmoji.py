@@ -115,7 +115,7 @@ def load_openmoji(path: Path | None = None) -> np.ndarray:
     """
     path = built().path if path is None else path
     try:
-        with np.load(path) as archive:
+        with np.load(path, allow_pickle=False) as archive:
             names, sprites = archive["categories"].tolist(), archive["sprites"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise RuntimeError(f"{path} cannot be read ({error}): {_AGAIN}") from error

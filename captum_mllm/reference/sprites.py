@@ -103,7 +103,7 @@ def load_sprites() -> np.ndarray:
         (2, 64, 64, 64, 4)
     """
     path = resources.files("captum_mllm.reference") / "data" / "sprites.npz"
-    with path.open("rb") as file, np.load(file) as archive:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         names = archive["categories"].tolist()
         if names != list(CATEGORIES):
             raise RuntimeError("data/sprites.npz does not fit CODE_POINTS: run build_sprites.")

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from captum_mllm.pictures import to_eight_bits
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -65,7 +67,7 @@ def overlay(
     level = _levels(heat, vmax)
     colours = _colour_map(cmap)(level)[..., :3]
     opacity = alpha * np.clip(level / _FADE, 0, 1)[..., None]
-    base = np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
+    base = np.asarray(to_eight_bits(picture).convert("RGB"), dtype=np.float64) / 255
     grey = base @ np.array([0.299, 0.587, 0.114])
     base = (
         0.45 * base + 0.55 * grey[..., None]

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from captum_mllm.pictures import to_eight_bits
 from captum_mllm.visualization.overlays import colour_stops, overlay
 from captum_mllm.visualization.plots import plot_text_heatmap
 from captum_mllm.visualization.summary import (
@@ -95,7 +96,7 @@ def write_report(
             f"name its frame with frame=. result.plot_image_heatmap() and "
             f"result.plot_time_profile() show the whole video."
         )
-    picture = picture.convert("RGB")
+    picture = to_eight_bits(picture).convert("RGB")
     summary = summarise(result, (picture.height, picture.width), frame=frame)
     if frame is not None:
         notes = [*notes, f"Frame {frame % grid.frames} of a video of {grid.frames} frames."]
@@ -183,7 +184,8 @@ def _plot_png(result: ResultLike) -> bytes:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    # Tokens and prompts may hold what UTF-8 can't.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def _document(body: str) -> str:

@@ -31,7 +31,7 @@ from captum_mllm.reference.render import render_pil
 from studies.calibration_table import BASE, tables
 from studies.choose import weights_of
 from studies.direct import DEPTH, SCALES, twins, words_of
-from studies.evidence import SIDE, TRAININGS, Values, examples, lens_of, score
+from studies.evidence import SIDE, TRAININGS, Values, examples, lens_of, read_saved, score
 from studies.prompts import answer_ids, conversation_inputs
 from studies.records import write_record
 
@@ -127,7 +127,7 @@ def left_by_model(job: Job, number: int) -> dict[str, Any]:
     """
     path = job.traces and job.traces / f"{job.training}.{job.set_name}.{number}.pt"
     if path and path.exists():
-        return torch.load(path, weights_only=False)  # this study wrote it
+        return read_saved(path)
     lens, processor = lens_of(job.training)
     (example,) = examples(job.set_name, "validation", (number,))
     picture, masks = render_pil(example.scene, SIDE)

@@ -14,7 +14,6 @@ not matter: they are judged by the mean over all RANGES. Nothing here sees a tes
 
 import argparse
 import json
-import pickle
 import tempfile
 import time
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ from studies.evidence import (
     examples,
     gather,
     lens_of,
+    read_saved,
     score,
     training_path,
 )
@@ -181,13 +181,14 @@ def score_part(job: tuple[Path, tuple[Setting, ...]]) -> list[dict[str, list[lis
     path, settings = job
     torch.set_num_threads(1)
     cache = path.with_suffix(".scores")
-    known = pickle.loads(cache.read_bytes()) if cache.exists() else {}
-    new = [setting for setting in settings if setting not in known]
+    known = json.loads(cache.read_text()) if cache.exists() else {}
+    keys = {json.dumps(asdict(setting), sort_keys=True): setting for setting in settings}
+    new = {key: setting for key, setting in keys.items() if key not in known}
     if new:
         lens, _ = lens_of(path.name.split(".")[0])
-        known |= {setting: _score(setting, _read(path), lens) for setting in new}
-        cache.write_bytes(pickle.dumps(known))
-    return [known[setting] for setting in settings]
+        known |= {key: _score(setting, _read(path), lens) for key, setting in new.items()}
+        cache.write_text(json.dumps(known))
+    return [known[json.dumps(asdict(setting), sort_keys=True)] for setting in settings]
 
 
 def _score(
@@ -203,7 +204,7 @@ def _score(
 
 @cache
 def _read(path: Path) -> list[Evidence]:
-    return torch.load(path, weights_only=False)  # written by gather_part
+    return read_saved(path)
 
 
 # ---- all of them -------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from captum_mllm import ARC, MSEA, JointNormalization, LogitLens, TokenActivatio
 from captum_mllm.attr import PostProcessor
 from captum_mllm.attr.base import TokenAttribution
 from captum_mllm.functional import upsample
-from captum_mllm.geometry import ImageGeometry, maps_to_picture
+from captum_mllm.geometry import ImageGeometry, ImageGrid, Preprocessing, maps_to_picture
 from captum_mllm.metrics import (
     auc,
     average_precision,
@@ -28,10 +28,12 @@ from captum_mllm.metrics import (
     pointing_game,
 )
 from captum_mllm.model.baselines import blurred
-from captum_mllm.model.trace import TokenTrace
+from captum_mllm.model.trace import ReleasedCodeDeviations, TokenTrace
 from captum_mllm.model.views import ScaleViews
+from captum_mllm.reference.captions import Conversation, Turn, Word
 from captum_mllm.reference.models import load
 from captum_mllm.reference.render import render_pil
+from captum_mllm.reference.scenes import Scene, SceneObject
 from captum_mllm.reference.sets import Example, make_example
 from captum_mllm.result import MLLMAttributionResult
 from studies.prompts import answer_ids, conversation_inputs, script_columns, whole_nouns
@@ -90,6 +92,21 @@ class Evidence:
         """The views of some scales."""
         wanted = [(s, flip) for s in scales for flip in ((False, True) if mirrored else (False,))]
         return self.views.select([self.asked.index(view) for view in wanted])
+
+
+def read_saved(path: Path) -> Any:
+    """What a study left by ``torch.save``: tensors and the classes listed here, nothing else.
+
+    Args:
+        path: the file.
+
+    Raises:
+        pickle.UnpicklingError: the file names other classes, whose code is not run.
+    """
+    classes: list[Any] = [ImageGrid, Preprocessing, ReleasedCodeDeviations, TokenTrace, ScaleViews]
+    classes += [Conversation, Turn, Word, Scene, SceneObject, Example, Evidence]
+    with torch.serialization.safe_globals(classes):
+        return torch.load(path, weights_only=True)
 
 
 def gather(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,10 +17,10 @@ from captum_mllm.adapters import registered_classes
 from captum_mllm.cli.arguments import printable
 from captum_mllm.cli.explain import DEMO_SCENE, demo_scene
 from captum_mllm.cli.main import main
-from captum_mllm.data.pictures import open_picture
 from captum_mllm.methods import METHODS, explain
 from captum_mllm.model import loading
 from captum_mllm.model.loading import prepare_inputs
+from captum_mllm.pictures import open_picture
 from captum_mllm.validation import ArgumentError
 from tests.adapters.test_families import as_full_processor
 from tests.oracle.families import NAMES, PLACEHOLDER, above, family
@@ -515,3 +516,81 @@ def test_report_of_one_picture_replaces_that_of_several(base, image, tmp_path):
     assert (out / "index.html").is_file()
     assert [path.name for path in out.glob("image-*")] == ["image-2"]
     assert [path.name for path in (out / "image-2").iterdir()] == ["notes.txt"]
+
+
+# ---- names, sizes and kinds of pictures ----------------------------------------------------------
+
+
+def test_names_that_are_not_utf8_or_very_long_are_written_as_text(base, tmp_path, capsys):
+    """Two pictures, so that each report says of which picture it is."""
+    names = [os.fsdecode(b"caf\xe9.png"), "b" * 250 + ".png"]
+    for name in names:
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+    first, second = (str(tmp_path / name) for name in names)
+    out = tmp_path / os.fsdecode(b"r\xe9sum\xe9" + b"o" * 240)
+    assert run({**base, "--image": first, "--out": str(out)}, "--image", second) == 0
+    pages = [(out / f"image-{n}/index.html").read_text("utf-8") for n in (1, 2)]
+    assert r"caf\udce9.png" in pages[0]
+    assert "bbb...bbb" in pages[1]
+    assert r"caf\udce9.png" in capsys.readouterr().out
+
+
+def test_tokens_and_prompts_that_utf8_cannot_hold_are_written_as_escapes(subject, tmp_path):
+    from captum_mllm import LogitLens
+    from captum_mllm.visualization import write_report
+
+    inputs = subject.processor(images=subject.picture, text=subject.prompt, return_tensors="pt")
+    result = LogitLens(subject.model, subject.processor).attribute(inputs, subject.answer)
+    write_report(tmp_path, result, subject.picture, prompt="\ud800", notes=["\udce9"])
+    assert r"\ud800" in (tmp_path / "index.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"--prompt": os.fsdecode(b"\xff ?")}, "argument --prompt: is not UTF-8 text: '\\\\udcff"),
+        ({"--target": os.fsdecode(b"\xff")}, "argument --target: is not UTF-8 text"),
+        ({"--scales": "1,1e9"}, "argument --scales: must be at most 16, got '1,1e9'"),
+        ({"--scales": "1,16.5"}, "argument --scales: must be at most 16"),
+        ({"--image": "a" * 5000}, "argument --image: there is no file 'aaa"),
+        ({"--image": os.fsdecode(b"\xff.png")}, "argument --image: there is no file '\\\\udcff.p"),
+        ({"--out": "a" * 300}, "argument --out: "),
+        ({"--model": "a" * 5000}, "argument --model: "),
+        ({"--model": os.fsdecode(b"\xff")}, "argument --model: "),
+    ],
+)
+def test_names_and_texts_that_cannot_be_are_one_line(flags, message, base, capsys):
+    assert message in failing(capsys, {**base, **flags})
+
+
+def test_scales_of_an_option_are_bounded_too(base, capsys):
+    line = failing(capsys, base, "--option", "scales=(1, 1e9)")
+    assert "argument --scales: must be at most 16, got 1e+09" in line
+
+
+def test_a_bomb_names_file_and_flag(base, image, capsys):
+    Image.new("1", (20_000, 20_000)).save(image)
+    line = failing(capsys, base)
+    assert "argument --image: " in line
+    assert "cat.png' is too large" in line
+    assert "raise --max-pixels" in line
+    Image.new("RGB", (40, 30)).save(image)
+    assert "40 x 30 pixels are more than 1199" in failing(capsys, {**base, "--max-pixels": "1199"})
+    assert run({**base, "--max-pixels": "1200"}) == 0
+
+
+def test_what_was_done_to_a_picture_is_said(base, tmp_path, image, capsys):
+    Image.new("I;16", (40, 30), 30_000).save(image)
+    moving = tmp_path / "moving.gif"
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    frames[0].save(moving, save_all=True, append_images=frames[1:])
+    assert run(base, "--image", str(moving)) == 0
+    err = capsys.readouterr().err
+    page = (tmp_path / "out/image-1/index.html").read_text()
+    for text in ("cat.png has more than 8 bits per pixel", "moving.gif holds several frames; the"):
+        assert text in err
+        assert text in page
+    with Image.open(tmp_path / "out/image-1/picture.png") as written:
+        assert written.getpixel((0, 0)) == (117, 117, 117)
+    with Image.open(tmp_path / "out/image-2/picture.png") as written:
+        assert written.getpixel((0, 0))[0] > 250

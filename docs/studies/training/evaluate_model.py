@@ -288,7 +288,9 @@ def evaluate(
     """
     start = time.monotonic()
     family = family_of(name)
-    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=torch.float32, trust_remote_code=False
+    )
     model = model.eval().to(torch.device(device))
     processor = family.load_processor(path)
     batch = family.draw_tested(seeds_of(split, torch.arange(scenes)))

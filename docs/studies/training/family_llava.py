@@ -84,7 +84,7 @@ class Llava(Family):
 
     def load_processor(self, path: Any) -> Any:
         """Load the processor from a model's folder."""
-        return AutoProcessor.from_pretrained(path, local_files_only=True)
+        return AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
     def features(self, model: Any, pictures: Tensor) -> Tensor:
         """Projected patch features (batch, patches, width), at any size that patches divide."""
