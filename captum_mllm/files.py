@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all; tensors with a header."""
 
+import hashlib
 import json
 import os
 import re
@@ -10,11 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-_KEY = "captum_mllm"
+_KEY, _SUM = "captum_mllm", "sha256"
+_BLANK = b"0" * 64  # in the checksum's place while it is computed
+# Quotes within the header's text are escaped, so this stands in one place only.
+_SUM_BEGINS = b'"sha256":"'
+_SUM_AT = re.compile(_SUM_BEGINS + rb'([0-9a-f]{64})"')
 
 # ---- files -----------------------------------------------------------------------------------
 
@@ -30,7 +35,10 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     # Not the whole name, which may be as long as names can be.
     partial = target.with_name(f".{target.name[:40]}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(data)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure may leave the new name without content
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -62,18 +70,24 @@ def nan_to_none(values: Any) -> Any:
 def write_tensors(
     path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write tensors and a header to one safetensors file, whole or not at all.
+    """Write tensors and a header to one safetensors file, whole or not at all, with a checksum.
+
+    The checksum ("sha256" among the file's metadata) is that of the whole file with 64 zeros in
+    the checksum's place.
 
     Args:
         path: file to write; its folder must exist.
         header: plain data for JSON.
         tensors: the tensors by name.
     """
+    text = json.dumps(header, allow_nan=False)
     data = save(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
-        metadata={_KEY: json.dumps(header)},
+        metadata={_KEY: text, _SUM: _BLANK.decode()},
     )
-    write_atomic(path, data)
+    digest = hashlib.sha256(data).hexdigest().encode()
+    start = data.index(_SUM_BEGINS + _BLANK) + len(_SUM_BEGINS)
+    write_atomic(path, data[:start] + digest + data[start + len(digest) :])
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
@@ -84,21 +98,39 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file that :func:`write_tensors` wrote.
+        ValueError: not a file that :func:`write_tensors` wrote, or one that changed since.
     """
+    name = f"path {os.fspath(path)!r}"
     if not Path(path).is_file():
-        raise FileNotFoundError(f"path {os.fspath(path)!r}: no such file.")
+        raise FileNotFoundError(f"{name}: no such file.")
+    data = Path(path).read_bytes()
+    found = _SUM_AT.search(data)
+    if found and _checksum(data, *found.span(1)) != found[1]:
+        raise ValueError(f"{name} is damaged: its checksum is not that of its content.")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"path {os.fspath(path)!r} is not a safetensors file: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"path {os.fspath(path)!r} is damaged: {error}") from error
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+        header = json.loads(metadata.get(_KEY, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{name} is not a safetensors file: {error}") from error
     if header is None:
-        raise ValueError(f"path {os.fspath(path)!r} was not written by captum_mllm.")
+        raise ValueError(f"{name} was not written by captum_mllm.")
+    if found is None:
+        raise ValueError(
+            f"{name} holds no checksum: an early version wrote it, or it is damaged. Make and save "
+            "its content again."
+        )
     return header, tensors
+
+
+def _checksum(data: bytes, start: int, end: int) -> bytes:
+    digest = hashlib.sha256(memoryview(data)[:start])
+    digest.update(_BLANK)
+    digest.update(memoryview(data)[end:])
+    return digest.hexdigest().encode()
 
 
 # ---- folders of a report ---------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """The result of ``attribute``: maps and token attributions of one answer, frozen."""
 
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,14 +25,14 @@ from captum_mllm.geometry import (
     picture_geometry,
 )
 from captum_mllm.pictures import to_eight_bits
-from captum_mllm.validation import picture_size
+from captum_mllm.result_file import pack_result, unpack_result
+from captum_mllm.validation import ArgumentError, picture_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-FORMAT = 1
 LOGITS, UNIT = "logits", "[0, 1]"
 
 
@@ -241,25 +242,18 @@ class MLLMAttributionResult:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file; text and settings as JSON in its header.
 
-        The file appears whole or not at all.
+        The file appears whole or not at all, and holds a checksum of all its bytes.
 
         Args:
             path: file to write, usually ``*.safetensors``; its folder must exist.
+
+        Raises:
+            ArgumentError: a field is not what it must be, so that the file could not be loaded.
         """
-        tensors = {f"grid_attr.{n}": maps for n, maps in enumerate(self.grid_attr)}
-        names = ("token_attr", "output_ids", "output_probs", "relevance")
-        tensors |= {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        header = {
-            "format": FORMAT,
-            "input_tokens": self.input_tokens,
-            "output_tokens": self.output_tokens,
-            "scales": self.scales,
-            "consistency": self.consistency,
-            "units": self.units,
-            "method": self.method,
-            "grids": [grid.to_dict() for grid in self.grids],
-            "preprocessing": self.preprocessing and self.preprocessing.to_dict(),
-        }
+        header, tensors = pack_result(
+            {item.name: getattr(self, item.name) for item in fields(self)}
+        )
+        unpack_result(json.loads(json.dumps(header)), tensors, (LOGITS, UNIT))
         write_tensors(path, header, tensors)
 
     @classmethod
@@ -274,40 +268,23 @@ class MLLMAttributionResult:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a file that :meth:`save` did not write, or of a newer format.
+            ValueError: a file that :meth:`save` did not write, one that changed since (a bit is
+                enough), or one of another format. The message names the file and the field.
+
+        Example:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> path = Path(tempfile.mkdtemp()) / "answer.safetensors"
+            >>> _ = path.write_bytes(b"something else")
+            >>> MLLMAttributionResult.load(path)  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ValueError: path '...' is not a safetensors file: ...
         """
         header, tensors = read_tensors(path)
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            version = header.get("format") if isinstance(header, dict) else header
-            raise ValueError(
-                f"path {os.fspath(path)!r} has format {version}, this version reads format "
-                f"{FORMAT}: use the captum_mllm version that wrote it, or a newer one."
-            )
         try:
-            return cls._from_parts(header, tensors)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"path {os.fspath(path)!r} is damaged: it lacks {error}.") from error
-
-    @classmethod
-    def _from_parts(
-        cls, header: dict[str, Any], tensors: dict[str, Tensor]
-    ) -> "MLLMAttributionResult":
-        rule, consistency = header["preprocessing"], header["consistency"]
-        return cls(
-            grid_attr=tuple(tensors[f"grid_attr.{n}"] for n in range(len(header["grids"]))),
-            token_attr=tensors["token_attr"],
-            input_tokens=tuple(header["input_tokens"]),
-            output_tokens=tuple(header["output_tokens"]),
-            output_ids=tensors["output_ids"],
-            output_probs=tensors["output_probs"],
-            relevance=tensors.get("relevance"),
-            scales=tuple(header["scales"]),
-            consistency=None if consistency is None else tuple(consistency),
-            units=header["units"],
-            method=header["method"],
-            grids=tuple(ImageGrid.from_dict(grid) for grid in header["grids"]),
-            preprocessing=None if rule is None else Preprocessing.from_dict(rule),
-        )
+            return cls(**unpack_result(header, tensors, (LOGITS, UNIT)))
+        except ArgumentError as error:
+            raise ArgumentError("path", f"{os.fspath(path)!r} can't be read: {error}") from error
 
     # ---- what it shows of itself ------------------------------------------------------------
 

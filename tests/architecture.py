@@ -15,10 +15,10 @@ from pathlib import Path
 
 PACKAGE = "captum_mllm"
 ROOT_FILES = {"__init__", "__main__", "_captum", "files", "geometry", "result", "validation"}
-ROOT_FILES |= {"pictures", "words"}
+ROOT_FILES |= {"pictures", "words", "result_file"}
 FLOORS = (  # a file imports from its own room and from the rooms of the floors below it
     {"functional", "geometry", "validation", "files", "pictures", "_captum"},
-    {"words", "adapters"},
+    {"words", "adapters", "result_file"},
     {"model", "data", "visualization"},
     {"result"},
     {"attr", "bridge", "metrics"},

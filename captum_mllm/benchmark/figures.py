@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -108,14 +109,31 @@ def table_of_values(
 def failures(records: Records, pictures: int, settings: Settings) -> dict[str, int]:
     """How many samples failed for each reason, the most common first.
 
+    Reasons that differ in nothing but the picture's name and in numbers are alike: they are
+    counted together, and the first of them stands for all.
+
     Args:
         records: the lines of the run, by picture and method.
         pictures: how many pictures count.
         settings: the run's.
+
+    Example:
+        >>> def failed(name):
+        ...     text = f"{name} cannot be read"
+        ...     return {"file_name": name, "error": {"type": "ValueError", "text": text}}
+        >>> lines = {(n, "lens"): failed(name) for n, name in enumerate(("a.png", "b.png"))}
+        >>> failures(lines, 2, Settings(methods=("lens",)))
+        {'ValueError: a.png cannot be read': 2}
     """
-    lines = (records.get((n, m), {}) for n in range(pictures) for m in settings.methods)
-    errors = (line["error"] for line in lines if "error" in line)
-    return dict(Counter(f"{error['type']}: {error['text']}" for error in errors).most_common())
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for line in (records.get((n, m), {}) for n in range(pictures) for m in settings.methods):
+        if "error" in line:
+            text = f"{line['error']['type']}: {line['error']['text']}"
+            name = line.get("file_name")
+            kind = re.sub(r"\d+", "0", text.replace(name, "") if name else text)
+            counts[first.setdefault(kind, text)] += 1
+    return dict(counts.most_common())
 
 
 def markdown(values: Mapping[str, Any], settings: Settings, about: Sequence[str]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import torch
 from tqdm import tqdm
 
 from captum_mllm.benchmark.figures import failures, figures, markdown
-from captum_mllm.benchmark.log import SampleLog
+from captum_mllm.benchmark.log import SampleLog, line_problem
 from captum_mllm.benchmark.samples import (
     BenchmarkSample,
     explain_sample,
+    fingerprint,
     prepare_sample,
     score_sample,
 )
@@ -28,7 +31,10 @@ from captum_mllm.methods import METHODS
 from captum_mllm.validation import ArgumentError
 
 SAMPLES, FIGURES, TABLE = "samples.jsonl", "benchmark.json", "benchmark.md"
-FORMAT = 1
+LOCK = ".lock"
+FORMAT = 2
+"""Of the folder; 2 came with the checksums and hashes of samples.jsonl."""
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # no picture is to blame
 _CALIBRATED = {"arc", "msea+arc", "direct", "direct_lens"}
 
 
@@ -41,12 +47,20 @@ class Benchmark:
         failures: reason -> how many samples failed for it.
         table: the figures as Markdown.
         folder: the folder that holds them.
+        set_aside: reason -> how many lines of an earlier run were set aside for it.
     """
 
     figures: Mapping[str, Any]
     failures: Mapping[str, int]
     table: str
     folder: Path
+    set_aside: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def values(self) -> int:
+        """How many values were measured, over all methods and metrics."""
+        entries = (own["metrics"].values() for own in self.figures.values())
+        return sum(entry["values"] for of_method in entries for entry in of_method)
 
 
 def run_benchmark(
@@ -65,8 +79,13 @@ def run_benchmark(
     Writes three files: ``samples.jsonl``, a line per picture and method, each written to disk
     before the next is computed; ``benchmark.json``, the settings and all figures;
     ``benchmark.md``, the table. However the process ends, no line is lost and none is computed
-    twice; a line cut off in the middle is computed again. A failure on a picture is recorded with
-    its reason, counted, and the run continues.
+    twice. A failure on a picture is recorded with its reason, counted, and the run continues.
+
+    Each line of ``samples.jsonl`` holds a checksum, and the sha256 of the picture's file and of its
+    annotation. A line of an earlier run that does not fit (cut off, changed, repeated, without a
+    value, or of another picture or annotation than now bears that number) moves to
+    ``samples.set-aside.jsonl``, a warning says how many did and why, and its sample is computed
+    again.
 
     Methods that need the same forwards ("lens", "tam", "arc"; "msea", "msea+arc") share
     them; the seconds of a method include those of its shared forwards.
@@ -93,7 +112,10 @@ def run_benchmark(
             run in progress; settings that don't fit the data. The message says what is wrong and
             how to fix it.
         ImportError: a package that a metric needs is not installed.
-        OSError: the folder can't be written.
+        OSError: the folder can't be written, e.g. the disk is full; all finished lines stay.
+
+    Warns:
+        UserWarning: lines of an earlier run were set aside.
 
     Example:
         >>> import tempfile
@@ -104,7 +126,7 @@ def run_benchmark(
         >>> files = (folder / name for name in ("images", "instances.json", "captions.json"))
         >>> settings = Settings(methods=("lens", "random"), metrics=("pointing_game",))
         >>> benchmark = run_benchmark(*load(), CocoDataset(*files), tempfile.mkdtemp(), settings)
-        >>> sorted(path.name for path in benchmark.folder.iterdir())
+        >>> sorted(path.name for path in benchmark.folder.glob("[!.]*"))
         ['benchmark.json', 'benchmark.md', 'samples.jsonl']
         >>> benchmark.figures["random"]["pictures"], benchmark.failures
         (2, {})
@@ -120,7 +142,9 @@ def run_benchmark(
     head = {"format": FORMAT, "fixed": fixed, "settings": settings.to_dict(), **dict(about or {})}
     _check_folder(folder, fixed)
     with _locked(folder):
-        log = SampleLog(folder / SAMPLES)
+        log = SampleLog(folder / SAMPLES, _Fitting(data, settings))
+        if log.set_aside:
+            warnings.warn(_set_aside(log), stacklevel=2)
         _write_json(folder / FIGURES, {**head, "finished": False})
         run = _Run(model, processor, data, settings, fixed["categories"], log)
         run.fill(pictures, retry_failed, show_progress)
@@ -131,7 +155,7 @@ def run_benchmark(
     body = {"finished": True, "pictures": pictures, "figures": values, "failures": reasons}
     write_atomic(folder / TABLE, table.encode())
     _write_json(folder / FIGURES, {**head, **body})
-    return Benchmark(values, reasons, table, folder)
+    return Benchmark(values, reasons, table, folder, dict(log.set_aside))
 
 
 def _check_folder(folder: Path, fixed: Mapping[str, Any]) -> None:
@@ -146,12 +170,20 @@ def _check_folder(folder: Path, fixed: Mapping[str, Any]) -> None:
             )
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["fixed"]
-    except (ValueError, LookupError, TypeError) as error:
+        head = json.loads(path.read_text(encoding="utf-8"))
+        version, before = head["format"], dict(head["fixed"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ArgumentError(
             "out",
             f"{str(folder)!r} holds a {FIGURES} that no benchmark wrote; name another folder.",
         ) from error
+    if version != FORMAT:
+        raise ArgumentError(
+            "out",
+            f"{str(folder)!r} holds a run of format {version!r}, and this version reads and writes "
+            f"{FORMAT}: name another folder, or resume it with the captum_mllm version that "
+            "began it.",
+        )
     changed = differences(before, json.loads(json.dumps(fixed)))
     if changed:
         raise ArgumentError(
@@ -169,7 +201,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except ImportError:  # on Windows nothing keeps a second run out
         yield
         return
-    with (folder / SAMPLES).open("ab") as file:
+    with (folder / LOCK).open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -179,6 +211,36 @@ def _locked(folder: Path) -> Iterator[None]:
                 "another folder.",
             ) from error
         yield
+
+
+class _Fitting:
+    """What is wrong with a line of an earlier run, given the data and settings of this one."""
+
+    def __init__(self, data: CocoDataset | LabelMapDataset, settings: Settings) -> None:
+        self._data = data
+        self._metrics = set(settings.metrics) - {"f1_iou"}
+        self._found: dict[int, Mapping[str, str | None]] = {}
+
+    def __call__(self, line: Mapping[str, Any]) -> str | None:
+        n = line["sample"]
+        if not 0 <= n < len(self._data) or line["method"] not in METHODS:
+            return "of a picture or method that there is not"
+        if n not in self._found:
+            self._found[n] = fingerprint(self._data, n)
+        problem = line_problem(line, self._metrics)
+        if problem is None and line["sha256"] != self._found[n]:
+            return "of another picture or annotation"
+        return problem
+
+
+def _set_aside(log: SampleLog) -> str:
+    count = sum(log.set_aside.values())
+    reasons = ", ".join(f"{number} {reason}" for reason, number in log.set_aside.items())
+    lines = "1 line does" if count == 1 else f"{count} lines do"
+    return (
+        f"{lines} not fit this run ({reasons}): moved from {log.path.name} to {log.others.name} in "
+        f"{str(log.path.parent)!r}, and computed again where this run needs them."
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +275,7 @@ class _Run:
         """One picture's lines, each as soon as it is computed; an error becomes a line, too."""
         known = [self.log.records.get((n, name), {}).get("answer_ids") for name in METHODS]
         answer = next((ids for ids in known if ids), None)  # one for all methods, later ones too
-        about: dict[str, Any] = {"sample": n}
+        about: dict[str, Any] = {"sample": n, "sha256": fingerprint(self.data, n)}
         try:
             sample = self.data[n]
             about |= {"image_id": sample.image_id, "file_name": sample.file_name}
@@ -221,9 +283,8 @@ class _Run:
             prepared = prepare_sample(
                 self.model, self.processor, sample, n, self.settings, table, answer
             )
-        except ImportError:  # not an error of this picture
-            raise
         except Exception as error:
+            _check_blame(error)
             for method in methods:
                 yield {**about, "method": method, "error": _error(error)}
             return
@@ -231,9 +292,8 @@ class _Run:
         for method in methods:
             try:
                 yield {**about, "method": method, **self._scores(prepared, method, sample.size)}
-            except ImportError:
-                raise
             except Exception as error:
+                _check_blame(error)
                 yield {**about, "method": method, "error": _error(error)}
 
     def _scores(
@@ -244,6 +304,12 @@ class _Run:
         seconds = time.perf_counter() - start + sample.shared.saved - saved  # as if run alone
         values = score_sample(self.model, self.processor, sample, result, size, self.settings)
         return {"seconds": seconds, "values": values}
+
+
+def _check_blame(error: Exception) -> None:
+    """Raise what is no error of this picture: a missing package, a full disk."""
+    if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno in _FULL):
+        raise error
 
 
 def _error(error: Exception) -> dict[str, str]:
@@ -287,8 +353,11 @@ def _sentences(fixed: Mapping[str, Any], pictures: int, settings: Settings) -> l
     return sentences
 
 
+_FAILED = "Failed, and left out of the means (of alike reasons the first):"
+
+
 def _failure_lines(reasons: Mapping[str, int]) -> str:
     if not reasons:
         return ""
     lines = [f"- {count} x {reason}" for reason, count in reasons.items()]
-    return "\n" + "\n".join(["Failed, and left out of the means:", "", *lines]) + "\n"
+    return "\n" + "\n".join([_FAILED, "", *lines]) + "\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +47,36 @@ class BenchmarkSample:
     masks: dict[str, np.ndarray]
     labels: tuple[str | None, ...]
     shared: SharedTraces = field(default_factory=SharedTraces)
+
+
+def fingerprint(data: Sequence[CocoSample], number: int) -> dict[str, str | None]:
+    """What identifies a picture and its annotation, whatever their names.
+
+    Args:
+        data: the annotated pictures.
+        number: of the picture in the data.
+
+    Returns:
+        "picture": sha256 of the file's bytes; "annotation": sha256 of its captions, size, names and
+        masks. None for what can't be read.
+    """
+    digests: dict[str, str | None] = {"picture": None, "annotation": None}
+    try:
+        sample = data[number]
+    except Exception:  # the sample fails, and its line says why
+        return digests
+    try:
+        with sample.path.open("rb") as file:
+            digests["picture"] = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        pass
+    masks = [
+        (thing.category, hashlib.sha256(np.packbits(thing.mask).tobytes()).hexdigest())
+        for thing in sample.objects
+    ]
+    known = [sample.size, sample.captions, sample.extra.get("names"), masks]
+    digests["annotation"] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    return digests
 
 
 def prepare_sample(

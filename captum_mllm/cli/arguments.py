@@ -28,6 +28,10 @@ class UsageError(Exception):
     """A mistake of the user, as one line that names the flag."""
 
 
+class WriteError(Exception):
+    """Results that can't be written, e.g. as the disk is full: one line, exit code 1."""
+
+
 def usage_error(error: Exception, flags: Sequence[str], otherwise: str) -> UsageError:
     """A library's error as a mistake of the user.
 

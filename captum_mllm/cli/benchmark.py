@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captum_mllm.cli.arguments import (
     UsageError,
+    WriteError,
     add_max_pixels,
     add_model,
     add_out,
@@ -23,7 +25,7 @@ from captum_mllm.cli.arguments import (
 from captum_mllm.model.loading import PROMPT
 
 if TYPE_CHECKING:
-    from captum_mllm.benchmark import Settings
+    from captum_mllm.benchmark import Benchmark, Settings
     from captum_mllm.data import CocoDataset, LabelMapDataset
 
 
@@ -124,37 +126,58 @@ def _method_option(text: str) -> tuple[str, str, Any]:
     return method, name, value
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Args:
         args: of the command line.
 
+    Returns:
+        Exit code: 0, or 1 if nothing was measured.
+
     Raises:
         UsageError: a mistake of the user.
+        WriteError: the folder can't be written.
         KeyboardInterrupt: with a line on how to resume.
     """
-    from captum_mllm.benchmark import run_benchmark
-
     settings = _settings(args)
     data = _data(args)
     check_out(args.out)
     model, processor, note = load(args)
     if note:
         print_progress(note)
+    benchmark = _benchmark(args, model, processor, data, settings)
+    print(printable(benchmark.table, sys.stdout), end="")
+    print_progress(f"wrote benchmark.json, benchmark.md and samples.jsonl in {args.out}")
+    if benchmark.values:
+        return 0
+    reason = (
+        "see the failures below the table"
+        if benchmark.failures
+        else "no word of an answer names a category of the data; the answers are in samples.jsonl"
+    )
+    print_progress(f"nothing was measured: {reason}")
+    return 1
+
+
+def _benchmark(
+    args: argparse.Namespace, model: Any, processor: Any, data: Any, settings: "Settings"
+) -> "Benchmark":
+    from captum_mllm.benchmark import run_benchmark
+
+    paths = ("data", "images", "instances", "captions")
+    given = {name: getattr(args, name) for name in paths}
     about = {
         "model": args.model or "shipped",
-        "paths": {
-            name: str(value)
-            for name in ("data", "images", "instances", "captions")
-            if (value := getattr(args, name)) is not None
-        },
+        "paths": {name: str(path) for name, path in given.items() if path is not None},
     }
     try:
-        benchmark = run_benchmark(
-            model, processor, data, args.out, settings,
-            about=about, retry_failed=args.retry_failed, show_progress=True,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            return run_benchmark(
+                model, processor, data, args.out, settings,
+                about=about, retry_failed=args.retry_failed, show_progress=True,
+            )  # fmt: skip
     except KeyboardInterrupt as stopped:
         raise KeyboardInterrupt(
             f"but all finished results are in {args.out}: re-run the same command to resume"
@@ -162,11 +185,16 @@ def run(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise UsageError(f"argument --metrics: {error}") from error
     except OSError as error:
-        raise UsageError(f"argument --out: can't be written ({error})") from error
+        raise WriteError(
+            f"{args.out} can't be written ({error}); all finished results stay there: make room "
+            "and re-run the same command to resume"
+        ) from error
     except ValueError as error:
         raise usage_error(error, _FLAGS, "--out") from error
-    print(printable(benchmark.table, sys.stdout), end="")
-    print_progress(f"wrote benchmark.json, benchmark.md and samples.jsonl in {args.out}")
+
+
+def _print_warning(message: Any, *_: Any, **__: Any) -> None:
+    print_progress(f"warning: {message}")
 
 
 def _settings(args: argparse.Namespace) -> "Settings":

@@ -2,13 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captum_mllm.cli.arguments import (
     SHIPPED,
     UsageError,
+    WriteError,
     add_max_pixels,
     add_model,
     load,
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UsageError: a mistake of the user: the check could not start.
+        WriteError: the report can't be written.
     """
     from captum_mllm.checking import check
 
@@ -101,23 +102,13 @@ def run(args: argparse.Namespace) -> int:
         try:
             write(path)
         except OSError as error:
-            raise UsageError(f"argument {flag}: can't be written ({error})") from error
+            raise WriteError(f"{flag} {path} can't be written ({error})") from error
         print_progress(f"wrote {path}")
     return 0 if report.passed else 1
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
-
-
-def _write(flag: str, path: Path | None, write: Callable[[Path], None]) -> None:
-    if path is None:
-        return
-    try:
-        write(path)
-    except OSError as error:
-        raise UsageError(f"argument {flag}: can't be written ({error})") from error
-    print_progress(f"wrote {path}")
 
 
 def _print_line(finding: "Finding") -> None:

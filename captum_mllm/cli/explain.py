@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from captum_mllm.cli.arguments import (
     SHIPPED,
     UsageError,
+    WriteError,
     add_max_pixels,
     add_model,
     add_out,
@@ -119,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         UsageError: a mistake of the user.
+        WriteError: the folder can't be written.
     """
     from captum_mllm.model.loading import prepare_inputs
 
@@ -245,7 +247,9 @@ def _write(
             if args.save_result:
                 result.save(folder / "result.safetensors")
     except OSError as error:
-        raise UsageError(f"argument --out: can't be written ({error})") from error
+        raise WriteError(
+            f"{args.out} can't be written ({error}); make room, or name another --out"
+        ) from error
     table = f"prompt: {prompt}\nanswer: {answer_text(result)}\n"
     for n, summary in enumerate(summaries):
         title = f"image {n + 1}: {names[n]}\n" if several else ""

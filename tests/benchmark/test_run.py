@@ -11,7 +11,6 @@ import torch
 
 from captum_mllm.benchmark import METRICS, Settings, run_benchmark
 from captum_mllm.benchmark.figures import table_of_values
-from captum_mllm.benchmark.log import SampleLog
 from captum_mllm.benchmark.samples import explain_sample, prepare_sample
 from captum_mllm.benchmark.settings import fixed_part, resolved_categories, weights_of
 from captum_mllm.data import (
@@ -48,7 +47,7 @@ def read(folder):
 def lines(folder):
     """The lines of a run, without what differs from run to run."""
     found = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "checksum")} for line in found]
 
 
 def with_other(settings, **changes):
@@ -207,13 +206,12 @@ def test_a_torn_line_is_made_anew(shipped, data, tmp_path):
     last = whole.rstrip().rfind(b"\n") + 1
     for cut in (last + 1, last + 40, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        run_benchmark(*shipped, data, tmp_path, FAST)
+        with pytest.warns(UserWarning, match="1 line does not fit this run .1 cut off or changed"):
+            found = run_benchmark(*shipped, data, tmp_path, FAST)
         assert lines(tmp_path) == before
-    path.write_bytes(b"{}\n" + whole)
-    with pytest.raises(
-        ValueError, match=r"samples.jsonl: line 1 is not a line of a benchmark; delete"
-    ):
-        run_benchmark(*shipped, data, tmp_path, FAST)
+        assert found.set_aside == {"cut off or changed": 1}
+    aside = (tmp_path / "samples.set-aside.jsonl").read_bytes()
+    assert aside.split(b"\n")[:2] == [whole[last : last + 1], whole[last : last + 40]]
 
 
 def test_what_fails_is_recorded_and_may_be_done_again(shipped, own, tmp_path):
@@ -235,13 +233,33 @@ def test_what_fails_is_recorded_and_may_be_done_again(shipped, own, tmp_path):
     for method, values in left.items():
         mean = found.figures[method]["metrics"]["obj_iou"]["mean"]
         assert mean == pytest.approx(sum(values) / len(values))
-    picture.write_bytes(good)
     assert run_benchmark(*shipped, read(own), tmp_path / "out", FAST).table == found.table
-    repaired = run_benchmark(*shipped, read(own), tmp_path / "out", FAST, retry_failed=True)
+    picture.write_bytes(good)  # another picture by its bytes, so that nothing need be asked for
+    with pytest.warns(UserWarning, match=r"2 lines .* \(2 of another picture or annotation\)"):
+        repaired = run_benchmark(*shipped, read(own), tmp_path / "out", FAST)
     assert repaired.failures == {}
-    assert len(lines(tmp_path / "out")) == 2 * PICTURES + 2
+    assert len(lines(tmp_path / "out")) == 2 * PICTURES
     whole = run_benchmark(*shipped, read(own), tmp_path / "whole", FAST)
     assert repaired.figures["lens"]["metrics"] == whole.figures["lens"]["metrics"]
+
+
+def test_failed_samples_are_done_again_when_asked(shipped, data, tmp_path):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    handle = shipped[0].register_forward_pre_hook(fail)
+    try:
+        found = run_benchmark(*shipped, data, tmp_path, FAST)
+    finally:
+        handle.remove()
+    assert found.failures == {"RuntimeError: out of memory": 2 * PICTURES}
+    assert found.values == 0
+    assert run_benchmark(*shipped, data, tmp_path, FAST).table == found.table
+    repaired = run_benchmark(*shipped, data, tmp_path, FAST, retry_failed=True)
+    assert (repaired.failures, repaired.set_aside) == ({}, {})
+    assert len(lines(tmp_path)) == 4 * PICTURES
+    again = run_benchmark(*shipped, data, tmp_path, FAST)  # the failed lines are no repetitions
+    assert (again.table, again.set_aside) == (repaired.table, {})
 
 
 def test_a_method_that_fails_leaves_the_others_alone(shipped, data, tmp_path):
@@ -278,6 +296,16 @@ def test_other_settings_are_refused(shipped, data, own, tmp_path):
         run_benchmark(model.double(), processor, data, out, FAST)
     model.float()
     assert (out / "samples.jsonl").read_bytes() == before
+    head = json.loads((out / "benchmark.json").read_text())
+    for version in (1, 3, "2", None):
+        (out / "benchmark.json").write_text(json.dumps({**head, "format": version}))
+        pattern = f"out .* holds a run of format {version!r}, and this version reads and writes 2"
+        with pytest.raises(ValueError, match=pattern):
+            run_benchmark(*shipped, data, out, FAST)
+    for text in ("[]", "no json", '{"format": 2}', "[" * 100_000, "\udcff"):
+        (out / "benchmark.json").write_text(text, errors="surrogateescape")
+        with pytest.raises(ValueError, match=r"benchmark.json that no benchmark wrote"):
+            run_benchmark(*shipped, data, out, FAST)
     (out / "benchmark.json").write_text("{}")
     with pytest.raises(ValueError, match=r"benchmark.json that no benchmark wrote; name another"):
         run_benchmark(*shipped, data, out, FAST)
@@ -401,24 +429,16 @@ def test_values_of_two_methods_side_by_side():
     np.testing.assert_array_equal(other, [[0.1, 0.2], [0.3, np.nan], [np.nan] * 2])
 
 
-def test_the_log_keeps_the_later_of_two_lines(tmp_path):
-    log = SampleLog(tmp_path / "log")
-    for value in (1, 2):
-        log.append({"sample": 0, "method": "lens", "value": value})
-    assert SampleLog(tmp_path / "log").records == log.records
-    assert log.records[0, "lens"]["value"] == 2
-
-
 def test_two_runs_at_once_and_a_package_that_is_missing(shipped, data, tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
-    with (tmp_path / "samples.jsonl").open("ab") as file:
+    with (tmp_path / ".lock").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match=r"out .* is being written by another run; wait"):
             run_benchmark(*shipped, data, tmp_path, FAST)
     monkeypatch.setitem(sys.modules, "skimage.filters", None)
     with pytest.raises(ImportError, match=r"captum-mllm\[metrics\]"):
         run_benchmark(*shipped, data, tmp_path, FAST)
-    assert lines(tmp_path) == []  # it is no failure of a picture
+    assert not (tmp_path / "samples.jsonl").exists()  # it is no failure of a picture
     monkeypatch.undo()
     assert run_benchmark(*shipped, data, tmp_path, FAST).failures == {}
 

@@ -1,10 +1,12 @@
 """``captum-mllm benchmark``: the command, interrupted and resumed, and its users' mistakes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from captum_mllm.cli.main import main
 from captum_mllm.data import CocoDataset, write_label_maps
 from captum_mllm.reference.export import export
 from tests.benchmark.test_run import NAMES, lines
+from tests.disks import full_disk
 
 PICTURES = 3
 
@@ -130,7 +133,7 @@ def test_interrupted_and_resumed(number, base, tmp_path, capfd):
         assert "Traceback" not in stderr
     else:
         assert process.returncode == -signal.SIGKILL
-    assert run(base) == 0
+    assert run(base) == 0  # a line that was being written is set aside, which is said
     assert path.read_bytes().startswith(whole)
     assert run({**base, "--out": str(tmp_path / "in one go")}) == 0
     assert lines(tmp_path / "out") == lines(tmp_path / "in one go")
@@ -144,7 +147,7 @@ def test_a_broken_picture_is_counted(base, exported, tmp_path, capfd):
     (labels / "image/000000000001.png").write_bytes(b"no picture")
     assert run({**base, "--data": str(labels)}) == 0
     out = capfd.readouterr().out
-    assert "Failed, and left out of the means:" in out
+    assert "Failed, and left out of the means (of alike reasons the first):" in out
     assert "- 2 x ValueError: " in out
 
 
@@ -204,6 +207,56 @@ def test_other_settings_and_a_file_in_the_way(base, tmp_path, capfd):
     (tmp_path / "file").write_text("")
     assert run({**base, "--out": str(tmp_path / "file")}) == 2
     assert "argument --out: " in capfd.readouterr().err
+
+
+def test_nothing_was_measured(base, exported, tmp_path, capfd):
+    """Exit code 1, for a script, and the reason for a person."""
+    other = shutil.copytree(exported, tmp_path / "other")
+    content = json.loads((other / "instances.json").read_text())
+    for n, category in enumerate(content["categories"]):
+        category["name"] = f"unicorn {'abcdefghij'[n % 10]}{n}"
+    (other / "instances.json").write_text(json.dumps(content))
+    arguments = {**base, "--data": str(other), "--metrics": "obj_iou", "--limit": "1"}
+    assert run(arguments) == 1
+    err = capfd.readouterr().err
+    assert "nothing was measured: no word of an answer names a category of the data" in err
+    (other / "images/000000.png").write_bytes(b"no picture")
+    assert run({**arguments, "--out": str(tmp_path / "failed")}) == 1
+    out, err = capfd.readouterr()
+    assert "nothing was measured: see the failures below the table" in err
+    assert "- 2 x ValueError: " in out
+
+
+@pytest.mark.filterwarnings("always")
+def test_lines_that_are_set_aside_are_said(base, tmp_path, capfd):
+    assert run(base) == 0
+    path = tmp_path / "out/samples.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"seconds": ', b'"seconds": -', 1))
+    capfd.readouterr()
+    assert run(base) == 0
+    err = capfd.readouterr().err
+    (line,) = [line for line in err.splitlines() if "set-aside" in line]
+    assert line.startswith("captum-mllm: warning: 1 line does not fit this run (1 cut off or")
+
+
+def test_a_full_disk(base, tmp_path, capsys):
+    size = 1000
+    with full_disk(size):
+        assert run(base) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    line = err.splitlines()[-1]
+    assert line.startswith(f"captum-mllm benchmark: error: {base['--out']} can't be written (")
+    assert line.endswith("make room and re-run the same command to resume")
+    assert run(base) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_standard_output_that_is_full(base, monkeypatch, capsys):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run(base) == 1
+    assert "captum-mllm benchmark: error: [Errno 28] No space left" in capsys.readouterr().err
 
 
 def test_options():

@@ -23,6 +23,7 @@ from captum_mllm.model.loading import prepare_inputs
 from captum_mllm.pictures import open_picture
 from captum_mllm.validation import ArgumentError
 from tests.adapters.test_families import as_full_processor
+from tests.disks import full_disk
 from tests.oracle.families import NAMES, PLACEHOLDER, above, family
 
 MADE_BY = {  # method: name and number of scales in its result
@@ -238,14 +239,15 @@ def test_missing_torchvision_is_named(base, capsys, monkeypatch):
     assert "argument --model" in line
 
 
-def test_failure_while_drawing_leaves_nothing(base, tmp_path, capsys, monkeypatch):
-    from captum_mllm.visualization import report
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(report, "_matrix", fail)
-    assert "disk full" in failing(capsys, base)
+@pytest.mark.parametrize("size", [0, 1000, 20_000])
+def test_a_full_disk_leaves_nothing(size, base, tmp_path, capsys):
+    """Not even a part of a report; a limit between the sizes of its files meets each of them."""
+    with full_disk(size):
+        assert run({**base, "--method": "lens", "--target": "a dog"}, "--save-result") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    line = err.splitlines()[-1]
+    assert line.startswith(f"captum-mllm explain: error: {base['--out']} can't be written (")
     assert [path.name for path in tmp_path.iterdir()] == ["cat.png"]
 
 
