@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from tests.fuzz import inputs, results
+from tests.fuzz import annotations, benchmarks, inputs, label_images, results
 from tests.fuzz.harness import BAD, GOOD, Case, Tally
 
 
@@ -26,6 +26,9 @@ class Area:
 
 AREAS: Mapping[str, Area] = {
     "result files": Area(results.draw_case, 60, 3000),
+    "COCO annotations": Area(annotations.draw_case, 60, 2000),
+    "label maps": Area(label_images.draw_case, 60, 2000),
+    "benchmark folders": Area(benchmarks.draw_case, 12, 300),
     "inputs": Area(inputs.draw_case, 40, 1000),
 }
 
