@@ -19,22 +19,21 @@ SIZE = (20, 28)
 
 
 @cache
-def undamaged() -> tuple[Path, list[Any], dict[str, np.ndarray]]:
-    """A folder with two pictures; its list, and the labels of each label image."""
+def undamaged() -> tuple[Path, list[Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A folder with two pictures; its list, the labels of each label image, the pictures."""
     folder = Path(mkdtemp())
     rng = np.random.default_rng(1)
-    labels = {}
+    labels, pictures = {}, {}
     for part in ("image", "seg"):
         (folder / part).mkdir()
     for name in ("a", "b"):
-        Image.fromarray(rng.integers(0, 255, (*SIZE, 3), dtype=np.uint8)).save(
-            folder / f"image/{name}.png"
-        )
+        pictures[name] = rng.integers(0, 255, (*SIZE, 3), dtype=np.uint8)
+        Image.fromarray(pictures[name]).save(folder / f"image/{name}.png")
         labels[name] = np.kron(rng.integers(0, 6, (5, 7)), np.ones((4, 4))).astype(np.uint8)
         Image.fromarray(labels[name]).save(folder / f"seg/{name}.png")
     names = {"dog": 1, "cat": 2, "sky": 4, "sea": 200}
     records = [[f"image/{n}.png", f"a dog {n}", f"seg/{n}.png", names] for n in ("a", "b")]
-    return folder, records, labels
+    return folder, records, labels, pictures
 
 
 def other_labels(draw: Any, path: Path, labels: np.ndarray) -> tuple[str, np.ndarray | None]:
@@ -69,8 +68,10 @@ def other_labels(draw: Any, path: Path, labels: np.ndarray) -> tuple[str, np.nda
 
 def is_right(records: Any, labels: dict[str, np.ndarray], samples: list[Any]) -> bool:
     """Compare with the list and with the labels as they were written."""
-    for (caption, size, names, objects), record in zip(samples, records, strict=True):
-        held = labels[Path(record[2]).stem]
+    for (caption, size, names, objects, image), record in zip(samples, records, strict=True):
+        if not np.array_equal(image, undamaged()[3].get(Path(record[0]).stem)):
+            return False
+        held = labels.get(Path(record[2]).stem, np.zeros(0))
         seen = {name: held == label for name, label in record[3].items() if (held == label).any()}
         if caption != [record[1]] or size != held.shape or names != list(record[3]):
             return False
@@ -86,7 +87,7 @@ def never(_: Any) -> bool:
 
 
 def draw_case(data: st.DataObject) -> Case:
-    source, records, labels = undamaged()
+    source, records, labels, _ = undamaged()
     folder = source.with_name(f"{source.name}-damaged")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, folder)
@@ -115,7 +116,7 @@ def draw_case(data: st.DataObject) -> Case:
 
     def run() -> list[Any]:
         read = LabelMapDataset(folder)
-        return [(s.captions, s.size, s.extra["names"], s.objects) for s in read]
+        return [(s.captions, s.size, s.extra["names"], s.objects, s.image) for s in read]
 
     right = never if held is None else partial(is_right, records, labels)
     return Case(what, run, right, ["anno.json", "a.png", "b.png"])
