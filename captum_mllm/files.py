@@ -215,7 +215,7 @@ def _remove_earlier(folder: Path) -> None:
     try:
         head = json.loads((folder / "words.json").read_text(encoding="utf-8"))
         ours = head["written_by"] == "captum_mllm"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if ours:
         for path in folder.iterdir():

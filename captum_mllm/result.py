@@ -411,6 +411,11 @@ class MLLMAttributionResult:
         of the picture, and captum's ``plot_image_heatmap`` draws them (with many cells call it
         with ``border_width=0, show_legends=False``).
 
+        It must be the very picture. Another is refused where the model's inputs tell its size or
+        aspect (Qwen-VL, LLaVA-NeXT, probed models); LLaVA, PaliGemma, Gemma 3 and InternVL make the
+        same canvas of pictures of any aspect, so that nothing tells them apart, and the cells would
+        be drawn in the wrong places.
+
         Args:
             picture: the original PIL picture of the image, or None (default) for the words.
             image: which image, default the first.

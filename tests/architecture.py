@@ -329,6 +329,7 @@ def family_names(root: Path) -> list[str]:
 
 
 FORMULAS_IMPORT = {"torch", "jaxtyping", "einops", "typing", "math", PACKAGE}
+PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 WITHOUT_MODELS = FLOORS[0] | {"words", "data", "visualization", "result", "metrics"}
 
 
@@ -356,6 +357,32 @@ def captums_private_names(root: Path) -> list[str]:
         if module.split(".")[0] == "captum"
         if module != "captum.attr" or is_private(name or "")
     ]
+
+
+SAFELY = {  # a call that reads a file -> the keyword that keeps code in the file from running
+    "torch.load": "weights_only=True",
+    "np.load": "allow_pickle=False",
+    "from_pretrained": "trust_remote_code",
+}
+
+
+def files_run_no_code(root: Path) -> list[str]:
+    """Nothing is unpickled, and code of a checkpoint is refused in so many words."""
+    problems = []
+    for path in sources(root):
+        where = path.relative_to(root)
+        for line, module, name in imports(root, path):
+            if module.split(".")[0] in PICKLES:
+                problems.append(f"{where}:{line} imports {'.'.join(filter(None, (module, name)))}")
+        for node in ast.walk(parsed(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            wanted = SAFELY.get(called) or SAFELY.get(called.rpartition(".")[2])
+            given = [ast.unparse(keyword) for keyword in node.keywords]  # "**options" is taken
+            if wanted and not any(text.startswith((wanted, "**")) for text in given):
+                problems.append(f"{where}:{node.lineno} {called} without {wanted}")
+    return problems
 
 
 # ---- options ------------------------------------------------------------------------------------

@@ -77,6 +77,11 @@ def test_captums_private_names_are_in_one_file():
     check(rules.captums_private_names)
 
 
+def test_files_run_no_code():
+    check(rules.files_run_no_code)
+    check(rules.files_run_no_code, STUDIES)
+
+
 def test_no_assert_no_bare_except_no_pyplot_on_import():
     check(rules.manners)
 
@@ -235,6 +240,22 @@ BAD = {  # what a bad folder shows -> its rule, its files, what the rule must sa
         rules.captums_private_names,
         {"attr/a.py": "from captum._utils.common import _run_forward"},
         "attr/a.py:1 imports captum._utils.common._run_forward",
+    ),
+    "a pickle": (rules.files_run_no_code, {"a.py": "import pickle"}, "a.py:1 imports pickle"),
+    "weights that may be pickled": (
+        rules.files_run_no_code,
+        {"a.py": "torch.load(f, weights_only=False)"},
+        "a.py:1 torch.load without weights_only=True",
+    ),
+    "arrays that may be pickled": (
+        rules.files_run_no_code,
+        {"a.py": "np.load(f)"},
+        "a.py:1 np.load without allow_pickle=False",
+    ),
+    "a checkpoint that may bring code": (
+        rules.files_run_no_code,
+        {"a.py": "AutoModel.from_pretrained(f)"},
+        "a.py:1 AutoModel.from_pretrained without trust_remote_code",
     ),
     "an assert": (rules.manners, {"a.py": '"""A."""\nassert 1'}, "a.py:2 asserts"),
     "a bare except": (

@@ -1,5 +1,6 @@
 """Where the tokens of pictures lie, as found by probing: plain data that a file can hold."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -141,16 +142,17 @@ class TokenLayout:
                 tuple(str(note) for note in data["notes"]),
                 *(int(data[name]) for name in ("forwards", "backwards", "processor_calls")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ArgumentError("data", f"is no token layout: {error!r}.") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the layout to a JSON file.
+        """Write the layout to a JSON file, with a checksum.
 
         Args:
             path: the file.
         """
-        write_atomic(path, json.dumps(self.to_dict(), indent=1).encode())
+        data = self.to_dict()
+        write_atomic(path, json.dumps({**data, "sha256": _digest(data)}, indent=1).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TokenLayout":
@@ -163,13 +165,30 @@ class TokenLayout:
             The layout.
 
         Raises:
-            ValueError: it holds no layout.
+            ValueError: it holds no layout, or one that changed since.
         """
+        name = repr(os.fspath(path))
         try:
             data = json.loads(Path(path).read_bytes())
-        except ValueError as error:
-            raise ArgumentError("path", f"{os.fspath(path)!r} is no JSON file: {error}") from error
-        return cls.from_dict(data)
+        except (ValueError, RecursionError) as error:
+            raise ArgumentError("path", f"{name} is no JSON file: {error}") from error
+        if not isinstance(data, dict) or "sha256" not in data:
+            raise ArgumentError(
+                "path", f"{name} is no token layout with a checksum; save it again."
+            )
+        if data.pop("sha256") != _digest(data):
+            raise ArgumentError(
+                "path", f"{name} is damaged: its checksum is not that of its content."
+            )
+        try:
+            return cls.from_dict(data)
+        except ArgumentError as error:
+            raise ArgumentError("path", f"{name} can't be read: {error}") from error
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    """Of the values, however a file writes them."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _pair(values: Any) -> tuple[int, int]:

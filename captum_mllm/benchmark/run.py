@@ -78,8 +78,9 @@ def run_benchmark(
 
     Writes three files: ``samples.jsonl``, a line per picture and method, each written to disk
     before the next is computed; ``benchmark.json``, the settings and all figures;
-    ``benchmark.md``, the table. However the process ends, no line is lost and none is computed
-    twice. A failure on a picture is recorded with its reason, counted, and the run continues.
+    ``benchmark.md``, the table (and ``.lock``, empty, which keeps a second run out). However the
+    process ends, no line is lost and none is computed twice. A failure on a picture is recorded
+    with its reason, counted, and the run continues.
 
     Each line of ``samples.jsonl`` holds a checksum, and the sha256 of the picture's file and of its
     annotation. A line of an earlier run that does not fit (cut off, changed, repeated, without a

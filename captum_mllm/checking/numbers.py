@@ -121,7 +121,9 @@ def check_another_picture(subject: Subject) -> Finding:
     own, other = subject.lens_maps(model), subject.lens_maps(model, subject.other)
     if own.shape != other.shape:
         return Finding("another picture", "passed", "Another picture has maps of another shape.")
-    similar = float(rank_correlation(own, other).median())
+    # Where a model does not look, a map is flat and has no ranks; equal ones are one.
+    equal = ((own - other).abs() <= 1e-5 * own.abs().amax(1, keepdim=True)).all(1)
+    similar = float(rank_correlation(own, other).masked_fill(equal, 1.0).median())
     found = f"Its maps of the same answer have a rank correlation of {similar:.2f} with these."
     figures = {"rank_correlation": similar}
     if similar < SAME:

@@ -187,7 +187,7 @@ class CocoDataset(Sequence[CocoSample]):
         max_pixels: The most pixels (height times width) of a picture. Default: Pillow's limit,
             `PIL.Image.MAX_IMAGE_PIXELS` (89,478,485); at most 2^31 - 1.
         max_outline: The most pixels of one annotation's outline: over its polygons, the sum of the
-            longer side (width or height) of each edge. Drawing takes about 60 bytes for each.
+            longer side (width or height) of each edge. Drawing takes about 40 bytes for each.
             Default: 1,000,000.
         max_mask_pixels: The most pixels of all masks of one picture together, which take a byte
             each. Default: 2,000,000,000.

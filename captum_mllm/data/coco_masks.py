@@ -13,7 +13,7 @@ from PIL import Image
 from captum_mllm.validation import ArgumentError
 
 MAX_OUTLINE = 1_000_000
-"""The most pixels of one annotation's outline, of which pycocotools keeps about 60 bytes each."""
+"""The most pixels of one annotation's outline, of which pycocotools keeps about 40 bytes each."""
 
 _MOST_PIXELS = 2**31 - 1  # pycocotools numbers pixels in 32 bits
 

@@ -26,6 +26,8 @@ _CODE = (
     "trust_remote_code=True: read the code first"
 )
 
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+
 _LONGEST = 500  # characters of another library's message
 
 
@@ -76,9 +78,10 @@ def load_model(
         from transformers import AutoModelForImageTextToText
 
         with _naming("its weights (or generation_config.json)"):
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
+            model, info = loaded
             model = model.to(place).eval()
     except Exception as error:  # transformers lets through what its parts raise on damaged files
         raise ArgumentError("name", f"{name!r} can't be loaded: {_cause(name, error)}") from error
@@ -111,7 +114,16 @@ def _cause(name: str, error: Exception) -> str:
         return _CODE
     folder = Path(name).expanduser()
     damaged = _damaged(folder) if folder.is_dir() else None
+    if damaged is None and folder.is_dir() and text.startswith("its processor fails"):
+        damaged = _missing_tokenizer(folder)
     return text if damaged is None or damaged in text else f"{damaged} ({text})"
+
+
+def _missing_tokenizer(folder: Path) -> str | None:
+    """What to say of a folder without one, of which transformers says that it lacks a library."""
+    if any(any(folder.glob(name)) for name in _TOKENIZERS):
+        return None
+    return "it holds no tokenizer (tokenizer.json is missing)"
 
 
 def _damaged(folder: Path) -> str | None:
@@ -241,9 +253,9 @@ def prepare_inputs(processor: Any, pictures: "Sequence[Image]", prompt: str) -> 
         The mapping that the processor returns, and a sentence on what was assumed.
 
     Raises:
-        ArgumentError: ``pictures`` is empty; ``prompt`` holds another number of image tokens than
-            there are pictures, or the processor refuses it; a processor without chat template and
-            image token, or whose chat template or files are broken.
+        ArgumentError: ``pictures`` is empty; ``prompt`` is no valid Unicode, or holds another
+            number of image tokens than there are pictures, or the processor refuses it; a processor
+            without chat template and image token, or whose chat template or files are broken.
 
     Example:
         >>> from captum_mllm.reference import load, make_scene, render_pil
@@ -255,6 +267,10 @@ def prepare_inputs(processor: Any, pictures: "Sequence[Image]", prompt: str) -> 
     """
     if not pictures:
         raise ArgumentError("pictures", "is empty: give at least one picture.")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ArgumentError("prompt", f"is not valid Unicode: {prompt!a}.") from error
     text, assumed = _full_prompt(processor, len(pictures), prompt)
     start = processor.tokenizer.bos_token
     begins = start is not None and text.startswith(start)

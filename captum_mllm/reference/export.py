@@ -178,7 +178,7 @@ def _written(name: str, target: Path) -> set[str]:
         if data["info"]["set"] != name:
             return set()
         pictures = {f"images/{image['file_name']}" for image in data["images"]}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return set()
     return pictures | {"images/", "instances.json", "captions.json", "NOTICE.md"}
 

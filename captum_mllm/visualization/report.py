@@ -1,6 +1,7 @@
 """A report as a folder: the picture, an overlay per word, text heat map, table and page."""
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -70,7 +71,8 @@ def write_report(
 ) -> AnswerSummary:
     """Write picture, overlays, text heat map, table and page into a folder.
 
-    Files: ``index.html`` (self-contained), ``picture.png``,
+    Files: ``index.html`` (self-contained; its Content-Security-Policy forbids scripts and
+    requests), ``picture.png``,
     ``word-NN-TEXT.png`` per content word, ``text-heatmap.png``, ``text-heatmap.html``,
     ``table.txt`` and ``words.json``. All overlays share one colour scale.
 
@@ -189,12 +191,24 @@ def _write(path: Path, text: str) -> None:
 
 
 def _document(body: str) -> str:
+    """The page; its policy lets a browser use its own styles and pictures, and nothing else."""
+    colours = ",".join(colour_stops(alpha=ALPHA))
+    style = f"{_STYLE}.bar{{background-image:linear-gradient(90deg,{colours})}}\n"
+    # Text is escaped, so that every style element is ours.
+    styles = [style, *re.findall(r"<style>(.*?)</style>", body, re.DOTALL)]
+    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in styles)
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {allowed}; base-uri 'none'; "
+        "form-action 'none'"
+    )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="generator" content="captum_mllm">'
         "<title>Image regions and words that support each word</title>"
-        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+        f"<style>{style}</style></head><body>\n{body}\n</body></html>\n"
     )
 
 
@@ -228,10 +242,9 @@ def _gallery(summary: AnswerSummary, overlays: Sequence[str]) -> str:
         for n, entry in enumerate(summary.words)
         if entry.word.content
     ]
-    colours = ",".join(colour_stops(alpha=ALPHA))
     return (
-        '<h2>Content words side by side</h2><div class="bar" role="img" aria-label="colour scale" '
-        f'style="background-image:linear-gradient(90deg,{colours})"></div>'
+        "<h2>Content words side by side</h2>"
+        '<div class="bar" role="img" aria-label="colour scale"></div>'
         f'<div class="ends soft"><span>0</span><span>{summary.vmax:.3g}</span></div>'
         f'<p class="soft">{escape(scale_caption(summary))}</p>'
         f'<div class="gallery">{"".join(figures)}</div>'

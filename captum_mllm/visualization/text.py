@@ -1,6 +1,7 @@
 """The text heat map as HTML: choose a word, see which words support it. No scripts, no LaTeX."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -104,17 +105,21 @@ def _widget(
         text = escape(entry.word.text)
         inputs.append(f'<input type="radio" name="{name}" id="{key}" aria-label="{text}"{checked}>')
         share = _share(entry.peak.value if entry.peak else 0.0, summary.vmax)
-        labels.append(f'<label for="{key}" style="--s:{share:.2f}">{text}</label>')
+        labels.append(f'<label for="{key}" class="{_shade(share)}">{text}</label>')
         panels.append(_panel(summary, n, prompt_words, overlays[n] if overlays else None))
         rules.append(
             f"#{key}:checked~.p{n}{{display:grid}}"
             f"#{key}:checked~.answer label[for={key}]{{border-color:var(--mark)}}"
             f"#{key}:focus-visible~.answer label[for={key}]{{outline:2px solid var(--mark)}}"
         )
-    return (
-        f'<div class="cmllm" id="{name}"><style>{_STYLE}{"".join(rules)}</style>'
-        f'{"".join(inputs)}<div class="answer">{"".join(labels)}</div>{"".join(panels)}</div>'
-    )
+    body = f'{"".join(inputs)}<div class="answer">{"".join(labels)}</div>{"".join(panels)}'
+    # Text is escaped, so that only our own attributes look like this.
+    rules += [
+        f".cmllm .s{percent}{{--s:{int(percent) / 100:.2f}}}"
+        for percent in sorted(set(re.findall(r'class="s(\d+)"', body)), key=int)
+    ]
+    style = f"<style>{_STYLE}{''.join(rules)}</style>"
+    return f'<div class="cmllm" id="{name}">{style}{body}</div>'
 
 
 def _interest(entry: WordSummary) -> tuple[bool, float]:
@@ -172,8 +177,13 @@ def _coloured(summary: AnswerSummary, n: int, prompt_words: int) -> str:
         else:
             value = float(summary.context_attr[n, index])
             share = _share(value, top)
-            spans.append(f'<span style="--s:{share:.2f}" title="{value:.3g}">{text}</span>')
+            spans.append(f'<span class="{_shade(share)}" title="{value:.3g}">{text}</span>')
     return " ".join(spans)
+
+
+def _shade(share: float) -> str:
+    """The class of an opacity: attributes with a style would need a laxer security policy."""
+    return f"s{round(100 * share)}"
 
 
 def _share(value: float, top: float) -> float:

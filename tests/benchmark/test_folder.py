@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from PIL import Image
 from captum_mllm.benchmark import Settings, run_benchmark
 from captum_mllm.benchmark.log import SampleLog, line_problem
 from captum_mllm.reference.export import export
+from captum_mllm.validation import ArgumentError
 from tests.benchmark.test_run import lines, read
 from tests.disks import full_disk
 
@@ -161,6 +163,36 @@ def test_damaged_lines_are_done_again(shipped, exported, finished, own):
     assert (own / ASIDE).read_bytes().startswith(changed + late + rest[-1])
     assert without_seconds(found.table) == without_seconds((finished / "benchmark.md").read_text())
     assert sorted(lines(own), key=str) == sorted(lines(finished), key=str)
+
+
+def damaged(data, draw):
+    """Some bytes flipped, cut away, repeated, or replaced."""
+    start = draw.randrange(len(data))
+    end = min(len(data), start + draw.choice((1, 1, 1, 3, 30, 300)))
+    part = bytes(byte ^ 1 << draw.randrange(8) for byte in data[start:end])
+    other = draw.choice((part, b"", data[start:end] * 2, b"\n", b"0", b"-1", b"null", b"[" * 9999))
+    return data[:start] + other + (b"" if draw.random() < 0.1 else data[end:])
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:.* not fit this run")
+def test_any_damage_to_a_folder(shipped, exported, finished, tmp_path, count):
+    """Each ends in the table of the undamaged run, or in an error that names the folder."""
+    expected = without_seconds((finished / "benchmark.md").read_text())
+    draw, outcomes = random.Random(count), []
+    for n in range(count):
+        own = shutil.copytree(finished, tmp_path / str(n))
+        path = own / draw.choice((SAMPLES, SAMPLES, "benchmark.json", "benchmark.md"))
+        path.write_bytes(damaged(path.read_bytes(), draw))
+        try:
+            found = run_benchmark(*shipped, read(exported), own, FAST)
+        except ArgumentError as error:
+            outcomes.append(str(own) in str(error))
+            assert path.name == "benchmark.json"
+        else:
+            outcomes.append(without_seconds(found.table) == expected)
+            assert lines(own) == lines(finished) or found.set_aside
+    assert all(outcomes)
 
 
 # ---- other pictures -----------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_our_methods_in_captums_sensitivity(kin):
 
     got = sensitivity_max(
         method.attribute, x, perturb_func=lambda images: (images[0] + noise,), n_perturb_samples=3,
-        target=kin.answer, additional_forward_args=inputs,
+        target=kin.answer[None], additional_forward_args=inputs,
     )  # fmt: skip
     base, others = (method.attribute(v, kin.answer, inputs) for v in (x, x + noise))
     expected = (others - base).flatten(1).norm(dim=1).max() / base.norm()

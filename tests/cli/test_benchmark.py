@@ -264,3 +264,38 @@ def test_options():
     assert option("tam.parity=True") == ("tam", "parity", True)
     assert option("msea.aggregation=mean") == ("msea", "aggregation", "mean")
     assert option("alpha_max=0.5") == ("", "alpha_max", 0.5)
+
+
+def test_limits_and_names_that_lead_away_are_flags(exported, base, tmp_path, capsys):
+    """Refused before the model is loaded, with the flag that allows them."""
+    (tmp_path / "data").mkdir()
+    instances = json.loads((exported / "instances.json").read_text())
+    for image in instances["images"]:
+        image["file_name"] = str(exported / "images" / image["file_name"])
+    instances["annotations"][0]["segmentation"] = [[2, 2, 9, 2, 9, 9, 2, 9]]
+    (tmp_path / "data/images").mkdir()
+    (tmp_path / "data/instances.json").write_text(json.dumps(instances))
+    away = {**base, "--data": str(tmp_path / "data"), "--model": "./missing"}
+    cases = [
+        (away, (), "argument --data: ", "are outside", "or pass --allow-outside if you trust"),
+        ({**away, "--data": str(exported)}, ("--max-pixels", "4095"), "4095", "--max-pixels"),
+        (away, ("--allow-outside", "--max-outline", "27"), "28 pixels", "raise --max-outline"),
+        ({**away, "--data": str(exported)}, ("--max-mask-pixels", "9"), "raise --max-mask-pixels"),
+        (away, ("--allow-outside",), "argument --model: './missing' can't be loaded"),
+    ]
+    for arguments, flags, *messages in cases:
+        assert run(arguments, *flags) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert all(message in last for message in messages), last
+
+
+def test_truncated_label_images_are_failed_samples(exported, base, tmp_path, capsys):
+    files = (exported / name for name in ("images", "instances.json", "captions.json"))
+    folder = write_label_maps(CocoDataset(*files), tmp_path / "labels")
+    broken = sorted((folder / "seg_label").iterdir())[1]
+    broken.write_bytes(broken.read_bytes()[:60])
+    run({**base, "--data": str(folder), "--methods": "lens"})
+    reasons = [line["error"]["text"] for line in lines(tmp_path / "out") if "error" in line]
+    assert len(reasons) == 1
+    assert "anno.json: record 1: entry 2 (label image)" in reasons[0]
+    assert str(broken) in reasons[0]

@@ -596,3 +596,10 @@ def test_what_was_done_to_a_picture_is_said(base, tmp_path, image, capsys):
         assert written.getpixel((0, 0)) == (117, 117, 117)
     with Image.open(tmp_path / "out/image-2/picture.png") as written:
         assert written.getpixel((0, 0))[0] > 250
+
+
+def test_a_folder_with_a_hostile_words_json_is_no_earlier_report(base, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/words.json").write_text("[" * 100_000)
+    (tmp_path / "out/table.txt").write_text("mine")
+    assert run({**base, "--target": "a dog", "--method": "lens"}) == 0

@@ -117,6 +117,11 @@ def test_broken_chat_templates(template, message, folder):
     assert str(raised.value).startswith(f"processor {message}")
 
 
+def test_prompts_that_are_no_unicode(processor):
+    with pytest.raises(ArgumentError, match=r"prompt is not valid Unicode: '\\udcff \?'"):
+        prepare_inputs(processor, [Image.new("RGB", (40, 30))], "\udcff ?")
+
+
 def test_pictures_of_sixteen_bits_reach_the_processor_scaled(processor):
     deep = Image.new("I;16", (40, 30), 32896)
     grey = Image.new("RGB", (40, 30), (128, 128, 128))

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from captum_mllm import MSEA, LogitLens, TokenLogProb
 from captum_mllm.adapters import DiscoveredAdapter, find_adapter, registry
-from captum_mllm.adapters.layout import LayoutError, TokenLayout
+from captum_mllm.adapters.layout import LayoutError, PictureLayout, PictureView, TokenLayout
 from captum_mllm.adapters.painting import PixelSource, paint
 from captum_mllm.methods import explain
 from captum_mllm.model.discovery import discover, probe_layout
@@ -371,11 +371,31 @@ def test_a_layout_is_saved_and_used_again(tmp_path, unregistered, capsys):
         probe_layout(kin.model, inputs, kin.processor, small, layout=again)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 2}', '{"format": 1, "pictures": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"format": 2}', '{"format": 1, "pictures": 3}', "[" * 99_999],
+    ids=lambda t: t[:30],
+)
 def test_a_damaged_layout_names_what_is_wrong(tmp_path, text):
     (tmp_path / "layout.json").write_text(text)
-    with pytest.raises(ArgumentError):
+    with pytest.raises(ArgumentError, match=r"layout\.json"):
         TokenLayout.load(tmp_path / "layout.json")
+
+
+def test_every_damage_to_a_layout_is_found(tmp_path):
+    path = tmp_path / "layout.json"
+    view = PictureView(((0, 1), (2, -1)), (0.0, 0.0, 28.0, 28.5), 14.0)
+    layout = TokenLayout((PictureLayout((28, 28), (view,), (4,)),), (3, 4, 5, 6), ("é",), 1, 2, 3)
+    layout.save(path)
+    data = path.read_bytes()
+    assert TokenLayout.load(path) == layout
+    flipped = [
+        data[:n] + bytes([data[n] ^ 1 << n % 8]) + data[n + 1 :] for n in range(0, len(data), 5)
+    ]
+    for other in [*flipped, *(data[:n] for n in range(0, len(data), 5)), b"[" * 100_000]:
+        path.write_bytes(other)
+        with pytest.raises(ArgumentError, match=r"layout\.json"):
+            TokenLayout.load(path)
 
 
 @pytest.mark.parametrize("name", above(NAMES))
