@@ -101,9 +101,7 @@ def _placeholders(
     return tuple(per_kind[kind].pop(0) for kind in kinds)  # type: ignore[attr-defined]
 
 
-def _check_runs(
-    positions: Sequence[Tensor], grids: Sequence[ImageGrid], adapter: Adapter
-) -> None:
+def _check_runs(positions: Sequence[Tensor], grids: Sequence[ImageGrid], adapter: Adapter) -> None:
     """Raise where text stands between image tokens that belong together."""
     for where, grid in zip(positions, grids, strict=True):
         for run in where.split(adapter.runs(grid)):

@@ -85,7 +85,7 @@ def other_mask(draw: Any, instances: dict[str, Any]) -> str:
     elif kind == "runs":
         ends = draw(st.lists(st.integers(-5, 900), max_size=6))
         size = draw(st.sampled_from(([HEIGHT, WIDTH], [WIDTH, HEIGHT], [1, 1], [2**20, 2**20])))
-        polygons = {"size": size, "counts": ends + [HEIGHT * WIDTH - sum(ends)]}
+        polygons = {"size": size, "counts": [*ends, HEIGHT * WIDTH - sum(ends)]}
     else:
         packed = draw(st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=12))
         polygons = {"size": [HEIGHT, WIDTH], "counts": packed}
@@ -135,7 +135,7 @@ def mask_fits(segmentation: Any, mask: np.ndarray) -> bool:
         if isinstance(counts, str):
             counts = decompressed(counts)
         values = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-        return bool((values.reshape(WIDTH, HEIGHT).T == mask).all())
+        return bool((mask == values.reshape(WIDTH, HEIGHT).T).all())
     odd, near = zip(*map(inside, segmentation), strict=True)
     sure = ~np.any(near, 0)
     return bool((np.any(odd, 0) == mask)[sure].all())
@@ -160,7 +160,7 @@ def is_right(instances: Any, captions: Any, samples: list[Any]) -> bool:
     """Compare what was read with the files' data, looked up anew."""
     images = sorted(instances["images"], key=lambda image: image["id"])
     names = {record["id"]: record["name"] for record in instances["categories"]}
-    if [sample[0] for sample in samples] != [image["id"] for image in images]:
+    if [image["id"] for image in images] != [sample[0] for sample in samples]:
         return False
     for (number, size, pixels, texts, objects), image in zip(samples, images, strict=True):
         own = [r for r in instances["annotations"] if r["image_id"] == number]

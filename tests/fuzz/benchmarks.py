@@ -71,7 +71,9 @@ def damaged_lines(draw: Any, text: bytes) -> tuple[str, bytes]:
         record = json.loads(lines[n])
         record.pop("checksum", None)
         # Values and texts that could be a run's own can't be told from them by anything.
-        key = draw(st.sampled_from(("sample", "method", "seconds", "sha256", "answer_ids", "values")))
+        key = draw(
+            st.sampled_from(("sample", "method", "seconds", "sha256", "answer_ids", "values"))
+        )
         bad = (None, "x", -1, [], {}, True, float("nan"), 10**9, [["a"]], {"obj_iou": "x"})
         change = draw(st.sampled_from((*bad, "removed")))
         if change == "removed":

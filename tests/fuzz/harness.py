@@ -122,7 +122,9 @@ def judge(case: Case, seconds: float = SECONDS, mib: float = MIB) -> tuple[str, 
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
             at = frames[-1]
-            detail = f"{type(error).__name__} at {Path(at.filename).name}:{at.lineno}: {error}"[:240]
+            detail = f"{type(error).__name__} at {Path(at.filename).name}:{at.lineno}: {error}"[
+                :240
+            ]
             outcome = "clear error" if is_clear(error, case.names) else "raw error"
         else:
             told = [w for w in caught if issubclass(w.category, UserWarning)]

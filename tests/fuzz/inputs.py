@@ -113,7 +113,9 @@ def wrong_ids(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
     """Ids out of range, of another type or shape, more or fewer image tokens."""
     ids = inputs["input_ids"].clone()
     kind = draw(
-        st.sampled_from(("range", "float", "1-D", "batch", "list", "fewer", "more", "int32", "empty"))
+        st.sampled_from(
+            ("range", "float", "1-D", "batch", "list", "fewer", "more", "int32", "empty")
+        )
     )
     at = draw(st.integers(0, ids.shape[1] - 1))
     right: Any = never
@@ -139,7 +141,18 @@ def wrong_ids(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
 def attention_mask(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
     """A mask that hides text, of another type or shape; or padding, which changes nothing."""
     mask, n = inputs["attention_mask"].clone(), inputs["input_ids"].shape[1]
-    kinds = ("first", "middle", "last", "none", "shape", "bool", "float", "int32", "pad", "left out")
+    kinds = (
+        "first",
+        "middle",
+        "last",
+        "none",
+        "shape",
+        "bool",
+        "float",
+        "int32",
+        "pad",
+        "left out",
+    )
     kind, k = draw(st.sampled_from(kinds)), draw(st.integers(1, 3))
     right: Any = partial(like, result_of(name, "picture"))
     if kind == "pad":
@@ -150,7 +163,12 @@ def attention_mask(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
         }
         return f"padding: {k}", changed, right, {}
     if kind == "left out":
-        return "mask: left out", {k: v for k, v in inputs.items() if k != "attention_mask"}, right, {}
+        return (
+            "mask: left out",
+            {k: v for k, v in inputs.items() if k != "attention_mask"},
+            right,
+            {},
+        )
     types = {"bool": torch.bool, "float": torch.float32, "int32": torch.int32}
     if kind in types:
         return f"mask: {kind}", inputs | {"attention_mask": mask.to(types[kind])}, right, {}
@@ -223,7 +241,9 @@ def grids_of_qwen(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
             right = never
     else:
         steps, h, w = inputs["image_grid_thw"][0].tolist()
-        sizes = [(r, h * w // r) for r in range(2, h * w, 2) if h * w % r == 0 and h * w // r % 2 == 0]
+        sizes = [
+            (r, h * w // r) for r in range(2, h * w, 2) if h * w % r == 0 and h * w // r % 2 == 0
+        ]
         size = draw(st.sampled_from(sizes))
         changed = inputs | {"image_grid_thw": torch.tensor([[steps, *size]])}
         right = partial(like, result_of(name, which)) if size == (h, w) else never

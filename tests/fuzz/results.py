@@ -75,7 +75,14 @@ def damaged_tensors(draw: Any, tensors: dict[str, torch.Tensor]) -> tuple[str, A
         dtypes = (torch.float16, torch.float64, torch.int32, torch.bool, torch.uint8)
         tensors[name] = value.to(draw(st.sampled_from(dtypes)))
     elif kind == "shape":
-        shapes = (value[:-1], value[..., :-1], value.flatten(), value[None], value[:0], value.expand(2, *value.shape))
+        shapes = (
+            value[:-1],
+            value[..., :-1],
+            value.flatten(),
+            value[None],
+            value[:0],
+            value.expand(2, *value.shape),
+        )
         tensors[name] = draw(st.sampled_from(shapes)).contiguous()
     elif kind == "swap":
         tensors[name] = tensors[draw(st.sampled_from(sorted(tensors)))].clone()
