@@ -25,11 +25,11 @@ class Area:
 
 
 AREAS: Mapping[str, Area] = {
-    "result files": Area(results.draw_case, 60, 3000),
-    "COCO annotations": Area(annotations.draw_case, 60, 2000),
-    "label maps": Area(label_images.draw_case, 60, 2000),
-    "benchmark folders": Area(benchmarks.draw_case, 12, 300),
-    "inputs": Area(inputs.draw_case, 40, 1000),
+    "result files": Area(results.draw_case, 150, 3_000),
+    "COCO annotations": Area(annotations.draw_case, 150, 3_000),
+    "label maps": Area(label_images.draw_case, 150, 3_000),
+    "benchmark folders": Area(benchmarks.draw_case, 10, 200),
+    "inputs": Area(inputs.draw_case, 80, 2_000),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from captum_mllm import LogitLens
+from captum_mllm import MSEA, LogitLens
 from tests.fuzz.harness import Case
 from tests.oracle.families import NAMES, PAD, family
 
@@ -19,11 +19,16 @@ def kin_of(name: str) -> Any:
     return family(name)
 
 
+METHODS = {"LogitLens": LogitLens, "MSEA(LogitLens)": partial(MSEA, scales=(1.0, 1.5))}
+
+
 @cache
-def result_of(name: str, picture: str) -> Any:
+def result_of(name: str, picture: str, method: str, images: bool = False) -> Any:
     """Of an undamaged picture: "picture", "other_picture", "wide_picture", "tall_picture"."""
     kin = kin_of(name)
-    return LogitLens(kin.model, kin.processor).attribute(encoded(name, picture), kin.answer)
+    options = {"images": getattr(kin, picture)} if images else {}
+    explain = METHODS[method](kin.model, kin.processor)
+    return explain.attribute(encoded(name, picture), kin.answer, **options)
 
 
 @cache
@@ -36,8 +41,9 @@ def encoded(name: str, picture: str = "picture") -> Inputs:
     return {key: value.clone() for key, value in _encoded(name, picture).items()}
 
 
-def like(expected: Any, got: Any, tolerance: float = 1e-4) -> bool:
-    """Whether two results have the same maps and token attributions, but for rounding."""
+def like(name: str, picture: str, got: Any, tolerance: float = 1e-4, images: bool = False) -> bool:
+    """Whether maps and token attributions are those of an undamaged picture, but for rounding."""
+    expected = result_of(name, picture, got.method, images)
     pairs = [*zip(expected.grid_attr, got.grid_attr, strict=True)]
     pairs += [(expected.token_attr, got.token_attr), (expected.output_probs, got.output_probs)]
     return all(
@@ -62,9 +68,9 @@ def other_picture(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
     taken = draw(st.lists(st.sampled_from(about), min_size=1, unique=True))
     changed = inputs | {key: theirs[key] for key in taken}
     whole = same(changed, theirs)
-    right = partial(like, result_of(name, which)) if whole else never
+    right = partial(like, name, which) if whole else never
     if same(changed, inputs):
-        right = partial(like, result_of(name, "picture"))
+        right = partial(like, name, "picture")
     return f"other picture: {which} {taken}", changed, right, {}
 
 
@@ -123,7 +129,7 @@ def wrong_ids(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
         ids[0, at] = draw(st.sampled_from((-1, 128, 97, 2**40, -(2**40))))
         right = lambda _: 0 <= int(ids[0, at]) < kin_of(name).model.config.text_config.vocab_size  # noqa: E731
     elif kind == "int32":
-        ids, right = ids.int(), partial(like, result_of(name, "picture"))
+        ids, right = ids.int(), partial(like, name, "picture")
     elif kind in ("fewer", "more"):
         old, new = (image_id(name), 9) if kind == "fewer" else (9, image_id(name))
         where = (ids[0] == image_id(name)).nonzero() if kind == "fewer" else (ids[0] > 8).nonzero()
@@ -154,7 +160,7 @@ def attention_mask(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
         "left out",
     )
     kind, k = draw(st.sampled_from(kinds)), draw(st.integers(1, 3))
-    right: Any = partial(like, result_of(name, "picture"))
+    right: Any = partial(like, name, "picture")
     if kind == "pad":
         fill = {"input_ids": PAD}
         changed = {
@@ -186,7 +192,7 @@ def side_inputs(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
     """Numbers of another input than ids and pixels changed, or one left out, or one too many."""
     kind = draw(st.sampled_from(("change", "change", "remove", "add", "dtype")))
     others = [key for key in inputs if key not in ("input_ids", "pixel_values", "attention_mask")]
-    undamaged = partial(like, result_of(name, "picture"))
+    undamaged = partial(like, name, "picture")
     if kind == "add" or not others:
         n = inputs["input_ids"].shape[1]
         key = draw(st.sampled_from(("position_ids", "foo", "labels", "inputs_embeds", "past")))
@@ -214,7 +220,7 @@ def pixel_values(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
     right: Any = never
     if kind in ("bfloat16", "float16", "float64"):
         pixels = pixels.to(getattr(torch, kind))
-        right = partial(like, result_of(name, "picture"), tolerance=0.1)
+        right = partial(like, name, "picture", tolerance=0.1)
     elif kind in ("nan", "inf"):
         pixels = pixels.clone()
         pixels.flatten()[draw(st.integers(0, pixels.numel() - 1))] = float(kind)
@@ -236,7 +242,7 @@ def grids_of_qwen(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
         key = "image_sizes" if "image_sizes" in inputs else "pixel_values"
         changed = inputs | {key: inputs[key].flip(-1)}
         if torch.equal(changed[key], inputs[key]):
-            right: Any = partial(like, result_of(name, which))
+            right: Any = partial(like, name, which, images=True)
         else:
             right = never
     else:
@@ -246,7 +252,7 @@ def grids_of_qwen(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
         ]
         size = draw(st.sampled_from(sizes))
         changed = inputs | {"image_grid_thw": torch.tensor([[steps, *size]])}
-        right = partial(like, result_of(name, which)) if size == (h, w) else never
+        right = partial(like, name, which, images=True) if size == (h, w) else never
     return f"turned: {which}", changed, right, {"images": getattr(kin, which)}
 
 
@@ -256,8 +262,7 @@ def of_another_family(draw: Any, name: str, inputs: Inputs) -> tuple[Any, ...]:
     keys = draw(st.lists(st.sampled_from(sorted(theirs)), min_size=1, unique=True))
     changed = inputs | {key: theirs[key] for key in keys}
     known = set(inputs) == set(changed) and same(changed, inputs)
-    undamaged = result_of(name, "picture")
-    right = partial(like, undamaged) if known else partial(consistent, name, changed)
+    right = partial(like, name, "picture") if known else partial(consistent, name, changed)
     return f"another family's: {keys}", changed, right, {}
 
 
@@ -292,7 +297,10 @@ def draw_case(data: st.DataObject) -> Case:
     kin = kin_of(name)
     names = {*inputs, *changed, "inputs", "images", "pixel_values", "processor"}
 
-    def run() -> Any:
-        return LogitLens(kin.model, kin.processor).attribute(changed, kin.answer, **options)
+    method = data.draw(st.sampled_from(sorted(METHODS)))
 
-    return Case(f"{what} ({name})", run, right, sorted(names))
+    def run() -> Any:
+        explain = METHODS[method](kin.model, kin.processor)
+        return explain.attribute(changed, kin.answer, **options)
+
+    return Case(f"{what} ({name}, {method})", run, right, sorted(names))

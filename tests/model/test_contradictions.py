@@ -63,6 +63,14 @@ def test_a_vision_encoder_in_another_dtype(name, dtype):
     assert f"vision encoder in {dtype} and its language model in torch.float32" in message
 
 
+@pytest.mark.parametrize("name", ["Llava", "Gemma3"])
+def test_a_head_in_another_dtype(name):
+    kin = family(name)
+    find_adapter(kin.model).head.to(torch.bfloat16)
+    message = refused(kin, kin.encode(), "model")
+    assert "LM head in torch.bfloat16 and its language model in torch.float32" in message
+
+
 def swapped(inputs, one, other):
     """Every token-wise input with two tokens exchanged."""
     order = torch.arange(inputs["input_ids"].shape[1])
