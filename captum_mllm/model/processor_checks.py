@@ -87,7 +87,8 @@ def check_pixels(inputs: Mapping[str, Any], processor: Any, adapter: Adapter) ->
             problem = f"range from {lowest:.3g} to {highest:.3g}, as pixels not normalised do"
     else:
         problem = _problem(pixels, lowest, highest, *statistics)
-    problem = problem or _size_problem(pixels, processor)
+    if not adapter.fixed_size:  # else another size is an error where the inputs are read
+        problem = problem or _size_problem(pixels, processor)
     if problem:
         warnings.warn(f"pixel_values {problem}. {_ADVICE}", stacklevel=4)
 
