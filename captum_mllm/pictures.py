@@ -86,12 +86,16 @@ def read_picture(path: Path, max_pixels: int | None = None) -> tuple["Image", li
 
 
 @contextmanager
-def decoding(path: Path, max_pixels: int | None = None) -> Iterator["Image"]:
+def decoding(
+    path: Path, max_pixels: int | None = None, *, header_only: bool = False
+) -> Iterator["Image"]:
     """Open a picture file; what a damaged one raises, here or on decoding, is a ValueError.
 
     Args:
         path: the file.
         max_pixels: see :func:`open_picture`; compared with the file's header.
+        header_only: whether the pixels are not decoded; default False: the checksums of a PNG are
+            compared, which Pillow's decoding does not do: damage would be other pixels.
 
     Yields:
         Pillow's picture, not decoded yet.
@@ -116,6 +120,9 @@ def decoding(path: Path, max_pixels: int | None = None) -> Iterator["Image"]:
                     raise Image.DecompressionBombError(
                         f"{opened.width} x {opened.height} pixels are more than {limit}"
                     )
+                if opened.format == "PNG" and not header_only:
+                    with _header(path, limit) as same:
+                        same.verify()
                 yield opened
     except Image.DecompressionBombError as error:
         raise ValueError(
@@ -140,7 +147,7 @@ def header_size(path: Path) -> tuple[int, int]:
         FileNotFoundError: no such file.
         ValueError: the file is not a picture that Pillow can read.
     """
-    with decoding(path, np.iinfo(np.int64).max) as opened:
+    with decoding(path, np.iinfo(np.int64).max, header_only=True) as opened:
         return opened.height, opened.width
 
 

@@ -16,6 +16,7 @@ FORMAT = 2
 _TEXTS = ("input_tokens", "output_tokens", "units", "method")
 _HEADER = ("format", *_TEXTS, "scales", "consistency", "grids", "preprocessing")
 _TENSORS = ("token_attr", "output_ids", "output_probs")
+_CELL = 1024  # pixels along a side of a cell at most: no model's tokens are that coarse
 _ROUNDING = 1e-3  # a map in [0, 1] may be this much out of it
 
 
@@ -133,6 +134,12 @@ def _grid(name: str, data: Any) -> ImageGrid:
     _check_names(name, data, tuple(ImageGrid(1, 1, 1, 1).to_dict()))
     _check_whole(name, data, ("rows", "cols", "height", "width"), least=1)
     _check_whole(name, data, ("steps", "frames"), least=0)
+    for side, cells in (("height", "rows"), ("width", "cols")):
+        if data[side] > _CELL * data[cells]:
+            raise ArgumentError(
+                f"{name}.{side}",
+                f"must be at most {_CELL} pixels per cell, got {data[side]} for {data[cells]}.",
+            )
     _check_pairs(name, data, ("tiles",))
     _check_pairs(name, {key: data[key] for key in ("picture",) if data[key] is not None})
     steps, frames, box = data["steps"], data["frames"], data["box"]

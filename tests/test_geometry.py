@@ -244,7 +244,8 @@ def test_per_call_overrides_need_a_geometry(model, answer, crop, size):
         images=picture, text=prompt, return_tensors="pt", do_center_crop=False,
         size={"height": 16, "width": 48},
     )  # fmt: skip
-    result = LogitLens(model, processor).attribute(wide, answer)
+    with pytest.warns(UserWarning, match=r"pixel_values are 16 x 48 pixels, but .* make 16 x 16"):
+        result = LogitLens(model, processor).attribute(wide, answer)
     with pytest.raises(ValueError, match=r"(?s)size .*canvas of.*\(16, 48\).*geometry="):
         result.to_image(0, picture)
     geometry = ImageGeometry.stretched(picture.height, picture.width)
@@ -287,6 +288,14 @@ def test_no_such_image(model, processor, inputs, answer):
 def test_empty_boxes(box):
     with pytest.raises(ValueError, match=r"geometry box must be \(left, upper, right, lower\)"):
         ImageGeometry(box)
+
+
+@pytest.mark.parametrize("size", [None, {}, {"shortest_edge": 5}, {"height": 5}], ids=str)
+def test_crops_that_cannot_be_undone(size):
+    processor = CLIPImageProcessor()
+    processor.crop_size = size
+    with pytest.raises(ValueError, match=r"crops to .*, which to_image can't undo.*geometry="):
+        read_preprocessing(processor)
 
 
 def test_processors_that_cannot_be_undone():

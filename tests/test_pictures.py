@@ -146,6 +146,18 @@ def test_a_bomb_is_refused_by_its_header_and_the_limit_can_be_raised(tmp_path, m
     assert header_size(path) == (50, 100)  # which decodes nothing
 
 
+def test_damage_that_would_be_other_pixels_is_found(tmp_path):
+    """Pillow compares no checksum of a PNG's pixels; here one byte of them is another."""
+    path = tmp_path / "a.png"
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(path, compress_level=0)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 20] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a.png' is a broken picture"):
+        open_picture(path)
+    assert header_size(path) == (8, 8)
+
+
 def test_names_that_no_file_has_and_names_that_are_not_utf8(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file 'aaaa.*\.\.\.aaa"):
         open_picture(Path("a" * 5000))

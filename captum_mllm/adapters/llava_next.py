@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any, ClassVar
+from warnings import warn
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from captum_mllm.geometry import ImageGrid
 from captum_mllm.validation import ArgumentError
 
 Size = tuple[int, int]
+
+_APART = 0.7
+"""Mean difference, in deviations, of pictures that are not one: 1 for noise, .1 for resampling."""
 
 
 @register_adapter("LlavaNextForConditionalGeneration")
@@ -49,6 +53,26 @@ class LlavaNextAdapter(Adapter):
                 f"tokens; a CLIP tower needs 'default', a tower without class token 'full'."
             )
         self.base_cells = self.side // self.patch
+
+    @override
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Also warn where the tiles, joined by image_sizes, don't show what the base image does."""
+        super().check_inputs(inputs)
+        grids = self.grids(inputs)
+        found = int((inputs["input_ids"] == self.visual_ids[0]).sum())
+        if found != sum(sum(self.runs(grid)) for grid in grids):
+            return  # an error where the placeholders are read
+        pairs = zip(inputs["pixel_values"], self.canvases(inputs, grids), strict=True)
+        for tiles, canvas in pairs:
+            base = tiles[0].float()
+            again = resize_pixels(canvas.float(), (self.side, self.side))[0]
+            if float((again - base).abs().mean()) > _APART * float(base.std()):
+                warn(
+                    "pixel_values hold tiles that, joined for the picture's size in image_sizes, "
+                    "show something else than their base image: are image_sizes those of another "
+                    "picture? Pass what one call of the processor returns.",
+                    stacklevel=2,
+                )
 
     @override
     def grids(self, inputs: Mapping[str, Tensor]) -> tuple[ImageGrid, ...]:

@@ -72,7 +72,12 @@ def read_preprocessing(processor: Any) -> Preprocessing:
     shortest_edge, resize = _resizing(settings, name)
     crop = None
     if getattr(settings, "do_center_crop", False):
-        size = dict(settings.crop_size)
+        size = dict(settings.crop_size or {})
+        if not (size.get("height") and size.get("width")):
+            raise ValueError(
+                f"processor {name} crops to {size}, which to_image can't undo; it knows height and "
+                f"width. Pass geometry= instead."
+            )
         crop = (size["height"], size["width"])
     pads = bool(getattr(settings, "do_pad", False))
     square = pads and name.startswith(_PADS_BEFORE_RESIZING)

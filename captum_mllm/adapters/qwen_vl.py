@@ -13,6 +13,7 @@ from captum_mllm.adapters.pixels import picture_pixels
 from captum_mllm.adapters.registry import register_adapter
 from captum_mllm.functional import frames_to_patches, patches_to_frames, resize_pixels
 from captum_mllm.geometry import ImageGrid
+from captum_mllm.validation import ArgumentError
 
 _KINDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 """Each pixel input, and the input that holds its (steps, patches down, patches across)."""
@@ -78,6 +79,13 @@ class QwenVLAdapter(Adapter):
             raise ValueError(
                 f"inputs must hold {shape_name!r} (images, 3) next to {name!r}, got {got}; pass "
                 f"everything that the processor returns."
+            )
+        whole = not (shapes.is_floating_point() or shapes.is_complex())
+        if not whole or shapes.dtype == torch.bool or bool((shapes < 1).any()):
+            raise ArgumentError(
+                shape_name,
+                f"must hold whole numbers of patches >= 1 (steps, down, across), got "
+                f"{shapes.tolist()} of {shapes.dtype}; pass what the processor returns.",
             )
         values = self.channels * self.temporal * self.patch**2
         expected = (int(shapes.prod(-1).sum()), values)

@@ -133,7 +133,7 @@ class LabelMapDataset(Sequence[CocoSample]):
         """(height, width) of the label image, from its head."""
         name, labels = self._records[n][2:]
         try:
-            with decoding(self._folder / name, self._max_pixels) as image:
+            with decoding(self._folder / name, self._max_pixels, header_only=True) as image:
                 size, mode = image.size, image.mode
         except (OSError, ValueError) as error:
             fix = f"it cannot be read as a picture ({error})"

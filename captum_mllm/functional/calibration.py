@@ -27,9 +27,10 @@ def calibrate(
 
     The lowest value falls no further than to ``exp(-60)`` of the peak: where it would (a cell of
     thousands stands 90 standard deviations above the rest), the divisor is a 60th of the map's
-    range. Beyond that, float32 would end, and with it the ranking of all other cells. It is
-    computed in float64; float32 maps get float32 values, in which cells may tie that differ in
-    their last digits.
+    range. Beyond that, float32 would end, and with it the ranking of all other cells. Where the
+    map's dtype ends sooner (float16; a peak below 1e-12), no value falls below its smallest
+    normal number. It is computed in float64; float32 maps get float32 values, in which cells may
+    tie that differ in their last digits.
 
     Logit-lens maps are broad: a plateau surrounds the object, and Otsu's threshold on the raw
     values assigns the plateau to the object. Standard deviations below the peak separate the two.
@@ -69,7 +70,8 @@ def calibrate(
         spread = 0.4 * (top - unit.mean(1, keepdim=True))
     else:
         spread = tau * unit.std(1, keepdim=True, correction=0)
-    spread = torch.maximum(spread, (top - unit.amin(1, keepdim=True)) / _DEEPEST)
+    deepest = (peak / torch.finfo(maps.dtype).tiny).log().clamp(1, _DEEPEST)
+    spread = torch.maximum(spread, (top - unit.amin(1, keepdim=True)) / deepest)
     safe = torch.where(spread > 0, spread, torch.ones_like(spread))
     return torch.where(spread > 0, peak * ((unit - top) / safe).exp(), exact).to(maps.dtype)
 

@@ -51,11 +51,13 @@ def aggregate(
         _check_scale_weights(weights, how, tuple(stack.shape))
     if len(stack) == 1:
         return stack[0]  # bit for bit: one scale is the base itself
+    wide = torch.promote_types(stack.dtype, torch.float32)  # shares in float16 do not sum to 1
     if how == "median":
         ordered, last = stack.sort(dim=0).values, len(stack) - 1
-        lower, upper = ordered[last // 2], ordered[last - last // 2]
-        return lower / 2 + upper / 2 if len(stack) % 2 == 0 else lower  # the sum could overflow
-    wide = torch.promote_types(stack.dtype, torch.float32)  # shares in float16 do not sum to 1
+        if len(stack) % 2:
+            return ordered[last // 2]
+        lower, upper = (ordered[at].to(wide) for at in (last // 2, last - last // 2))
+        return (lower / 2 + upper / 2).to(stack.dtype)  # the sum could overflow
     weights = stack.new_ones(len(stack)) if weights is None else weights
     weights = weights.to(torch.promote_types(weights.dtype, wide))
     share = (weights / weights.sum(0)).to(wide)

@@ -256,7 +256,9 @@ def rank_gaussian_filter(
     low_to_high = _sort_nine(
         [flat[:, 0, y : y + rows, x : x + cols] for y in range(3) for x in range(3)]
     )
-    # Relative to the window's peak: the squares of 1e-30 or 1e30 overflow float32's range.
+    # At the window's own level: squares of 1e-30 or 1e30, or two of 3e38, leave float32's range.
+    level = level_of(low_to_high[8].reshape(-1, 1)).reshape(low_to_high[8].shape)
+    low_to_high = [plane / level for plane in low_to_high]
     peak = low_to_high[8]
     relative = torch.stack(low_to_high) / torch.where(peak > 0, peak, torch.ones_like(peak))
     mean = relative.mean(0)
@@ -270,7 +272,8 @@ def rank_gaussian_filter(
         weight = nearest ** (d * d)
         total = total + weight * (low_to_high[4 - d] + low_to_high[4 + d])
         norm = norm + 2 * weight
-    return torch.where(mean > 0, total / norm, torch.zeros_like(total)).reshape(maps.shape)
+    filtered = torch.where(mean > 0, total / norm, torch.zeros_like(total))
+    return (filtered * level).reshape(maps.shape)
 
 
 # A sorting network: compare and swap the planes of each pair, in this order.

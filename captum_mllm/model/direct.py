@@ -13,6 +13,7 @@ from captum_mllm.adapters import Adapter, View
 from captum_mllm.adapters.head import head_matrix
 from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.functional import added_to_scores, merge_views, visible_keys
+from captum_mllm.functional.tam import level_of
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.attention import AttentionCall, observed_attention
 from captum_mllm.model.inputs import Sample
@@ -151,8 +152,11 @@ class _Recorder:
         self._bias = None if bias is None or mean_bias is None else bias.float() - mean_bias
         self._norms = _frozen_norms((*self._numbers, adapter.final_norm), weight[:1])
         directions = self._norms[adapter.final_norm].led_back(self._weight)
-        # Of length 1, so that they and their products fit into float16.
-        self._size = directions.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        # Of length 1, so that they and their products fit into float16; squared at their own
+        # level, since float32 ends at the square of 2e19.
+        level = level_of(directions)
+        size = (directions / level).norm(dim=1, keepdim=True) * level
+        self._size = torch.where(size > 0, size, 1.0)
         self._directions = directions / self._size
         self._shared: dict[Any, Any] = {}  # what layers share
         self._layers = LayerSums()

@@ -57,19 +57,20 @@ def evaluating(adapter: Adapter, *, gradients: bool = False) -> Iterator[None]:
 
 @uninterrupted
 def _dtypes_named(adapter: Adapter) -> Iterator[None]:
-    """Say of an error about dtypes that the vision encoder has another than the language model."""
+    """Say of an error about dtypes that a part of the model has another than the language model."""
     try:
         yield
     except RuntimeError as error:
-        tower, decoder = (
+        tower, decoder, head = (
             sorted({str(p.dtype) for p in part.parameters() if p.is_floating_point()})
-            for part in (adapter.tower, adapter.decoder)
+            for part in (adapter.tower, adapter.decoder, adapter.head)
         )
-        if tower == decoder or not ("dtype" in str(error) or "scalar type" in str(error)):
+        part, found = ("vision encoder", tower) if tower != decoder else ("LM head", head)
+        if found == decoder or not ("dtype" in str(error) or "scalar type" in str(error)):
             raise
         raise ArgumentError(
             "model",
-            f"has its vision encoder in {', '.join(tower)} and its language model in "
+            f"has its {part} in {', '.join(found)} and its language model in "
             f"{', '.join(decoder)}, which it can't run ({error}). Bring both to one: "
             f"model.to(torch.float32), or load it with one dtype.",
         ) from error

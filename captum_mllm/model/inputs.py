@@ -63,6 +63,7 @@ def read_sample(inputs: Mapping[str, Any], adapter: Adapter) -> Sample:
     adapter.check_inputs(kwargs)
     grids = adapter.grids(kwargs)
     positions = _placeholders(kwargs["input_ids"][0], grids, adapter)
+    _check_runs(positions, grids, adapter)
     prefix = max(int(where[-1]) for where in positions) + 1
     if adapter.whole_prompt:
         prefix = kwargs["input_ids"].shape[1]
@@ -98,6 +99,19 @@ def _placeholders(
             )
         per_kind[kind] = list(where.split(expected))
     return tuple(per_kind[kind].pop(0) for kind in kinds)  # type: ignore[attr-defined]
+
+
+def _check_runs(positions: Sequence[Tensor], grids: Sequence[ImageGrid], adapter: Adapter) -> None:
+    """Raise where text stands between image tokens that belong together."""
+    for where, grid in zip(positions, grids, strict=True):
+        for run in where.split(adapter.runs(grid)):
+            if int(run[-1] - run[0]) + 1 != len(run):
+                raise ArgumentError(
+                    "input_ids",
+                    f"hold other tokens between the {len(run)} image tokens from {int(run[0])} to "
+                    f"{int(run[-1])}, which must stand side by side (padding not counted): pass "
+                    f"what the processor returns.",
+                )
 
 
 def one_sample(
@@ -223,7 +237,29 @@ def _left_padding(kept: dict[str, Tensor], adapter: Adapter) -> int:
             "attention_mask: only left padding is allowed, but zeros follow a one. Set "
             "processor.tokenizer.padding_side = 'left', or don't pad."
         )
+    _check_hidden(ids[0, :padding], adapter)
     return padding
+
+
+def _check_hidden(hidden: Tensor, adapter: Adapter) -> None:
+    """Raise where the attention mask hides what can't be padding.
+
+    Padding repeats one id. Which, a tokenizer may choose otherwise than the model's config, so
+    that several tokens of one id are taken for padding whatever it is.
+    """
+    found = hidden.unique().tolist()
+    text = adapter.config.get_text_config()
+    configs = (adapter.config, text, adapter.model.generation_config)
+    pads = {getattr(config, "pad_token_id", None) for config in configs} - {None}
+    ends = set(adapter.special_ids) - {getattr(text, "bos_token_id", None)}
+    alone = len(hidden) == 1 and pads and not pads.union(ends).intersection(found)
+    if len(found) > 1 or alone:
+        raise ArgumentError(
+            "attention_mask",
+            f"hides the first {len(hidden)} tokens, ids {hidden[:8].tolist()}, which are no "
+            f"padding: without them the prompt is another. Leave them out of input_ids, or set the "
+            f"mask to 1.",
+        )
 
 
 def _looks_token_wise(name: str, value: Tensor, ids: Tensor) -> bool:

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from captum_mllm.adapters import Adapter
 from captum_mllm.adapters.discovered import DiscoveredAdapter
-from captum_mllm.adapters.processors import other_family, pixel_statistics
+from captum_mllm.adapters.processors import (
+    other_family,
+    pixel_statistics,
+    read_preprocessing,
+)
 from captum_mllm.validation import ArgumentError
 
 _ADVICE = (
@@ -62,7 +66,8 @@ def check_pixels(inputs: Mapping[str, Any], processor: Any, adapter: Adapter) ->
 
     That is: a range far beyond theirs (0 .. 255, or normalised twice); steps of 1/255 that belong
     to 0 .. 1 (not normalised) or to the channels in reverse order (BGR). A picture whose channels
-    were exchanged before a processor with one mean for all is not told.
+    were exchanged before a processor with one mean for all is not told. Warn too of another size
+    than the processor gives every picture, where it has one.
 
     Args:
         inputs: the processor's mapping.
@@ -82,8 +87,29 @@ def check_pixels(inputs: Mapping[str, Any], processor: Any, adapter: Adapter) ->
             problem = f"range from {lowest:.3g} to {highest:.3g}, as pixels not normalised do"
     else:
         problem = _problem(pixels, lowest, highest, *statistics)
+    if not adapter.fixed_size:  # else another size is an error where the inputs are read
+        problem = problem or _size_problem(pixels, processor)
     if problem:
         warnings.warn(f"pixel_values {problem}. {_ADVICE}", stacklevel=4)
+
+
+def _size_problem(pixels: Tensor, processor: Any) -> str | None:
+    """Another size than the one to which the processor brings every picture."""
+    if pixels.ndim != 4 or not hasattr(processor, "image_processor"):
+        return None
+    try:
+        made = read_preprocessing(processor)
+    except ValueError:
+        return None
+    size = None if made.whole else made.crop or made.resize
+    if size is None or tuple(pixels.shape[-2:]) == size:
+        return None
+    height, width = pixels.shape[-2:]
+    return (
+        f"are {height} x {width} pixels, but the processor's settings make {size[0]} x {size[1]} "
+        f"of every picture: they are another processor's, or where its settings were changed for "
+        f"this call, maps lie in those pixels and to_image needs geometry="
+    )
 
 
 def _problem(

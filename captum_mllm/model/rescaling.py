@@ -32,7 +32,7 @@ def scaled_inputs(
     """
     if images is None or adapter.from_pictures:
         return adapter.rescale_pixels(sample.kwargs, grids)
-    pictures, settings = _pictures(adapter, processor, sample, images)
+    pictures, settings = checked_pictures(adapter, processor, sample, images)
     return _to_sample(sample, adapter.pixels_from_pictures(pictures, settings, grids))
 
 
@@ -54,7 +54,7 @@ def window_inputs(
     """
     if images is None or adapter.from_pictures:
         return adapter.window_pixels(sample.kwargs, sample.grids, boxes)
-    pictures, settings = _pictures(adapter, processor, sample, images)
+    pictures, settings = checked_pictures(adapter, processor, sample, images)
     cuts = []
     for picture, (left, upper, right, lower) in zip(pictures, boxes, strict=True):
         wide, high = picture.size
@@ -69,10 +69,21 @@ def _to_sample(sample: Sample, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.to(device, sample.kwargs.get(name, x).dtype) for name, x in pixels.items()}
 
 
-def _pictures(
+def checked_pictures(
     adapter: Adapter, processor: Any, sample: Sample, images: Any
 ) -> tuple[list[Any], Any]:
-    """The checked pictures, and the image processor."""
+    """The pictures, compared with the sample's pixels, and the image processor.
+
+    Args:
+        adapter: the model's adapter.
+        processor: the model's processor.
+        sample: the prompt at its own scale.
+        images: original pictures.
+
+    Raises:
+        TypeError: paths instead of pictures.
+        ValueError: no processor, a video, or pictures that are not those of the sample.
+    """
     pictures = as_pictures(images)
     settings = getattr(processor, "image_processor", None)
     if settings is None:
@@ -83,6 +94,13 @@ def _pictures(
         raise ValueError(
             f"images= holds {len(pictures)} pictures, inputs have {len(sample.grids)}."
         )
+    for picture, grid in zip(pictures, sample.grids, strict=True):
+        if grid.picture not in (None, (picture.height, picture.width)):
+            raise ValueError(
+                f"images= holds a picture of {picture.height} x {picture.width} pixels (height x "
+                f"width), but image_sizes say {grid.picture[0]} x {grid.picture[1]}: pass the "
+                f"pictures that inputs were made of."
+            )
     again = adapter.pixels_from_pictures(pictures, settings, sample.grids)["pixel_values"]
     pixels = sample.kwargs["pixel_values"].to(again)
     # Resizing differs a little between ways of resampling; another picture differs much.

@@ -31,6 +31,7 @@ from captum_mllm.model.forward import (
 from captum_mllm.model.generation import generate_answer
 from captum_mllm.model.inputs import Sample, append_answer, read_sample
 from captum_mllm.model.processor_checks import check_processor
+from captum_mllm.model.rescaling import checked_pictures
 from captum_mllm.model.targets import Explain, explained_columns, read_target, text_positions
 from captum_mllm.model.trace import ReleasedCodeDeviations, TokenTrace
 from captum_mllm.model.write_paths import WritePath, write_paths
@@ -45,8 +46,10 @@ class RunOptions(TypedDict, total=False):
         gen_args: keyword arguments of ``generate`` in place of ours (greedy, one beam, no
             repetition penalty, 128 new tokens). Image and video ids are always barred and the
             final end-of-sequence token is not a target.
-        images: the original picture(s). Where a scale other than 1 is wanted, they go through the
-            processor again, instead of the pixel tensor being resized. Needs a processor. A model
+        images: the original picture(s). With a processor, they are compared with the pixels: a
+            grid or size of another picture shows in no tensor's shape. Where a scale other than 1
+            is wanted, they go through the processor again, instead of the pixel tensor being
+            resized, which needs a processor. A model
             without an adapter needs them at the first call for some inputs: its layout is probed.
         allow_irregular: use a probed layout that is irregular too, default False: an error says
             what is irregular.
@@ -156,7 +159,9 @@ class Runner:
                 options.get("images"),
                 allow_irregular=options.get("allow_irregular", False),
             )
-            return self._run(read_sample(inputs, adapter), target, explain, gen_args, top_k, direct)
+            sample = read_sample(inputs, adapter)
+            self._check_pictures(sample, options.get("images"))
+            return self._run(sample, target, explain, gen_args, top_k, direct)
 
     def _run(
         self,
@@ -188,6 +193,13 @@ class Runner:
                 )
             trace, log_probs = self._gather(sample, ids, text, targets, captured, top_k)
         return Run(sample, answer, trace, log_probs[len(text) - len(answer) :], written[0])
+
+    def _check_pictures(self, sample: Sample, images: Any) -> None:
+        """Compare the pictures with the pixels, where both are there: nothing else can tell."""
+        of_stills = not any(grid.steps for grid in sample.grids)
+        known = hasattr(self.processor, "image_processor") and not self.adapter.from_pictures
+        if images is not None and known and of_stills:
+            checked_pictures(self.adapter, self.processor, sample, images)
 
     def _paths(self) -> tuple[WritePath | None, ...]:
         """How each layer's attention writes; says so where some or all have none to read."""

@@ -250,14 +250,19 @@ def test_cells_smaller_than_a_pixel_are_left_out():
 STEPS = {"llava": 48, "qwen2vl": 96, "internvl": 96, "biased": 96}
 
 
+CASES = [
+    (name, scene) for name in MODELS for scene in ((0, 1, 2, 3) if name == "llava" else (0, 3))
+]
+
+
 @pytest.mark.parametrize(
-    "name",
-    [name if name == "llava" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+    ("name", "scene"),
+    [c if c == ("llava", 3) else pytest.param(*c, marks=pytest.mark.slow) for c in CASES],
 )
-def test_integrated_gradients_are_complete_on_the_reference_models(name):
+def test_integrated_gradients_are_complete_on_the_reference_models(name, scene):
     """Attributions of pixels sum to what the picture changes, against a picture of nothing."""
     model, processor = load(name)
-    picture, _ = render_pil(make_scene(3), 112)
+    picture, _ = render_pil(make_scene(scene), 112)
     f = TokenLogProb(model, default_inputs(processor, picture), None, processor, sequence=True)
     attribution, delta = IntegratedGradients(f).attribute(
         f.pixels, n_steps=STEPS[name], internal_batch_size=4, return_convergence_delta=True
@@ -266,5 +271,5 @@ def test_integrated_gradients_are_complete_on_the_reference_models(name):
         change = float(f(f.pixels) - f(f.pixels * 0))
     assert abs(change) > 10
     assert_close(float(delta), float(attribution.sum()) - change, rtol=1e-3, atol=1e-3)
-    assert abs(float(delta)) < 0.03 * abs(change)
+    assert abs(float(delta)) < 0.05 * abs(change)
     assert f.to_image(attribution, picture).shape == (1, picture.height, picture.width)

@@ -72,13 +72,31 @@ def test_calibration_of_large_float32_maps_loses_no_order_that_float32_holds(map
 
 
 @pytest.mark.parametrize("tau", [1.5, "adaptive"])
-@pytest.mark.parametrize("level", [1e-36, 1e-23, 1e19, 1e38])
+@pytest.mark.parametrize("level", [1e-34, 1e-23, 1e19, 1e38])
 def test_calibration_does_not_see_the_level(level, tau):
     maps = sparse(4, 23, seed=3).float() / 10
     found = calibrate(level * maps, tau).double() / level
     assert_close(found, calibrate(maps, tau).double(), rtol=1e-3, atol=1e-3)
     deep = calibrate(1e-200 * maps.double(), tau) * 1e200
     assert_close(deep, calibrate(maps.double(), tau), **TIGHT)
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.5, "adaptive"])
+@pytest.mark.parametrize(
+    ("level", "dtype"),
+    [(1e-30, torch.float32), (1e-18, torch.float32), (1.0, torch.float16), (1.0, torch.bfloat16)],
+)
+def test_calibration_of_a_spike_keeps_the_rest_in_its_dtype(level, dtype, tau):
+    maps = torch.linspace(0, 0.9, 200)[None]
+    maps[0, 7] = 90.0  # without bound the others would fall below what the dtype can hold
+    maps = (level * maps).to(dtype)
+    found = calibrate(maps, tau)
+    assert float(found.min()) > 0
+    assert float(found.max()) == float(maps.max())
+    order = maps[0].argsort(stable=True)
+    assert bool((found[0, order].diff() >= 0).all())
+    if dtype == torch.float32:
+        assert found.unique().numel() == maps.unique().numel()
 
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, float("nan")])

@@ -81,6 +81,12 @@ def test_aggregate_of_half_precision_does_not_overflow(how, n):
     assert torch.equal(aggregate(stack, "mean", weights), stack[0])
 
 
+@pytest.mark.parametrize("how", ["mean", "median"])
+def test_aggregate_of_the_smallest_half_is_not_0(how):
+    stack = torch.full((4, 2, 5), 2.0**-24, dtype=torch.float16)
+    assert torch.equal(aggregate(stack, how), stack[0])
+
+
 def test_aggregate_keeps_the_type_of_the_maps():
     stack = rand(3, 4, dtype=torch.float32)
     weights = torch.ones(3, dtype=torch.float64)

@@ -291,6 +291,16 @@ def test_filter_of_values_60_orders_of_magnitude_apart_is_finite():
     assert_close(filtered, expected.float(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_filter_takes_values_at_the_end_of_the_dtype(dtype):
+    unit = rand(7, 7, dtype=torch.float64)
+    maps = (unit * torch.finfo(dtype).max).to(dtype)
+    filtered = rank_gaussian_filter(maps)
+    expected = formulas.rank_gaussian_filter(maps.double() / torch.finfo(dtype).max)
+    eps = torch.finfo(dtype).eps
+    assert_close(filtered.double() / torch.finfo(dtype).max, expected, rtol=4 * eps, atol=4 * eps)
+
+
 def test_filter_stays_within_each_window():
     maps = randn(6, 6).clamp(min=0)
     padded = F.pad(maps[None, None], (1, 1, 1, 1), mode="reflect")

@@ -387,6 +387,17 @@ def test_half_precision_and_autocast(name):
         assert (other - exact).abs().max() < 0.15 * exact.max()
 
 
+@pytest.mark.parametrize("level", [1e-33, 1e-23, 1e19, 1e20, 1e33])
+def test_the_level_of_the_head_only_scales_what_is_written(level):
+    subject = family("Llava")
+    inputs = subject.encode()
+    expected = DirectLogitAttribution(subject.model).attribute(inputs, subject.answer).grid_attr[0]
+    with torch.no_grad():
+        subject.model.get_output_embeddings().weight.mul_(level)
+    got = DirectLogitAttribution(subject.model).attribute(inputs, subject.answer).grid_attr[0]
+    near(got.double() / level, expected.double())
+
+
 def test_flex_attention_is_refused_at_once():
     kin = family("Llava")
     config = find_adapter(kin.model).decoder.config

@@ -299,9 +299,12 @@ def test_original_pictures_that_the_processor_treats_otherwise(model, processor,
         images=picture, text="USER: <image> what", return_tensors="pt", do_center_crop=False,
         size={"height": 8, "width": 24},
     )  # fmt: skip
-    with raises(
-        ValueError, "images= through the processor's settings are not the pixels of inputs",
-        "Leave images out",
+    with (
+        raises(
+            ValueError, "images= through the processor's settings are not the pixels of inputs",
+            "Leave images out",
+        ),
+        pytest.warns(UserWarning, match=r"pixel_values are 8 x 24 pixels, but .* make 16 x 16"),
     ):  # fmt: skip
         MSEA(model, processor, scales=(1.0, 2.0)).attribute(wide, answer, images=picture)
 

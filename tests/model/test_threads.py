@@ -14,6 +14,13 @@ from captum_mllm.adapters.hooks import Snapshot, one_thread, unchanged
 from captum_mllm.methods import explain
 from captum_mllm.methods.controls import shuffled_copy
 from tests.oracle.families import family
+from tests.oracle.tiny import tiny_llava
+
+
+@pytest.fixture
+def model():
+    """One that no other test has run: transformers leaves hooks of its own in a model."""
+    return tiny_llava()
 
 
 @pytest.fixture
