@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ _REPORT = ("index.html", "table.txt", "words.json")
 
 
 @contextmanager
-def filled_folder(folder: Path) -> Iterator[Path]:
+def filled_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder whose files move to ``folder`` if nothing failed.
 
     Other files in ``folder`` stay; an earlier report there is removed, so that two answers don't
@@ -147,12 +147,14 @@ def filled_folder(folder: Path) -> Iterator[Path]:
 
     Args:
         folder: where the files are to appear; created if missing.
+        force: replace files of the same names that no report of ours wrote, default False.
 
     Yields:
         A temporary folder next to it.
 
     Raises:
-        FileExistsError: ``folder`` (or a folder above it) is a file.
+        FileExistsError: ``folder`` (or a folder above it) is a file, or it holds files of these
+            names that are not ours.
 
     Example:
         >>> target = Path(tempfile.mkdtemp()) / "report"
@@ -167,6 +169,7 @@ def filled_folder(folder: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}-", dir=folder.parent))
     try:
         yield partial
+        check_foreign(folder, [path.name for path in partial.iterdir()], force=force)
         folder.mkdir(exist_ok=True)
         _remove_earlier(folder)
         for path in sorted(partial.rglob("*")):
@@ -198,13 +201,35 @@ def check_folder(folder: Path) -> None:
             raise PermissionError(f"{str(path)!r} is not writable")
 
 
-def _remove_earlier(folder: Path) -> None:
-    """Remove an earlier report of captum_mllm, and nothing else."""
+def check_foreign(folder: Path, names: Iterable[str] = _REPORT, *, force: bool = False) -> None:
+    """Raise if files would be replaced that no report of ours wrote.
+
+    Args:
+        folder: the folder to write to; it need not exist.
+        names: of the files to be written, default those of a report.
+        force: whether the user wants it, default False.
+
+    Raises:
+        FileExistsError: there are such files; the message names them.
+    """
+    theirs = [name for name in names if (folder / name).exists()]
+    if theirs and not force and not _holds_report(folder):
+        raise FileExistsError(
+            f"{str(folder)!r} holds {', '.join(sorted(theirs))}, which no report of captum_mllm "
+            f"wrote"
+        )
+
+
+def _holds_report(folder: Path) -> bool:
     try:
         head = json.loads((folder / "words.json").read_text(encoding="utf-8"))
-        ours = head["written_by"] == "captum_mllm"
+        return head["written_by"] == "captum_mllm"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return
-    if ours:
+        return False
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Remove an earlier report of captum_mllm, and nothing else."""
+    if _holds_report(folder):
         for name in _REPORT:
             (folder / name).unlink(missing_ok=True)

@@ -73,6 +73,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--demo", action="store_true",
         help="explain a held-out scene of the shipped model; takes no --image")  # fmt: skip
     add_out(parser)
+    add("--force", action="store_true",
+        help="replace files in --out that no report of captum-mllm wrote")  # fmt: skip
     add("--target", type=text, metavar="TEXT",
         help="explain this answer instead of the model's own")  # fmt: skip
     add_model(parser)
@@ -135,6 +137,7 @@ def run(args: argparse.Namespace) -> None:
     options = _options(args)
     _check_compared(args.compare)
     check_out(args.out)
+    _check_foreign(args)
     if args.demo:
         picture, prompt = demo_scene()
         pictures, changed = [picture], []
@@ -151,6 +154,17 @@ def run(args: argparse.Namespace) -> None:
     results = _attribute(args, model, processor, inputs, pictures, options)
     print_progress("drawing ...")
     _write(args, results, pictures, prompt, notes, _facts(args, model, options))
+
+
+def _check_foreign(args: argparse.Namespace) -> None:
+    from captum_mllm.files import check_foreign
+
+    try:
+        check_foreign(args.out, force=args.force)
+    except FileExistsError as error:
+        raise UsageError(
+            f"argument --out: {error}; name another folder, or add --force to replace them"
+        ) from error
 
 
 def _check_compared(names: Sequence[str]) -> None:
@@ -278,7 +292,7 @@ def _write(
     titles = [shown_name(path) for path in args.image or ()]
     result = results[args.method]
     try:
-        with filled_folder(args.out) as folder:
+        with filled_folder(args.out, force=args.force) as folder:
             contents = write_report(
                 folder, results, pictures, prompt=prompt, notes=notes, titles=titles, facts=facts
             )

@@ -518,6 +518,21 @@ def test_package_that_a_processor_needs_is_named(monkeypatch, tmp_path):
         loading._without_torchvision(str(tmp_path), AttributeError("no video_processor"))
 
 
+def test_foreign_files_are_kept(base, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "index.html").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load_model", None)  # noticed before the work
+        line = failing(capsys, base)
+    assert "holds index.html, which no report of captum_mllm wrote" in line
+    assert "--force" in line
+    assert (out / "index.html").read_text() == "mine"
+    assert run({**base, "--target": "a dog"}, "--force") == 0
+    assert run({**base, "--target": "a dog"}) == 0
+    assert "mine" not in (out / "index.html").read_text("utf-8")[:100]
+
+
 def test_methods_to_compare_are_checked_first(base, tmp_path, capsys):
     line = failing(capsys, {**base, "--compare": "lens,nonsense"})
     assert "argument --compare: method must be one of lens" in line

@@ -418,12 +418,21 @@ def test_a_second_report_replaces_the_first_and_nothing_else(result, wide, tmp_p
     assert "zebra" not in (out / "index.html").read_text(encoding="utf-8")
 
 
-def test_files_in_a_folder_that_is_not_ours_stay(tmp_path):
+def test_files_that_are_not_ours_are_replaced_by_force_only(tmp_path):
+    def fill(**options):
+        with filled_folder(tmp_path, **options) as folder:
+            (folder / "table.txt").write_text("a")
+            (folder / "words.json").write_text('{"written_by": "captum_mllm"}')
+
     (tmp_path / "table.txt").write_bytes(b"mine")
     (tmp_path / "words.json").write_text('{"written_by": "someone else"}')
-    with filled_folder(tmp_path) as folder:
-        (folder / "a.txt").write_text("a")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "table.txt", "words.json"]
+    with pytest.raises(FileExistsError, match=r"holds table.txt, words.json, which no report"):
+        fill()
+    assert (tmp_path / "table.txt").read_bytes() == b"mine"
+    assert len(list(tmp_path.iterdir())) == 2
+    fill(force=True)
+    fill()  # now the earlier one is ours
+    assert (tmp_path / "table.txt").read_text() == "a"
 
 
 def test_a_file_is_no_folder(tmp_path):
