@@ -13,7 +13,6 @@ from captum_mllm.adapters import Adapter, View
 from captum_mllm.adapters.head import head_matrix
 from captum_mllm.adapters.interrupts import uninterrupted
 from captum_mllm.functional import added_to_scores, merge_views, visible_keys
-from captum_mllm.functional.tam import level_of
 from captum_mllm.geometry import ImageGrid
 from captum_mllm.model.attention import AttentionCall, observed_attention
 from captum_mllm.model.inputs import Sample
@@ -154,10 +153,10 @@ class _Recorder:
         directions = self._norms[adapter.final_norm].led_back(self._weight)
         # Of length 1, so that they and their products fit into float16; squared at their own
         # level, since float32 ends at the square of 2e19.
-        level = level_of(directions)
-        size = (directions / level).norm(dim=1, keepdim=True) * level
-        self._size = torch.where(size > 0, size, 1.0)
-        self._directions = directions / self._size
+        level = directions.norm(torch.inf, 1, keepdim=True).clamp(min=1e-37)
+        directions = directions / level
+        length = directions.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        self._size, self._directions = level * length, directions / length
         self._shared: dict[Any, Any] = {}  # what layers share
         self._layers = LayerSums()
         self._norm_errors: list[tuple[str, Tensor, bool]] = []
