@@ -72,7 +72,7 @@ def read_picture(path: Path, max_pixels: int | None = None) -> tuple["Image", li
 
     notes = []
     with decoding(path, max_pixels) as opened:
-        if getattr(opened, "is_animated", False):
+        if getattr(opened, "is_animated", False) and opened.format != "MPO":  # a photo's preview
             notes.append(f"{shown_name(path)} holds several frames; the first one is taken.")
         if opened.mode.startswith(_DEEP):
             low, high = _value_range(opened.mode, np.asarray(opened))
@@ -132,7 +132,11 @@ def decoding(
         raise ValueError(
             f"{name} is not a picture that Pillow can read; convert it to PNG or JPEG"
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:  # a decoder raises anything on damaged data
+        if isinstance(error, OSError) and error.errno is not None:  # of the system
+            raise ValueError(f"{name} can't be opened: {error.strerror}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} is a broken picture ({reason}); save it again") from error
 

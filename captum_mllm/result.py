@@ -26,7 +26,7 @@ from captum_mllm.geometry import (
 )
 from captum_mllm.pictures import to_eight_bits
 from captum_mllm.result_file import pack_result, unpack_result
-from captum_mllm.validation import ArgumentError, picture_size
+from captum_mllm.validation import ArgumentError, as_index, picture_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,6 +117,17 @@ class MLLMAttributionResult:
         from captum_mllm.visualization.reading import phrase_of
 
         return phrase_of(self, key)
+
+    def __contains__(self, key: "Key") -> bool:
+        """Whether the answer has a word or phrase: ``"dog" in result``.
+
+        Args:
+            key: as for ``result[key]``.
+        """
+        try:
+            return bool(self[key].words)
+        except (KeyError, IndexError):
+            return False
 
     def at(
         self,
@@ -216,11 +227,11 @@ class MLLMAttributionResult:
             IndexError: no such target or image.
         """
         grid, maps = self._image(image)
-        if isinstance(target, int):
-            row = self._target(target)
+        if (index := as_index(target)) is not None:
+            row = self._target(index)
             maps = maps[row : row + 1]
         else:
-            maps = self[target].grid_attr[image][None]
+            maps = self[target].grid_attr[image][None]  # type: ignore[index]
         return upsample(maps, (grid.height, grid.width))[0]
 
     def to_image(

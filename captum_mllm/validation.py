@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from math import isfinite
 from numbers import Integral, Real
+from operator import index
 from typing import Any
 
 MAX_SCALE = 16.0
@@ -142,3 +143,21 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ArgumentError(name, f"must be one of {', '.join(choices)}, got {value!r}.")
     return value
+
+
+def as_index(value: Any) -> int | None:
+    """A whole number of Python, NumPy or torch as an int; None for anything else, bool too.
+
+    Args:
+        value: anything.
+
+    Example:
+        >>> as_index(3), as_index(True), as_index("3"), as_index(3.0)
+        (3, None, None, None)
+    """
+    if isinstance(value, bool):
+        return None
+    try:
+        return index(value)
+    except TypeError:
+        return None

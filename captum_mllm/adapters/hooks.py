@@ -129,8 +129,10 @@ def unchanged(model: nn.Module) -> Iterator["Snapshot"]:
         try:
             yield kept
         finally:
-            kept.restore()
-            del _KEPT[id(model)]
+            try:
+                kept.restore()
+            finally:
+                del _KEPT[id(model)]
 
 
 class Snapshot:

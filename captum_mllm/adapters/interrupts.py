@@ -26,6 +26,7 @@ _NAMES = ("SIGINT", "SIGALRM", "SIGTERM")
 _NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 _USERS: dict[int, Callable[[int, FrameType | None], Any]] = {}  # in whose place ours stands
+_BEFORE: dict[int, Callable[[int, FrameType | None], Any]] = {}  # the last of them, kept
 _WAITING: dict[int, None] = {}  # numbers of signals that came while a model was set up or put back
 
 
@@ -128,9 +129,14 @@ def _take_place() -> None:
     _WAITING.clear()  # what waited while another interrupt was passed on, which counts for both
     for number in _NUMBERS:
         handler = signal.getsignal(number)
+        handler = _BEFORE.get(number) if handler is _receive else handler
         if callable(handler):
-            _USERS[number] = handler
-            signal.signal(number, _receive)
+            _USERS[number] = _BEFORE[number] = handler
+            try:
+                signal.signal(number, _receive)
+            except ValueError:  # Python's main thread is not the process's: no signal reaches us
+                _USERS.clear()
+                return
 
 
 def _give_back(numbers: list[int]) -> None:
@@ -149,8 +155,8 @@ def _receive(number: int, frame: FrameType | None) -> None:
     """Our handler."""
     if _is_busy(frame):
         _WAITING[number] = None
-    else:
-        _users_handler(number)(number, frame)
+    else:  # where somebody kept ours beyond its context: what stood there before
+        (_USERS.get(number) or _BEFORE[number])(number, frame)
 
 
 def _is_busy(frame: FrameType | None) -> bool:
@@ -174,5 +180,7 @@ def _pass_on(caller: FrameType | None) -> None:
 
 
 def _users_handler(number: int) -> Callable[[int, FrameType | None], Any]:
-    handler = _USERS.get(number) or signal.getsignal(number)
+    handler: Any = _USERS.get(number) or signal.getsignal(number)
+    if handler is _receive:  # somebody kept ours beyond its context, as pdb does
+        handler = _BEFORE.get(number)
     return handler if callable(handler) else signal.default_int_handler

@@ -58,7 +58,7 @@ class SampleLog:
         self.set_aside: Counter[str] = Counter()
         data = path.read_bytes() if path.exists() else b""
         whole = data.endswith(b"\n") or not data
-        lines = data.split(b"\n")[: -1 if whole else None]
+        lines = [line.removesuffix(b"\r") for line in data.split(b"\n")[: -1 if whole else None]]
         bad = []
         for number, line in enumerate(lines, 1):
             record = _opened(line) if whole or number < len(lines) else None

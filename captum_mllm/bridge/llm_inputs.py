@@ -64,7 +64,8 @@ def image_input(
     if not callable(processor):
         raise TypeError(f"processor must be the model's processor, got {type(processor).__name__}.")
     encode: Any = processor
-    perturbed = to_eight_bits(all_pictures[image]).convert("RGB")  # captum paints three channels
+    all_pictures = [to_eight_bits(picture) for picture in all_pictures]
+    perturbed = all_pictures[image].convert("RGB")  # captum paints three channels
     mask = None if mask is None else torch.as_tensor(mask)
     if mask is not None and tuple(mask.shape) != (perturbed.height, perturbed.width):
         raise ValueError(

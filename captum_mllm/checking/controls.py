@@ -14,7 +14,7 @@ from captum_mllm.methods import explain
 from captum_mllm.methods.controls import cascading_copies, centre_map
 from captum_mllm.metrics import insertion_deletion
 from captum_mllm.visualization import overlay
-from captum_mllm.words import group_words, marks_spaces, token_labels
+from captum_mllm.words import group_words, token_labels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -163,7 +163,7 @@ def _sensitive_tokens(subject: Subject) -> list[int]:
     run = subject.run_of(blurred)
     drop = subject.run.answer_log_probs.exp() - run.answer_log_probs.exp()
     labels = token_labels(subject.answer.tolist(), subject.runner.tokenizer)
-    words = group_words(labels, marks_spaces(labels))
+    words = group_words(labels)
     content = [token for word in words if word.content for token in word.tokens]
     content.sort(key=lambda token: -float(drop[token]))
     chosen = sorted(token for token in content[:TOKENS] if float(drop[token]) > SENSITIVE)

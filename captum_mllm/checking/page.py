@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from captum_mllm.pictures import to_eight_bits
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -57,7 +59,7 @@ def _figures(figures: Mapping[str, Any]) -> str:
 
 
 def _data_url(picture: "Image") -> str:
-    small = picture.convert("RGB")
+    small = to_eight_bits(picture).convert("RGB")
     small.thumbnail((SIDE, SIDE))
     stream = io.BytesIO()
     small.save(stream, "PNG")

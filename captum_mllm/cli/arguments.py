@@ -29,7 +29,7 @@ class UsageError(Exception):
 
 
 class WriteError(Exception):
-    """Results that can't be written, e.g. as the disk is full: one line, exit code 1."""
+    """Results that can't be written, e.g. because the disk is full: one line, exit code 1."""
 
 
 def usage_error(error: Exception, flags: Sequence[str], otherwise: str) -> UsageError:

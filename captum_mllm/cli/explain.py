@@ -264,8 +264,9 @@ def _attribute(
         print_progress(f"comparing with {name} ...")
         try:
             results[name] = explain(name, model, processor, inputs, first.output_ids)
-        except ValueError as error:
-            raise UsageError(f"argument --compare: {error}") from error
+        except (ValueError, RuntimeError) as error:  # the answer is explained: don't lose that
+            line = " ".join(str(error).split())
+            print_progress(f"{name} is left out of the comparison: {line}")
     return results
 
 
@@ -302,7 +303,8 @@ def _write(
         raise WriteError(
             f"{args.out} can't be written ({error}); make room, or name another --out"
         ) from error
-    table = answer_table(result, pictures, titles)
+    some = any(word.content for word in contents.words)
+    table = answer_table(result, pictures, titles, content_only=some)
     answer = f"prompt: {prompt}\nanswer: {answer_text(result)}\n\n{table}\n"
     print(printable(answer, sys.stdout))
     if any(picture.assumed for picture in contents.pictures):

@@ -250,7 +250,8 @@ def _check_hidden(hidden: Tensor, adapter: Adapter) -> None:
     found = hidden.unique().tolist()
     text = adapter.config.get_text_config()
     configs = (adapter.config, text, adapter.model.generation_config)
-    pads = {getattr(config, "pad_token_id", None) for config in configs} - {None}
+    # Not by getattr: of a composite config, transformers calls that deprecated.
+    pads = {vars(config).get("pad_token_id") for config in configs if config is not None} - {None}
     ends = set(adapter.special_ids) - {getattr(text, "bos_token_id", None)}
     alone = len(hidden) == 1 and pads and not pads.union(ends).intersection(found)
     if len(found) > 1 or alone:

@@ -1,6 +1,7 @@
 """Load a model and its processor from a checkpoint, and turn a prompt into inputs."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ _CODE = (
 )
 
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+
+_OBJECT = re.compile(r"config\.json$|^(tokenizer|special_tokens_map)\.json$|\.index\.json$")
 
 _LONGEST = 500  # characters of another library's message
 
@@ -131,7 +134,8 @@ def _damaged(folder: Path) -> str | None:
     for path in sorted(folder.iterdir()):
         try:
             if path.suffix == ".json":
-                if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if _OBJECT.search(path.name) and not isinstance(content, dict):
                     raise ValueError("it must hold an object")
             elif path.suffix == ".safetensors":
                 from safetensors import safe_open
@@ -288,12 +292,16 @@ def prepare_inputs(processor: Any, pictures: "Sequence[Image]", prompt: str) -> 
 def _full_prompt(processor: Any, count: int, prompt: str) -> tuple[str, str]:
     """The prompt with a placeholder for each of ``count`` pictures, and what was assumed."""
     token = image_token(processor)
-    if token and token in prompt:
-        if prompt.count(token) != count:
+    # Of Gemma 3 the processor expands the token that begins an image, of its kin the other one.
+    tokens = {token, getattr(processor, "image_token", None)} - {None, ""}
+    held = {name: prompt.count(name) for name in tokens if name in prompt}
+    if held:
+        if count not in held.values():
+            name, most = max(held.items(), key=lambda pair: pair[1])
             raise ArgumentError(
                 "prompt",
-                f"holds {prompt.count(token)} image tokens ({token!r}) for {count} picture(s); "
-                f"write one for each picture, or none at all.",
+                f"holds {most} image tokens ({name!r}) for {count} picture(s); write one for each "
+                f"picture, or none at all.",
             )
         return prompt, "Assumed: the prompt holds the image token, so it is used as it is."
     if getattr(processor, "chat_template", None):
@@ -306,7 +314,7 @@ def _full_prompt(processor: Any, count: int, prompt: str) -> tuple[str, str]:
             raise ArgumentError(
                 "processor", f"has a chat template that fails: {_one_line(error)}"
             ) from error
-        if token and text.count(token) != count:
+        if tokens and all(text.count(name) != count for name in tokens):
             raise ArgumentError(
                 "processor",
                 f"has a chat template that gives {text.count(token)} image tokens ({token!r}) for "

@@ -79,7 +79,7 @@ def check_pixels(inputs: Mapping[str, Any], processor: Any, adapter: Adapter) ->
         return
     if pixels.is_meta or not torch.isfinite(pixels).all():  # refused where the inputs are read
         return
-    statistics = pixel_statistics(processor)
+    statistics, pixels = pixel_statistics(processor), pixels.detach()
     lowest, highest = (float(extreme) for extreme in pixels.aminmax())
     if statistics is None:
         problem = None

@@ -49,8 +49,8 @@ class RunOptions(TypedDict, total=False):
         images: the original picture(s). With a processor, they are compared with the pixels: a
             grid or size of another picture shows in no tensor's shape. Where a scale other than 1
             is wanted, they go through the processor again, instead of the pixel tensor being
-            resized, which needs a processor. A model
-            without an adapter needs them at the first call for some inputs: its layout is probed.
+            resized, which needs a processor. A model without an adapter needs them at the first
+            call for some inputs: its layout is probed.
         allow_irregular: use a probed layout that is irregular too, default False: an error says
             what is irregular.
         show_progress: progress bar over the scales, default False.

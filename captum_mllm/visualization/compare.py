@@ -75,7 +75,7 @@ def compare(
         if result.grids[image].steps:
             raise ArgumentError("image", f"{image} is a video; plot its frames one by one.")
         heats.append(heat_of(result, chosen_rows(result, word), image, picture))
-    top = max(float(heat.max()) for heat in heats) or 1.0
+    top = max(0.0, *(float(heat.max()) for heat in heats)) or 1.0
     across = min(len(heats), _ACROSS)
     down = -(-len(heats) // across)
     fig = new_figure((3.0 * across + 0.8, 3.2 * down), show)

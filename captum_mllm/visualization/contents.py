@@ -1,11 +1,12 @@
 """What a page holds: words, pictures, and the maps of one or several methods, in 8 bits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from captum_mllm.pictures import to_eight_bits
 from captum_mllm.validation import ArgumentError
 from captum_mllm.visualization.atlas import Atlas, grey_png, make_atlas, to_levels
 from captum_mllm.visualization.summary import (
@@ -28,8 +29,6 @@ UNSURE = 0.5
 
 FRAMES = 8
 """Frames of a video in a page, at most; evenly spaced."""
-
-Pictures = "Sequence[Image | Sequence[Image]]"
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,8 @@ class PageMethod:
         text_top: largest attribution of a word to a word.
         atlases: one per picture.
         text: (words, context words) as a grey picture of 8 bits, 255 for ``text_top``; "" without.
-        peaks: per word, the picture that supports it most, the value there and where (or None).
+        peaks: per word, the picture of the page that supports it most, the largest value (of all
+            frames of a video) and where that is; None where it is near zero.
     """
 
     name: str
@@ -108,6 +108,9 @@ class Contents:
         first: how many words of ``context`` belong to the prompt.
         pictures: pictures and frames.
         methods: the first one is shown first.
+        whole: whether every token of the answer is explained; if not, the words before ``first``
+            are those of the whole text.
+        notes: sentences on what the page leaves out.
     """
 
     prompt: str
@@ -115,7 +118,9 @@ class Contents:
     context: tuple[PageWord, ...]
     first: int
     pictures: tuple[PagePicture, ...]
-    methods: tuple[PageMethod, ...] = field(default=())
+    methods: tuple[PageMethod, ...]
+    whole: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def words(self) -> tuple[PageWord, ...]:
@@ -135,6 +140,7 @@ class Contents:
             "context": [asdict(word) for word in self.context],
             "pictures": pictures,
             "methods": [asdict(method) for method in self.methods],
+            "whole": self.whole,
         }
 
 
@@ -150,7 +156,7 @@ def contents_of(
     Args:
         results: name of a method -> its result; all of the same answer. The first is shown first.
         pictures: the original pictures in order; of a video the list of its frames, as the model
-            was given them.
+            was given them (of a single video the flat list will do).
         prompt: the user's text. Words of the model's template around it are told apart by it.
         titles: a caption per picture, default "picture 1", ...
 
@@ -180,6 +186,8 @@ def contents_of(
     first = next(iter(results.values()))
     for name, result in results.items():
         _check_same(name, result, first)
+    if len(first.grids) == 1 < len(pictures) and first.grids[0].steps:
+        pictures = [pictures]  # type: ignore[list-item]
     if len(pictures) != len(first.grids):
         raise ArgumentError(
             "pictures",
@@ -195,25 +203,25 @@ def contents_of(
         for name, result in results.items()
     }
     shown = next(iter(summaries.values()))
-    context, count = _context(first, shown[0], prompt)
+    context, count, whole = _context(first, shown[0], prompt)
     return Contents(
         prompt,
         answer_text(first),
         context,
         count,
+        tuple(_picture(view, summary) for view, summary in zip(views, shown, strict=True)),
         tuple(
-            PagePicture(
-                view.title,
-                view.image.width,
-                view.image.height,
-                summary.geometry.box,
-                summary.assumed,
-                view.image,
-            )
-            for view, summary in zip(views, shown, strict=True)
+            _method(results[name], name, views, summaries[name], len(context)) for name in results
         ),
-        tuple(_method(name, results[name], summaries[name]) for name in results),
+        whole,
+        tuple(_left_out(first, views)),
     )
+
+
+def _picture(view: "_View", summary: AnswerSummary) -> PagePicture:
+    width, height = view.image.size
+    box = summary.geometry.box
+    return PagePicture(view.title, width, height, box, summary.assumed, view.image)
 
 
 def _check_same(name: str, result: ResultLike, first: ResultLike) -> None:
@@ -224,8 +232,8 @@ def _check_same(name: str, result: ResultLike, first: ResultLike) -> None:
             f"must explain one answer to one prompt, but {name!r} explains "
             f"{answer_text(result)!r} and the first one {answer_text(first)!r}.",
         )
-    if not result.output_tokens:
-        raise ArgumentError("results", f"{name!r} explains no token.")
+    if not answer_words(result):
+        raise ArgumentError("results", f"{name!r} explains no word.")
 
 
 @dataclass(frozen=True)
@@ -247,7 +255,7 @@ def _views(
         if not grid.steps:
             if isinstance(picture, Sequence):
                 raise ArgumentError("pictures", f"{number} must be one picture, got several.")
-            views.append(_View(title, picture.convert("RGB"), number, None))
+            views.append(_View(title, to_eight_bits(picture).convert("RGB"), number, None))
             continue
         if not isinstance(picture, Sequence) or not 0 < len(picture) <= grid.frames:
             raise ArgumentError(
@@ -257,25 +265,40 @@ def _views(
         count = min(FRAMES, grid.steps)
         steps = torch.linspace(0, grid.steps - 1, count).round().long().tolist()
         for frame in (step * (grid.frames // grid.steps) for step in steps):
-            image = picture[min(frame, len(picture) - 1)].convert("RGB")
+            image = to_eight_bits(picture[min(frame, len(picture) - 1)]).convert("RGB")
             views.append(_View(f"{title}, frame {frame}", image, number, frame))
     return views
 
 
+def _left_out(result: ResultLike, views: Sequence[_View]) -> list[str]:
+    """What the page does not show of videos."""
+    frames = {
+        number: (sum(view.number == number for view in views), grid.frames)
+        for number, grid in enumerate(result.grids)
+        if grid.steps
+    }
+    return [
+        f"{shown} of {every} frames are shown; the table and the full colour are of all of them."
+        for shown, every in frames.values()
+        if shown < every
+    ]
+
+
 def _context(
     result: ResultLike, summary: AnswerSummary, prompt: str
-) -> tuple[tuple[PageWord, ...], int]:
-    """The words of prompt and answer, and how many are the prompt's."""
+) -> tuple[tuple[PageWord, ...], int, bool]:
+    """The words of prompt and answer, how many are the prompt's, and if all are explained."""
     labels = list(result.input_tokens)
     rows = len(result.output_tokens)
     start = len(labels) - rows
     answer = [entry.word for entry in summary.words]
-    if start >= 0 and tuple(labels[start:]) == tuple(result.output_tokens):
+    whole = start >= 0 and tuple(labels[start:]) == tuple(result.output_tokens)
+    if whole:
         before = summary.context[: len(summary.context) - len(answer)]
         labels_before = labels[:start]
-    else:  # only some tokens are explained
+    else:  # only some tokens are explained: the rest of the answer is among the text
         before, labels_before = summary.context, labels
-    asked = _asked(labels_before, prompt)
+    asked = _asked(labels_before, prompt) if whole else set()
     parts = ["prompt" if set(word.tokens) & asked or not asked else "template" for word in before]
     gaps = [*_gaps(labels_before, before), *_gaps(list(result.output_tokens), answer)]
     probabilities = [None] * len(before) + [entry.probability for entry in summary.words]
@@ -289,7 +312,7 @@ def _context(
             strict=True,
         )
     )
-    return words, len(before)
+    return words, len(before), whole
 
 
 def _asked(labels: Sequence[str], prompt: str) -> set[int]:
@@ -314,10 +337,20 @@ def _gaps(labels: Sequence[str], words: Sequence[Word]) -> list[str]:
     return gaps
 
 
-def _method(name: str, result: ResultLike, summaries: Sequence[AnswerSummary]) -> PageMethod:
-    top = max(summary.vmax for summary in summaries)
-    context = summaries[0].context_attr
-    text_top = max(float(context.max()), 0.0) if context.numel() else 0.0
+def _method(
+    result: ResultLike,
+    name: str,
+    views: Sequence[_View],
+    summaries: Sequence[AnswerSummary],
+    columns: int,
+) -> PageMethod:
+    """The evidence of one method; ``summaries`` are of the views, ``columns`` words of context."""
+    sizes = {view.number: (view.image.height, view.image.width) for view in views}
+    every = [summarise(result, size, number) for number, size in sizes.items()]  # all frames
+    top = max(summary.vmax for summary in every)
+    text = summaries[0].context_attr
+    text = torch.nn.functional.pad(text, (0, columns - text.shape[1]))
+    text_top = max(float(text.max()), 0.0) if text.numel() else 0.0
     scales = ", ".join(f"{scale:.3g}" for scale in result.scales)
     return PageMethod(
         name,
@@ -326,16 +359,25 @@ def _method(name: str, result: ResultLike, summaries: Sequence[AnswerSummary]) -
         top,
         text_top,
         tuple(make_atlas(summary.grid_maps, top) for summary in summaries),
-        grey_png(to_levels(context, text_top)) if text_top > 0 else "",
-        tuple(_peak(summaries, n, top) for n in range(len(answer_words(result)))),
+        grey_png(to_levels(text, text_top)) if text_top > 0 else "",
+        tuple(_peak(n, every, views, summaries) for n in range(len(text))),
     )
 
 
 def _peak(
-    summaries: Sequence[AnswerSummary], word: int, top: float
+    word: int,
+    every: Sequence[AnswerSummary],
+    views: Sequence[_View],
+    summaries: Sequence[AnswerSummary],
 ) -> tuple[int, float, str] | None:
     """Where one word has most evidence; None where that is near zero everywhere."""
-    entries = [summary.words[word] for summary in summaries]
+    top = max(summary.vmax for summary in every)
+    entries = [summary.words[word] for summary in every]
     peaks = [(entry.peak.value, -n, entry.where) for n, entry in enumerate(entries) if entry.peak]
-    value, number, where = max(peaks, default=(0.0, 0, ""))
-    return None if value < NEAR_ZERO * top or value <= 0 else (-number, value, where)
+    value, image, where = max(peaks, default=(0.0, 0, ""))
+    if value < NEAR_ZERO * top or value <= 0:
+        return None
+    own = [n for n, view in enumerate(views) if view.number == -image]
+    shown = max(own, key=lambda n: float(summaries[n].grid_maps[word].max()))
+    title = views[own[0]].title.split(", frame ")[0]
+    return shown, value, f"{title}: {where}" if len(every) > 1 else where

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import maps_to_picture
-from captum_mllm.validation import ArgumentError
+from captum_mllm.validation import ArgumentError, as_index
 from captum_mllm.visualization.canvas import (
     canvas_of,
     finish,
@@ -142,8 +142,8 @@ def chosen_rows(result: ResultLike, position: TokenKey | None) -> list[int]:
         return list(range(count))
     if isinstance(position, str) or (isinstance(position, tuple) and isinstance(position[0], str)):
         return list(phrase_of(result, position).rows)  # type: ignore[arg-type]
-    if isinstance(position, int):
-        return [position]  # select checks it
+    if (row := as_index(position)) is not None:
+        return [row]  # select checks it
     first, end = position  # type: ignore[misc]
     rows = list(range(*slice(first, end).indices(count)))
     if not rows or end > count:

@@ -31,7 +31,7 @@ async function pixels(source) {
   const pen = canvas.getContext("2d", { willReadFrequently: true });
   pen.drawImage(image, 0, 0);
   const { data, width } = pen.getImageData(0, 0, canvas.width, canvas.height);
-  return { at: (x, y) => data[4 * (y * width + x)], width, height: canvas.height };
+  return { at: (x, y) => (x < width ? data[4 * (y * width + x)] : 0) };
 }
 
 // levels[method][picture][word]: one value per cell
@@ -218,8 +218,11 @@ function choose(p, a, b) {
 
 function listen(svg, p) {
   svg.setAttribute("tabindex", "0");
+  svg.setAttribute("role", "application"); // so that screen readers leave the arrow keys to it
+  svg.setAttribute("aria-label", `${svg.getAttribute("aria-label")}. Arrow keys choose a place.`);
   let start = null;
   svg.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
     start = spot(svg, event);
     svg.setPointerCapture(event.pointerId);
   });
@@ -239,7 +242,6 @@ function listen(svg, p) {
     const now = state.region && state.region.p === p ? state.region.box : [width / 2, height / 2];
     const next = [0, 1].map((axis) => Math.min(Math.max(now[axis] + move[axis] * step[axis], 0), [width, height][axis]));
     choose(p, next, next);
-    $("views").querySelector(`svg[data-picture="${p}"]`).focus();
   });
 }
 
@@ -263,7 +265,10 @@ function drawStage() {
       figure.append(svg, caption);
       figures.push(figure);
     });
+  const drawn = () => [...$("views").querySelectorAll("svg[data-picture]")];
+  const focused = drawn().indexOf(document.activeElement);
   $("views").replaceChildren(...figures);
+  if (focused >= 0) drawn()[Math.min(focused, drawn().length - 1)].focus({ preventScroll: true });
   $("scale").textContent = `${number(method().top)} (${method().units})`;
   $("bar-heat").setAttribute("filter", `url(#heat-${state.colours})`);
 }
@@ -301,10 +306,9 @@ function drawDetail() {
   };
   const named = (label) => { const b = html("b"); b.append(html("bdi", label)); return b; };
   for (const pin of chosen) {
-    const level = peakOf(pin);
-    const where = pin.from === pin.to ? method().peaks[pin.from] : null;
-    const found = level < NEAR * 255 ? "no image region supports it"
-      : `strongest region ${where ? (D.pictures.length > 1 ? `${D.pictures[where[0]].title}, ` : "") + where[2] + ", " : ""}${number(value(level))}`;
+    const peaks = range(pin).map((n) => method().peaks[n]).filter((peak) => peak);
+    const best = peaks.reduce((most, peak) => (most && most[1] >= peak[1] ? most : peak), null);
+    const found = best ? `strongest region ${best[2]}, ${number(best[1])}` : "no image region supports it";
     line(named(phrase(pin)), ` probability ${probability(pin).toFixed(3)}; ${found}`);
     const row = largest(range(pin).map((n) => text[state.method][n]));
     const led = [...row.keys()]
@@ -345,7 +349,7 @@ function pin(n, extend) {
     last.from = Math.min(last.from, n);
     last.to = Math.max(last.to, n);
   } else {
-    const at = state.pins.findIndex((one) => one.from === n && one.to === n);
+    const at = state.pins.findIndex((one) => one.from <= n && n <= one.to);
     if (at >= 0) state.pins.splice(at, 1);
     else state.pins = [...state.pins, { from: n, to: n }].slice(-2);
   }
@@ -416,6 +420,7 @@ document.addEventListener("pointerup", (event) => {
     draw();
   }
 });
+document.addEventListener("pointercancel", () => { dragged = null; }); // a scroll, not a drag
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") clear(); });
 
 // ---- controls ------------------------------------------------------------------------------

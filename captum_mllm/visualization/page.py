@@ -58,7 +58,7 @@ def render_page(
     return template.render(
         page=contents,
         data={**data, "near_zero": NEAR_ZERO},
-        notes=[*notes, *assumed],
+        notes=[*notes, *contents.notes, *assumed],
         facts=dict(facts or {}),
         near_zero=NEAR_ZERO,
         unsure=UNSURE,

@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import platform
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -70,7 +71,7 @@ def describe(
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": ", ".join(f"{package} {_version(package)}" for package in PACKAGES)
         + f", Python {platform.python_version()}",
-        "command": " ".join(command),
+        "command": shlex.join(command),
     }
     return Provenance(known)
 

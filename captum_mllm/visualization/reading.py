@@ -16,8 +16,8 @@ from torch import Tensor
 
 from captum_mllm.functional import upsample
 from captum_mllm.geometry import ImageGrid, maps_to_picture
-from captum_mllm.validation import picture_size
-from captum_mllm.visualization.summary import ResultLike
+from captum_mllm.validation import as_index, picture_size
+from captum_mllm.visualization.summary import ResultLike, checked_frame
 from captum_mllm.words import Word, group_words, split_words
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ def find_words(words: Sequence[Word], key: Key) -> tuple[int, ...]:
         if not chosen:
             raise IndexError(f"{key} names no word: the answer has {len(words)} words.")
         return chosen
-    if isinstance(key, int) and not isinstance(key, bool):
-        if not -len(words) <= key < len(words):
-            raise IndexError(f"word {key} is out of range: the answer has {len(words)} words.")
-        return (key % len(words),)
+    if (index := as_index(key)) is not None:
+        if not -len(words) <= index < len(words):
+            raise IndexError(f"word {index} is out of range: the answer has {len(words)} words.")
+        return (index % len(words),)
     text, mention = key if isinstance(key, tuple) and len(key) == 2 else (key, 0)
     if not isinstance(text, str) or not isinstance(mention, int):
         raise TypeError(
@@ -113,7 +113,7 @@ def _missing(words: Sequence[Word], text: str, mentions: int) -> str:
     have = list(dict.fromkeys(word.text for word in words))
     if mentions:
         times = "once" if mentions == 1 else f"{mentions} times"
-        return f"{text!r} stands {times} in the answer; mentions count from 0."
+        return f"{text!r} occurs {times} in the answer; mentions count from 0."
     near = get_close_matches(text, have, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     more = f", and {len(have) - _LISTED} more" if len(have) > _LISTED else ""
@@ -199,7 +199,10 @@ def words_at(
     grid, maps = _image(result, image)
     words = group_words(result.output_tokens)
     if grid.steps:
-        maps = maps.amax(1) if frame is None else maps[:, frame]
+        chosen = checked_frame(grid, frame)
+        maps = maps.amax(1) if chosen is None else maps[:, chosen]
+    elif frame is not None:
+        raise ValueError(f"image {image} is a still image: frame= is for videos, leave it out.")
     if picture is None:
         size, box = (grid.height, grid.width), None
     else:
@@ -238,6 +241,7 @@ def _pixels_of(place: Sequence[float], size: tuple[int, int]) -> tuple[int, int,
     x1, y1 = (x0 + 1, y0 + 1) if len(numbers) == 2 else (int(value) for value in numbers[2:])
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise ValueError(
-            f"place must lie in the picture of {width} x {height} pixels, got {tuple(place)}."
+            f"place must lie in the picture of {width} x {height} pixels, its left and upper edge "
+            f"first; got {tuple(place)}."
         )
     return x0, y0, x1, y1

@@ -101,6 +101,14 @@ def test_every_cut_of_a_log_is_found(small, tmp_path, step):
         assert bool(log.set_aside) == (not data[:length].endswith(b"\n") and length > 0)
 
 
+def test_line_ends_of_windows_are_no_damage(small, tmp_path):
+    data, records = small
+    (tmp_path / SAMPLES).write_bytes(data.replace(b"\n", b"\r\n"))
+    log = SampleLog(tmp_path / SAMPLES)
+    assert log.records == records
+    assert not log.set_aside
+
+
 def test_lines_that_repeat(tmp_path):
     log = SampleLog(tmp_path / SAMPLES)
     for value in (1, 2):

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -518,6 +519,22 @@ def test_package_that_a_processor_needs_is_named(monkeypatch, tmp_path):
         loading._without_torchvision(str(tmp_path), AttributeError("no video_processor"))
 
 
+def test_a_comparison_that_fails_does_not_lose_the_result(base, tmp_path, capsys, monkeypatch):
+    def run_out(_request):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(METHODS, "tam", replace(METHODS["tam"], run=run_out))
+    assert run({**base, "--compare": "tam,random", "--target": "a dog"}) == 0
+    assert "tam is left out of the comparison: out of memory" in capsys.readouterr().err
+    methods = json.loads((tmp_path / "out" / "words.json").read_text())["methods"]
+    assert list(methods) == ["msea+arc", "random"]
+
+
+def test_answers_of_function_words_have_a_table_too(base, capsys):
+    assert run({**base, "--compare": "none", "--target": "a"}) == 0
+    assert capsys.readouterr().out.split("\n---")[1].splitlines()[1].startswith("a  ")
+
+
 def test_foreign_files_are_kept(base, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
@@ -619,8 +636,10 @@ def test_what_was_done_to_a_picture_is_said(base, tmp_path, image, capsys):
     assert moving.getpixel((0, 0))[0] > 250
 
 
-def test_a_folder_with_a_hostile_words_json_is_no_earlier_report(base, tmp_path):
+def test_a_folder_with_a_hostile_words_json_is_no_earlier_report(base, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/words.json").write_text("[" * 100_000)
     (tmp_path / "out/table.txt").write_text("mine")
-    assert run({**base, "--target": "a dog", "--method": "lens"}) == 0
+    assert "holds table.txt, words.json, which no report" in failing(capsys, base)
+    assert (tmp_path / "out/table.txt").read_text() == "mine"
+    assert run({**base, "--target": "a dog", "--method": "lens"}, "--force") == 0

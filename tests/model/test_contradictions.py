@@ -1,7 +1,10 @@
 """Inputs that contradict each other end in an error that names the argument, not in a traceback."""
 
+import warnings
+
 import pytest
 import torch
+from PIL import Image
 
 from captum_mllm import LogitLens
 from captum_mllm.adapters import find_adapter
@@ -137,3 +140,18 @@ def test_grids_that_are_no_whole_numbers(grid):
     kin = family("Qwen2VL")
     inputs = {**kin.encode(), "image_grid_thw": torch.tensor(grid)}
     refused(kin, inputs, "image_grid_thw")
+
+
+@pytest.mark.parametrize("kind", ["flat", "noise"])
+def test_odd_pictures_of_llava_next_are_not_suspected(kind):
+    """A flat picture has no deviation; the base image loses the noise of single pixels."""
+    kin = family("LlavaNext")
+    values = torch.full((96, 160, 3), 128.0)
+    if kind == "noise":
+        values = torch.linspace(0, 255, 160)[None, :, None] + 20 * torch.randn(96, 160, 3)
+    picture = Image.fromarray(values.expand(96, 160, 3).clamp(0, 255).byte().numpy(), "RGB")
+    inputs = kin.encode(picture)
+    adapter = find_adapter(kin.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.check_inputs({**inputs, "pixel_values": inputs["pixel_values"].requires_grad_()})

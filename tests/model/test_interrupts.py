@@ -306,6 +306,34 @@ def test_the_users_own_handler_is_asked():
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("way", ["kept", "put back", "chained"])
+def test_our_handler_may_outlive_its_context(way):
+    """A debugger in a hook keeps the handler that stands there, and puts it back later."""
+    before, mine = signal.getsignal(signal.SIGINT), []
+
+    @uninterrupted
+    def changed():
+        yield
+
+    def chain(number, frame):
+        mine.append(number)
+        kept(number, frame)
+
+    try:
+        with changed():
+            kept = signal.getsignal(signal.SIGINT)
+        if way == "put back":
+            signal.signal(signal.SIGINT, kept)
+            with changed():
+                pass
+        signal.signal(signal.SIGINT, chain if way == "chained" else kept)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert len(mine) == (way == "chained")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupt_ends_the_wait_for_another_thread(model, inputs, answer):
     entered, leave = threading.Event(), threading.Event()
 

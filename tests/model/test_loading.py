@@ -213,3 +213,41 @@ def test_trusted_code_is_run_and_announced(hostile, tmp_path, capsys, monkeypatc
     err = capsys.readouterr().err
     assert (hostile / "it-ran").exists()
     assert "WARNING: --trust-remote-code: Python files of" in err.splitlines()[0]
+
+
+class Turns:
+    """A processor of Gemma 3's kin: it knows both tokens, and its template writes one of them."""
+
+    def __init__(self, real, written):
+        self.real, self.written = real, written
+        self.tokenizer, self.chat_template = real.tokenizer, "there is one"
+        self.boi_token, self.image_token = "<begin>", "<image>"
+
+    def apply_chat_template(self, turns, **_options):
+        return f"USER: {self.written}\n{turns[0]['content'][-1]['text']} ASSISTANT:"
+
+    def __call__(self, images, text, **options):
+        return self.real(images=images, text=text.replace("<begin>", "<image>"), **options)
+
+
+@pytest.mark.parametrize("token", ["<begin>", "<image>"])
+def test_either_image_token_of_a_template_counts(token, processor, picture):
+    turns = Turns(processor, token)
+    inputs, assumed = prepare_inputs(turns, [picture], "what is here ?")
+    assert "pixel_values" in inputs
+    assert "chat template" in assumed
+    prompt = f"USER: {token}\nwhat is here ? ASSISTANT:"
+    _, assumed = prepare_inputs(turns, [picture], prompt)
+    assert "used as it is" in assumed
+    with pytest.raises(ArgumentError, match="holds 2 image tokens"):
+        prepare_inputs(turns, [picture], f"{token}{token} what ?")
+    with pytest.raises(ArgumentError, match="gives 0 image tokens"):
+        prepare_inputs(Turns(processor, ""), [picture], "what is here ?")
+
+
+def test_harmless_files_are_not_blamed(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "modules.json").write_text("[]")
+    with pytest.raises(ArgumentError) as caught:
+        load_model(str(tmp_path))
+    assert "modules.json" not in str(caught.value)

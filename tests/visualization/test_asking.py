@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -43,6 +44,12 @@ def test_words_phrases_and_places(result, picture):
     assert result.at((80, 170), picture) == words_at(result, (80, 170), picture)
     row = result["key"].rows[0]
     assert torch.equal(result.image_map("key"), result.image_map(row))
+    assert torch.equal(result.image_map(np.int64(row)), result.image_map(torch.tensor(row)))
+    assert result.plot_image_heatmap(target_token_pos=np.int64(row))
+    assert "key" in result
+    assert "cat" not in result
+    with pytest.raises(ValueError, match="still image"):
+        result.at((80, 170), picture, frame=0)
 
 
 def test_plots_by_word_on_axes_of_ones_own(result, picture):

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -117,7 +118,7 @@ def test_other_answers_and_numbers_of_pictures_are_refused():
         contents_of({"lens": result, "other": result.select([0])}, [picture])
     with pytest.raises(ArgumentError, match="must be one picture"):
         contents_of({"lens": result}, [[picture]])
-    with pytest.raises(ArgumentError, match="explains no token"):
+    with pytest.raises(ArgumentError, match="explains no word"):
         contents_of({"lens": result.select([])}, [picture])
     unplaced = replace(result, preprocessing=None)
     assumed = contents_of({"lens": unplaced}, [picture.resize((100, 80))])
@@ -137,3 +138,29 @@ def test_provenance_names_files_and_sums(tmp_path):
     assert "torch 2." in facts["versions"]
     assert "revision" not in facts
     assert facts["command"] == "captum-mllm explain"
+
+
+def test_pictures_of_sixteen_bits_are_scaled():
+    result = page_of(("lens",)).results["lens"]
+    deep = Image.new("I;16", (336, 336), 40_000)
+    (shown,) = contents_of({"lens": result}, [deep]).pictures
+    assert shown.image.getpixel((5, 5)) == (156, 156, 156)
+
+
+def test_some_tokens_only_keep_their_own_context():
+    """Their text stands before them as it is, the answer's other words among it."""
+    result = page_of(("lens",)).results["lens"]
+    picture, _ = render_pil(make_scene(7, "test"))
+    some = result.select([2, 3, 4])
+    contents = contents_of({"lens": some}, [picture], prompt=QUESTION)
+    assert not contents.whole
+    assert {word.part for word in contents.context[: contents.first]} == {"prompt"}
+    text = levels(contents.methods[0].text)
+    assert text.shape == (3, len(contents.context))
+    assert not text[:, contents.first :].any()
+    assert "<h2>Text</h2>" in render_page(contents)
+
+
+def test_recorded_commands_can_be_run_again():
+    facts = describe(command=["captum-mllm", "--image", "red pic.png", "--prompt", "what's $HOME"])
+    assert shlex.split(facts.facts["command"])[2:] == ["red pic.png", "--prompt", "what's $HOME"]

@@ -1,5 +1,6 @@
 """Results by word, phrase and place, against the tensors by hand."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,8 @@ def result():
         (("a", 1), (4,)),
         (-1, (7,)),
         (slice(1, 3), (1, 2)),
+        (np.int64(2), (2,)),
+        (torch.tensor(2), (2,)),
         ("zebra, two-tone", (5, 6, 7)),
         ("two-tone", (7,)),
     ],
@@ -37,8 +40,8 @@ def test_words_by_key(key, expected):
     ("key", "error", "message"),
     [
         ("zebr", KeyError, "Did you mean 'zebra'.*Its words: a, gray, zebra, and"),
-        (("zebra", 2), KeyError, "'zebra' stands 2 times"),
-        (("gray", 1), KeyError, "'gray' stands once"),
+        (("zebra", 2), KeyError, "'zebra' occurs 2 times"),
+        (("gray", 1), KeyError, "'gray' occurs once"),
         ("gray and", KeyError, "no 'gray and'"),
         ("", KeyError, "no ''"),
         (8, IndexError, "8 words"),

@@ -18,6 +18,7 @@ from captum_mllm.geometry import ImageGrid, Preprocessing
 from captum_mllm.result import MLLMAttributionResult
 from captum_mllm.visualization import (
     colour_stops,
+    contents_of,
     format_table,
     overlay,
     plot_text_heatmap,
@@ -646,12 +647,32 @@ def test_summary_of_one_frame():
 def test_report_of_a_video_shows_its_frames_on_one_scale(tmp_path):
     result, frames = of_video(), frame_pictures(6)
     with pytest.raises(ValueError, match="pictures 0 must be the video's 6 frames"):
-        write_report(tmp_path, result, frames[:1])
+        write_report(tmp_path, result, [frames[0]])
     assert list(tmp_path.iterdir()) == []
     contents = write_report(tmp_path, result, [frames])
+    assert contents_of({"v": result}, frames).pictures[0].title == contents.pictures[0].title
     steps = result.grids[0].steps
     titles = [f"picture 1, frame {step * 6 // steps}" for step in range(steps)]
     assert [picture.title for picture in contents.pictures] == titles
     assert contents.methods[0].top == pytest.approx(float(result.grid_attr[0].max()))
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert all(title in page for title in titles)
+    assert contents.notes == (
+        f"{steps} of 6 frames are shown; the table and the full colour are of all of them.",
+    )
+
+
+def test_frames_that_a_page_leaves_out_still_count():
+    grid = ImageGrid(2, 2, 32, 32, steps=12, frames=24)
+    maps = torch.zeros(5, 24, 2, 2)
+    maps[3, 2:4, 0, 0], maps[3, 22:, 1, 1], maps[0, 0, 0, 0] = 1.0, 0.2, 0.1
+    result = hand_made(grid_attr=(maps,), grids=(grid,), preprocessing=None)
+    contents = contents_of({"v": result}, frame_pictures(24))
+    (method,) = contents.methods
+    assert len(contents.pictures) == 8
+    assert method.top == 1.0
+    shown, value, where = method.peaks[2]
+    assert value == 1.0
+    assert where.startswith("frame 2: top left")
+    assert contents.pictures[shown].title == "picture 1, frame 22"  # the best of those shown
+    assert contents.notes[0].startswith("8 of 24 frames are shown")
