@@ -163,6 +163,7 @@ def one_sample(
         for name, value in inputs.items()
         if isinstance(value, Tensor) and name != "labels"
     }
+    kept["input_ids"] = kept["input_ids"].long()  # of any type of whole numbers, as models take
     padding = _left_padding(kept, adapter)
     for name in adapter.token_wise:
         if name in kept:

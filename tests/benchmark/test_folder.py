@@ -354,6 +354,7 @@ def test_killed_at_50_random_moments(exported, tmp_path):
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     done, runs = map(int, re.findall(r"\d+", ended.stdout))
